@@ -1,0 +1,53 @@
+"""Convert pretrained GPT-2 and T5 checkpoints to Sparse Query Attention.
+
+Importing this loads neither torch nor transformers; `import sqa_convert.models` registers the architectures.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .conversion import Conversion, convert
+    from .evaluation import evaluate
+    from .heads import METHODS, VARIANTS, Partition
+    from .recipe import Recipe, load_recipe
+    from .uptraining import uptrain
+
+_HOMES = {
+    "convert": "conversion",
+    "Conversion": "conversion",
+    "evaluate": "evaluation",
+    "METHODS": "heads",
+    "VARIANTS": "heads",
+    "Partition": "heads",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "uptrain": "uptraining",
+}
+
+__all__ = [
+    "METHODS",
+    "VARIANTS",
+    "Conversion",
+    "Partition",
+    "Recipe",
+    "__version__",
+    "convert",
+    "evaluate",
+    "load_recipe",
+    "uptrain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,109 @@
+"""The only place that prints or exits: results on stdout, all else on stderr, errors as one line with their code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..errors import SQAError
+
+INTERRUPTED = 130
+
+
+class Out:
+    """What a command says, and how loudly."""
+
+    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
+        self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
+        self.stdout = Console()
+        self.stderr = Console(stderr=True)
+
+    def quieten_libraries(self) -> None:
+        """Only what this program says reaches the terminal, unless --verbose."""
+        if self.verbose:
+            return
+        import logging
+        import os
+        import warnings
+
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        logging.disable(logging.WARNING)
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        if self.quiet or self.as_json or not self.stderr.is_terminal:
+            disable_progress_bars()
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
+        """A callback (stage, done, total) behind a bar a stage; silent when nobody watches."""
+        watched = self.stderr.is_terminal and not self.quiet and not self.as_json
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.stderr, disable=not watched) as bars:
+            tasks: dict[str, Any] = {}
+
+            def step(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done)
+
+            yield step
+
+    def say(self, text: str) -> None:
+        """A line for a person."""
+        if not self.quiet and not self.as_json:
+            self.stderr.print(text, soft_wrap=True)
+
+    def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
+        if self.as_json or self.quiet:
+            return
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self.stdout.print(table)
+
+    def result(self, text: str) -> None:
+        if not self.as_json and not self.quiet:
+            self.stdout.print(text, soft_wrap=True)
+
+    def json(self, content: dict[str, Any]) -> None:
+        if self.as_json:
+            print(json.dumps(content))
+
+
+def run_app(app: Callable[[], Any]) -> NoReturn:
+    """Runs a command. Its errors become one line on stderr and their documented exit code."""
+    try:
+        app()
+        sys.exit(0)
+    except SQAError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half-written was kept", INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

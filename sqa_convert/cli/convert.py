@@ -1,0 +1,247 @@
+"""sqa-convert: a pretrained model in, an SQA model out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from ..recipe import load_recipe
+from .console import Out, run_app
+
+app = typer.Typer(add_completion=True, context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode="rich")
+
+HEADS, SOURCE, OUTPUT, MEASURE, SAY = "Heads", "Source", "Output", "Measure and uptrain", "What is said"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sqa-convert {__version__}")
+        raise typer.Exit
+
+
+def _list_methods(wanted: bool) -> None:
+    if wanted:
+        from ..heads import METHODS
+
+        for method in METHODS.values():
+            print(f"{method.name:8} {method.summary}\n{'':8} {method.source}")
+        raise typer.Exit
+
+
+@app.command(epilog="Exit codes: 0 done · 1 unexpected · 2 usage, recipe, data or output · 3 source · 130 interrupted.")
+def convert(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A hub id (gpt2, google-t5/t5-small), a folder, sample:gpt2 or sample:t5.")
+    ],
+    q_groups: Annotated[
+        int | None,
+        typer.Option(
+            "--q-groups",
+            metavar="N",
+            rich_help_panel=HEADS,
+            help="Query heads to keep. (In the GQA literature 'query groups' counts key/value heads; here it is query heads.)",
+        ),
+    ] = None,
+    kv_groups: Annotated[
+        int | None,
+        typer.Option("--kv-groups", metavar="M", rich_help_panel=HEADS, help="Key/value heads to keep; M must divide N."),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=HEADS, help="Instead of the two numbers: gqa, mqa, sqa, ssqa, xsqa, xsmqa, lsqa."),
+    ] = None,
+    method: Annotated[str, typer.Option(rich_help_panel=HEADS, help="How heads are merged, see --list-methods.")] = "mean",
+    sites: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=HEADS, help="Attentions to convert, as encoder,decoder,cross. Default: all."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(rich_help_panel=SOURCE, help="Branch, tag or commit on the hub.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", rich_help_panel=SOURCE, help="Let code that MODEL brings along run. Default: never."),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", rich_help_panel=OUTPUT, help="Default: ./NAME-sqa-qNkvM.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the output folder if it exists.")
+    ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(rich_help_panel=OUTPUT, help="auto keeps the source's; float32, bfloat16, float16."),
+    ] = "auto",
+    max_shard_size: Annotated[
+        str, typer.Option(rich_help_panel=OUTPUT, help="Largest weight file; about the memory a conversion needs.")
+    ] = "5GB",
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", rich_help_panel=OUTPUT, help="Do not read the written weights again.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Show the plan and stop; reads no weights.")
+    ] = False,
+    uptrain: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", rich_help_panel=MEASURE, help="Then train: a recipe's name (quick) or a YAML file."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=MEASURE,
+            help="Text: file, folder, glob, or hub data set ID[:CONFIG]. Default: Python's own standard library.",
+        ),
+    ] = None,
+    no_evaluate: Annotated[
+        bool, typer.Option("--no-evaluate", rich_help_panel=MEASURE, help="Do not measure loss and KL (models that do not fit).")
+    ] = False,
+    device: Annotated[str, typer.Option(rich_help_panel=MEASURE, help="auto, cpu, cuda, mps.")] = "auto",
+    seed: Annotated[int, typer.Option(rich_help_panel=MEASURE, help="Of everything random.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=SAY, help="One JSON object on stdout, nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=SAY, help="Only errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", rich_help_panel=SAY, help="Also what the libraries log.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, rich_help_panel=SAY, help="Show the version.")
+    ] = False,
+    list_methods: Annotated[
+        bool,
+        typer.Option("--list-methods", callback=_list_methods, is_eager=True, rich_help_panel=HEADS, help="Show the methods."),
+    ] = False,
+) -> None:
+    """Convert a pretrained GPT-2 or T5 model to [bold]Sparse Query Attention[/bold]: fewer query heads, fewer key/value heads.
+
+    [bold]sqa-convert gpt2 --q-groups 8 --kv-groups 4[/bold]   12 heads need not divide by 8.
+
+    The result is a folder that AutoModel…from_pretrained loads. It is written beside its place and appears whole.
+    """
+    out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
+    recipe = None if uptrain is None else load_recipe(uptrain, data=data)
+    head_options: dict[str, Any] = {
+        "variant": variant,
+        "method": method,
+        "sites": None if sites is None else [s.strip() for s in sites.split(",") if s.strip()],
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+    }
+
+    from ..checkpoint import check_output, open_source
+    from ..heads import get_method
+    from ..plan import make_plan
+
+    get_method(method)
+    source = open_source(model, revision)
+    plan = make_plan(source, q_groups, kv_groups, **head_options)
+    counts = plan.after.q_heads, plan.after.kv_heads
+    target = output or Path(f"{_short_name(model)}-sqa-q{_main(counts[0], plan, 'q')}kv{_main(counts[1], plan, 'kv')}")
+    from ..report import conversion_report
+
+    preview = conversion_report(plan, source, target, 0.0, seed)
+    if dry_run:
+        _show_plan(out, plan, preview)
+        return
+    check_output(target, overwrite)
+
+    from ..conversion import convert as run_conversion
+    from ..data import check_data
+    from ..evaluation import choose_device
+
+    out.quieten_libraries()
+    choose_device(device)
+    if recipe is not None or not no_evaluate:
+        check_data(recipe.data if recipe is not None else data)
+    with out.progress() as progress:
+        conversion = run_conversion(
+            model,
+            q_groups,
+            kv_groups,
+            output=target,
+            revision=revision,
+            overwrite=overwrite,
+            verify=not no_verify,
+            evaluate=not no_evaluate and recipe is None,
+            data=data,
+            device=device,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            **head_options,
+        )
+        report = conversion.report
+        if recipe is not None:
+            from ..uptraining import uptrain as run_uptraining
+
+            report = run_uptraining(
+                target,
+                recipe,
+                source=model,
+                device=device,
+                evaluate=not no_evaluate,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+    _show(out, report, target, uptrained=recipe is not None)
+
+
+def _short_name(model: str) -> str:
+    return Path(model.removeprefix("sample:")).expanduser().resolve().name if model not in (".", "..") else "model"
+
+
+def _main(counts: dict[str, int], plan: Any, kind: str) -> int:
+    """The count of the first kind of attention that is converted."""
+    changed = [k for k, p in plan.partitions.items() if not p.is_identity]
+    return counts[changed[0]] if changed else next(iter(counts.values()))
+
+
+def _show_plan(out: Out, plan: Any, report: dict[str, Any]) -> None:
+    from ..report import cost_rows
+
+    shards = {
+        file: [{"name": t.name, "shape": t.shape, "dtype": t.dtype, "from": getattr(t.origin, "prefix", t.origin)} for t in ts]
+        for file, ts in plan.shards.items()
+    }
+    out.json(report | {"shards": shards})
+    out.table(
+        f"{report['source']['name']} → {report['output']} (not written)",
+        ["", "before", "after"],
+        cost_rows(report["cost"], report["context_tokens"]),
+    )
+    for file, tensors in plan.shards.items():
+        size = sum(t.nbytes for t in tensors)
+        out.result(f"{file}: {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+        if out.verbose:
+            for t in tensors:
+                out.result(f"  {t.name} {list(t.shape)} {t.dtype} ← {getattr(t.origin, 'prefix', t.origin)}")
+
+
+def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> None:
+    from ..report import cost_rows, quality_rows, recovered
+
+    out.json(report)
+    name = report["source"]["name"]
+    out.table(f"{name} → {target}", ["", "before", "after"], cost_rows(report["cost"], report["context_tokens"]))
+    quality = report.get("quality")
+    if quality:
+        title = f"{quality['tokens']:,} tokens of {quality['data']}"
+        out.table(title, ["", "loss (nats/token)", "perplexity", "KL to source", "top-1 agreement"], quality_rows(quality))
+        shares = {key: recovered(quality, key) for key in ("loss", "kl")}
+        if uptrained and all(share is not None for share in shares.values()):
+            out.result(f"uptraining took back {shares['loss']:.0%} of the loss and {shares['kl']:.0%} of the KL")
+    out.result(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in report['seconds'].items())}")
+    if uptrained:
+        auto = "AutoModelForSeq2SeqLM" if report["architecture"].startswith("SQAT5") else "AutoModelForCausalLM"
+        out.result(f'next: {auto}.from_pretrained("{target}", trust_remote_code=True)')
+    else:
+        again = [*sys.argv[1:], *([] if "--overwrite" in sys.argv else ["--overwrite"]), "--uptrain", "quick"]
+        out.result(f"next: sqa-convert {shlex.join(again)}")
+
+
+def main() -> None:
+    """Entry point of `sqa-convert`."""
+    run_app(lambda: app(prog_name="sqa-convert", standalone_mode=True))

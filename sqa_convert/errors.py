@@ -1,0 +1,47 @@
+"""Every error a user can cause, and the exit code the commands answer it with.
+
+Exit codes: 0 done · 2 usage, recipe or output · 3 source missing, damaged, unsupported or offline ·
+4 a quality gate failed · 1 anything unexpected · 130 interrupted.
+"""
+
+
+class SQAError(Exception):
+    """A fault the user can mend. The message says what was given, what is allowed and which flag."""
+
+    exit_code = 1
+
+
+class RecipeError(SQAError, ValueError):
+    """A flag or a recipe asks for something that is not possible."""
+
+    exit_code = 2
+
+
+class OutputError(SQAError, OSError):
+    """The output cannot be written where it was asked for."""
+
+    exit_code = 2
+
+
+class DataError(SQAError, ValueError):
+    """The text to evaluate or train on is missing, empty or does not fit the model."""
+
+    exit_code = 2
+
+
+class CheckpointError(SQAError, OSError):
+    """The source checkpoint is missing, damaged or not reachable."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(SQAError, ValueError):
+    """The source is sound, but of an architecture that cannot be converted."""
+
+    exit_code = 3
+
+
+class QualityError(SQAError):
+    """The result was written, but a quality gate failed."""
+
+    exit_code = 4

@@ -1,0 +1,30 @@
+"""What a checkpoint of a family looks like: tensor names, and one attention site read and written."""
+
+from __future__ import annotations
+
+from ..errors import UnsupportedModelError
+from .base import Config, Dimensions, Family, Site, Written
+from .gpt2 import GPT2
+from .t5 import T5
+
+FAMILIES: dict[str, Family] = {name: family for family in (GPT2(), T5()) for name in family.model_types}
+
+
+def family_of(config: Config) -> Family:
+    """The family a config.json belongs to.
+
+    Raises:
+        UnsupportedModelError: of another architecture, or of one of its kinds that cannot be converted.
+    """
+    model_type = config.get("model_type")
+    supported = ", ".join(sorted(FAMILIES))
+    if isinstance(model_type, str) and model_type.startswith("sqa_"):
+        raise UnsupportedModelError(f"model_type {model_type}: already converted; give the original ({supported})")
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(f"model_type {model_type!r} is not supported; supported: {supported}")
+    family = FAMILIES[model_type]
+    family.check(config)
+    return family
+
+
+__all__ = ["FAMILIES", "Config", "Dimensions", "Family", "Site", "Written", "family_of"]

@@ -1,0 +1,145 @@
+"""What a family of checkpoints has to tell: its names, its shapes, and how one attention site is stored.
+
+Nothing here or in a family's tables imports torch, so that a plan can be made from headers alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import UnsupportedModelError
+from ..heads.layout import AttentionHeads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention of the model."""
+
+    kind: str
+    """"encoder", "decoder" (causal self-attention) or "cross" """
+    layer: int
+    prefix: str
+    """of its tensor names, in source and result"""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One tensor that a converted site consists of."""
+
+    shape: Shape
+    like: str
+    """the source tensor whose dtype it keeps"""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes that plan and report need."""
+
+    heads: int
+    head_dim: int
+    width: int
+    """D, the model width"""
+    context: int
+    """tokens: the longest input the model knows, or its usual training length"""
+
+
+class Family(ABC):
+    """A model family. A new one is one subclass here and its two files in `models/`."""
+
+    model_types: ClassVar[tuple[str, ...]]
+    """config.json's `model_type` of the sources"""
+    site_kinds: ClassVar[tuple[str, ...]]
+    model_files: ClassVar[tuple[str, ...]]
+    """in `models/`, shipped with every result"""
+    auto_map: ClassVar[Mapping[str, str]]
+    """Auto class -> "file.Class" """
+    architectures: ClassVar[Mapping[str, str]]
+    """class of the source -> our class; the first is assumed where a config names none"""
+
+    def check(self, config: Config) -> None:
+        """Raises UnsupportedModelError when this family's converter cannot take the model."""
+        architecture = self.source_architecture(config)
+        if architecture not in self.architectures:
+            raise UnsupportedModelError(
+                f"{architecture} is not supported; of {'/'.join(self.model_types)}: {', '.join(self.architectures)}"
+            )
+
+    def source_architecture(self, config: Config) -> str:
+        names = config.get("architectures") or [next(iter(self.architectures))]
+        return str(names[0])
+
+    @abstractmethod
+    def dimensions(self, config: Config) -> Dimensions: ...
+
+    @abstractmethod
+    def sites(self, config: Config) -> list[Site]: ...
+
+    @abstractmethod
+    def canonical(self, name: str) -> str | None:
+        """The name a source tensor has in the result, or None for one that is left out."""
+
+    @abstractmethod
+    def required(self, config: Config) -> dict[str, Shape]:
+        """Canonical name and shape of every tensor the model cannot do without."""
+
+    @abstractmethod
+    def consumed(self, site: Site) -> list[str]:
+        """Canonical names of the source tensors that `read` replaces."""
+
+    @abstractmethod
+    def read(self, site: Site, get: Callable[[str], Tensor], dimensions: Dimensions) -> AttentionHeads:
+        """The site's weights in the canonical layout; `get` takes a canonical name."""
+
+    @abstractmethod
+    def write(self, site: Site, heads: AttentionHeads) -> dict[str, Tensor]:
+        """The tensors of the converted site."""
+
+    @abstractmethod
+    def written(self, site: Site, config: Config, q_heads: int, kv_heads: int) -> dict[str, Written]:
+        """Names, shapes and dtypes of what `write` returns, known before any weight is read."""
+
+    @abstractmethod
+    def result_config(self, config: Config, heads: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+        """config.json of the result but for provenance; `heads` holds (Hq, Hkv) of every site kind."""
+
+    def common_config(self, config: Config, model_type: str) -> dict[str, Any]:
+        """The entries every result has."""
+        kept = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version", "auto_map")}
+        source = self.source_architecture(config)
+        auto_map = dict(self.auto_map)
+        if source.endswith("EncoderModel"):
+            auto_map = {"AutoConfig": auto_map["AutoConfig"], "AutoModel": self._file_class(self.architectures[source])}
+        return kept | {"model_type": model_type, "architectures": [self.architectures[source]], "auto_map": auto_map}
+
+    def _file_class(self, name: str) -> str:
+        return f"{next(f for f in self.model_files if f.startswith('modeling'))[:-3]}.{name}"
+
+
+def join_heads(weights: Tensor) -> Tensor:
+    """(heads, d, D) -> (heads * d, D), the weight of a Linear that makes the heads."""
+    return weights.reshape(-1, weights.shape[-1])
+
+
+def split_heads(weight: Tensor, head_dim: int) -> Tensor:
+    """(heads * d, D) -> (heads, d, D)"""
+    return weight.reshape(-1, head_dim, weight.shape[-1])
+
+
+def integers(config: Config, keys: Iterable[str], where: str) -> Sequence[int]:
+    """The positive whole numbers under `keys`. Raises UnsupportedModelError naming the first that is none."""
+    values = []
+    for key in keys:
+        value = config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UnsupportedModelError(f"{where} config.json: {key} is {value!r}, not a positive whole number")
+        values.append(value)
+    return values

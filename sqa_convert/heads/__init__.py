@@ -1,0 +1,17 @@
+"""The mathematics: pure functions on the weights of one attention site, no files, no models."""
+
+from . import mean, first, select  # noqa: F401, I001 - registers the methods, the default first
+from .layout import AttentionHeads
+from .methods import METHODS, Method, get_method
+from .partition import VARIANTS, Partition, check_head_counts, variant_heads
+
+__all__ = [
+    "METHODS",
+    "VARIANTS",
+    "AttentionHeads",
+    "Method",
+    "Partition",
+    "check_head_counts",
+    "get_method",
+    "variant_heads",
+]

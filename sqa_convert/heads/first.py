@@ -1,0 +1,23 @@
+"""The first head of each group, the second published baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .layout import AttentionHeads
+from .methods import method
+from .partition import Partition
+from .pool import first_of, pool, sum_of
+
+
+@method(
+    "first",
+    summary="keep the first head of a group, sum its output projections",
+    source="Ainslie et al., GQA, arXiv 2305.13245, section 3.3",
+)
+def first(heads: AttentionHeads, partition: Partition, statistics: Any = None) -> AttentionHeads:
+    """The first head's Wq of each query cluster and Wk, Wv of each key/value group; Wo is summed over the cluster.
+
+    Args, Returns: as `mean`.
+    """
+    return pool(heads, partition, query=first_of, key_value=first_of, output=sum_of)

@@ -1,0 +1,46 @@
+"""The register of methods: plain functions from the source's heads and a partition to the converted heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RecipeError
+from .layout import AttentionHeads
+from .partition import Partition
+
+Convert = Callable[[AttentionHeads, Partition, Any], AttentionHeads]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to turn the heads of a partition into fewer heads."""
+
+    name: str
+    summary: str
+    """One line: what it does."""
+    source: str
+    """Where it was published."""
+    convert: Convert
+    """(heads, partition, statistics or None) -> heads; a group of one head is copied verbatim"""
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, *, summary: str, source: str) -> Callable[[Convert], Convert]:
+    """Registers a function as a method under `name`."""
+
+    def register(convert: Convert) -> Convert:
+        METHODS[name] = Method(name, summary, source, convert)
+        return convert
+
+    return register
+
+
+def get_method(name: str) -> Method:
+    """Raises RecipeError when there is no such method."""
+    if name not in METHODS:
+        raise RecipeError(f"--method {name}: choose one of {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,38 @@
+"""Head pruning: whole heads stay, the others go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .layout import AttentionHeads
+from .methods import method
+from .partition import Partition
+from .pool import pool
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(
+    "select",
+    summary="keep the strongest head of a group whole, drop the others (head pruning)",
+    source="Michel et al., arXiv 1905.10650; strength here is the norm of the head's output map",
+)
+def select(heads: AttentionHeads, partition: Partition, statistics: Any = None) -> AttentionHeads:
+    """The query and output projection of the strongest head of each cluster, key and value of the strongest of a group.
+
+    Args, Returns: as `mean`.
+    """
+    strength = output_map_norm(heads)
+
+    def strongest(weights: Tensor, group: tuple[int, ...]) -> Tensor:
+        return weights[max(group, key=lambda h: strength[h])]
+
+    return pool(heads, partition, query=strongest, key_value=strongest, output=strongest)
+
+
+def output_map_norm(heads: AttentionHeads) -> list[float]:
+    """Frobenius norm of each head's map Wv Wo, a (D, D) matrix of rank d that is never formed; length H."""
+    values = heads.value @ heads.value.mT  # (H, d, d)
+    outputs = heads.output @ heads.output.mT
+    return (values * outputs).sum((1, 2)).clamp(min=0).sqrt().tolist()

@@ -1,0 +1,45 @@
+"""Configuration of a T5 model with Sparse Query Attention (arXiv 2510.01817)."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import T5Config
+
+
+@strict
+class SQAT5Config(T5Config):
+    r"""
+    num_key_value_heads (`int`, *optional*, defaults to 8):
+        Key/value heads of decoder self-attention; `num_attention_heads` (`num_heads`) counts its query heads.
+    site_heads (`dict`, *optional*):
+        `{site: [query heads, key/value heads]}` of the sites "encoder" and "cross" that differ from the decoder's.
+    sqa (`dict`, *optional*):
+        Where the weights come from: source, revision, source heads, method, partition, version of the converter.
+    """
+
+    model_type = "sqa_t5"
+
+    num_key_value_heads: int = 8
+    site_heads: dict | None = None
+    sqa: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        # T5Config derives this from `tie_word_embeddings`, which it then overwrites: keep what a saved config states.
+        scale_decoder_outputs = kwargs.pop("scale_decoder_outputs", None)
+        super().__post_init__(**kwargs)
+        if scale_decoder_outputs is not None:
+            self.scale_decoder_outputs = scale_decoder_outputs
+
+    def heads(self, site: str = "decoder", layer: int = 0) -> tuple[int, int]:
+        """Query heads and key/value heads of one attention site: "encoder", "decoder" or "cross"."""
+        query_heads, key_value_heads = (self.site_heads or {}).get(site, (self.num_heads, self.num_key_value_heads))
+        return query_heads, key_value_heads
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        super().validate_architecture()
+        for site in ("encoder", "decoder", "cross"):
+            query_heads, key_value_heads = self.heads(site)
+            if key_value_heads < 1 or query_heads < 1 or query_heads % key_value_heads:
+                raise ValueError(f"{site}: {query_heads} query heads must be a multiple of {key_value_heads} kv heads")
+
+
+__all__ = ["SQAT5Config"]

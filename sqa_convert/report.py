@@ -1,0 +1,211 @@
+"""What a conversion did and cost: report.json, the picture of the heads, the model card."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .checkpoint import Source, write_json
+from .errors import CheckpointError
+from .plan import Cost, Plan
+
+SCHEMA = 1
+REPORT = "report.json"
+CARD = "README.md"
+PICTURE = "heads.svg"
+ROWS = ("source", "converted", "uptrained")
+_LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
+_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
+
+
+def conversion_report(
+    plan: Plan, source: Source, output: Path | None, seconds: float, seed: int
+) -> dict[str, Any]:
+    """The report of a conversion, before anything is measured; see README.md for its fields."""
+    return {
+        "schema": SCHEMA,
+        "sqa_convert": __version__,
+        "source": {
+            "name": source.name,
+            "revision": source.revision,
+            "architecture": plan.family.source_architecture(source.config),
+        },
+        "output": None if output is None else str(output),
+        "architecture": plan.config["architectures"][0],
+        "method": plan.method,
+        "seed": seed,
+        "partition": {kind: partition.groups for kind, partition in plan.partitions.items()},
+        "context_tokens": plan.dimensions.context,
+        "cost": {"before": _cost(plan.before), "after": _cost(plan.after)},
+        "seconds": {"convert": round(seconds, 2)},
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {
+        "query_heads": cost.q_heads,
+        "key_value_heads": cost.kv_heads,
+        "parameters": cost.parameters,
+        "kv_cache_bytes_per_token": cost.kv_cache_bytes,
+        "attention_flops": cost.attention_flops,
+        "score_flops": cost.score_flops,
+    }
+
+
+def recovered(quality: dict[str, Any], key: str) -> float | None:
+    """Share of the damage in "loss" or "kl" that uptraining took back: 1 is all of it."""
+    if "uptrained" not in quality:
+        return None
+    start = quality["source"][key] or 0.0  # the source has no KL to itself
+    damage = quality["converted"][key] - start
+    return None if damage <= 0 else (quality["converted"][key] - quality["uptrained"][key]) / damage
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Raises CheckpointError when the folder was not made by sqa-convert."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no readable {REPORT}: it was not made by sqa-convert") from error
+    return report
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """report.json, and the picture and the model card made from it."""
+    write_json(folder / REPORT, report)
+    kind = next(iter(report["partition"]))
+    (folder / PICTURE).write_text(heads_picture(report["partition"][kind], kind), encoding="utf-8")
+    (folder / CARD).write_text(model_card(report), encoding="utf-8")
+
+
+def heads_picture(groups: Any, kind: str) -> str:
+    """The partition as SVG: source heads above, their query heads and key/value heads below, one colour a group."""
+    step, size, left = 44, 32, 96
+    clusters = [(g, cluster) for g, group in enumerate(groups) for cluster in group]
+    order = [(g, h) for g, cluster in clusters for h in cluster]
+    width, height = left + step * len(order) + 8, 230
+    at = {head: left + step * i + size / 2 for i, (_, head) in enumerate(order)}
+    lines, boxes = [], []
+
+    def box(x: float, y: float, text: str, group: int) -> None:
+        colour = _COLOURS[group % len(_COLOURS)]
+        boxes.append(f'<rect x="{x - size / 2:g}" y="{y:g}" width="{size}" height="{size}" rx="6" fill="{colour}"/>')
+        boxes.append(f'<text x="{x:g}" y="{y + 21:g}" fill="#fff" text-anchor="middle">{text}</text>')
+
+    def line(x1: float, y1: float, x2: float, y2: float) -> None:
+        lines.append(f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" stroke="#888" stroke-width="2"/>')
+
+    group_queries: dict[int, list[float]] = {}
+    for i, (g, cluster) in enumerate(clusters):
+        x = sum(at[h] for h in cluster) / len(cluster)
+        for h in cluster:
+            line(at[h], 40 + size, x, 110)
+            box(at[h], 40, f"{h}", g)
+        box(x, 110, f"q{i}", g)
+        group_queries.setdefault(g, []).append(x)
+    for g, queries in group_queries.items():
+        x = sum(queries) / len(queries)
+        for query in queries:
+            line(query, 110 + size, x, 180)
+        box(x, 180, f"kv{g}", g)
+    labels = [("source heads", 61), ("query heads", 131), ("key/value", 201)]
+    texts = [f'<text x="4" y="{y}" fill="#777">{text}</text>' for text, y in labels]
+    title = f"{len(order)} heads become {len(clusters)} query and {len(group_queries)} key/value heads ({kind})"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" role="img" aria-label="{title}" '
+        f'font-family="system-ui,sans-serif" font-size="13"><title>{title}</title>'
+        f'<text x="4" y="20" fill="#777">{title}</text>{"".join(texts + lines + boxes)}</svg>\n'
+    )
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """README.md of the result."""
+    from huggingface_hub import ModelCardData
+
+    source, cost, quality = report["source"]["name"], report["cost"], report.get("quality")
+    encoder_decoder = report["architecture"].startswith("SQAT5")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=None if encoder_decoder else "text-generation",
+        base_model=None if source.startswith(("sample:", "/", ".")) else source,
+        base_model_relation="finetune",
+        tags=["sqa", "sparse-query-attention"],
+    )
+    auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
+    lines = ["---", data.to_yaml(), "---", "", f"# {Path(report['output'] or source).name}", ""]
+    lines += [
+        f"`{source}` with Sparse Query Attention ([arXiv 2510.01817](https://arxiv.org/abs/2510.01817)), converted by "
+        f"sqa-convert {report['sqa_convert']}, method `{report['method']}`.",
+        "",
+        f"![heads]({PICTURE})",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        *(f"| {label} | {before} | {after} |" for label, before, after in cost_rows(cost, report["context_tokens"])),
+        "",
+    ]
+    if quality:
+        lines += [
+            f"Measured on {quality['tokens']:,} tokens ({quality['data']}):",
+            "",
+            "| | loss (nats/token) | perplexity | KL to source | top-1 agreement |",
+            "|---|---|---|---|---|",
+            *("| " + " | ".join(row) + " |" for row in quality_rows(quality)),
+            "",
+            "Where the loss stands above the source's, the model is that much worse; uptraining recovers it.",
+            "",
+        ]
+    lines += [
+        "```python",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f'model = {auto}.from_pretrained(".", trust_remote_code=True)  # or `import sqa_convert.models` first',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def cost_rows(cost: dict[str, Any], context: int) -> list[tuple[str, str, str]]:
+    """(label, before, after) of everything that does not need a measurement."""
+    before, after = cost["before"], cost["after"]
+
+    def heads(side: dict[str, Any], key: str) -> str:
+        counts = side[key]
+        return str(next(iter(counts.values()))) if len(set(counts.values())) == 1 else _by_site(counts)
+
+    def factor(key: str, unit: str, scale: float) -> tuple[str, str]:
+        ratio = f" ({after[key] / before[key]:.2f}×)" if before[key] else ""
+        return f"{before[key] / scale:,.4g} {unit}", f"{after[key] / scale:,.4g} {unit}{ratio}"
+
+    rows = [
+        ("query heads", heads(before, "query_heads"), heads(after, "query_heads")),
+        ("key/value heads", heads(before, "key_value_heads"), heads(after, "key_value_heads")),
+        ("parameters", *factor("parameters", "M", 1e6)),
+    ]
+    if before["kv_cache_bytes_per_token"]:
+        rows.append(("KV cache per token", *factor("kv_cache_bytes_per_token", "kB", 1e3)))
+    rows.append((f"attention at {context:,} tokens", *factor("attention_flops", "GFLOP", 1e9)))
+    rows.append(("  of which the T² products", *factor("score_flops", "GFLOP", 1e9)))
+    return rows
+
+
+def _by_site(counts: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in counts.items())
+
+
+def quality_rows(quality: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row a model: name, loss, perplexity, KL, agreement."""
+    rows = []
+    for name in ROWS:
+        if name in quality:
+            row = quality[name]
+            kl = "" if row["kl"] is None else f"{row['kl']:.4f}"
+            top1 = "" if row["top1"] is None else f"{row['top1']:.1%}"
+            rows.append((name, f"{row['loss']:.4f}", f"{row['perplexity']:,.2f}", kl, top1))
+    return rows
