@@ -12,6 +12,7 @@ held-out loss beside a unigram and a bigram baseline, the loss curve, machine, v
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from sqa_convert.data import collator, documents, token_blocks
+from sqa_convert.data import SpanCorruption, collator, documents, token_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 2048
@@ -120,6 +121,21 @@ def held_out_loss(model, blocks: torch.Tensor, collate) -> float:
     return torch.stack(total).mean().item()
 
 
+class Denoise:
+    """Span corruption that starts with half of the tokens as targets, for more to learn from in a step, and ends as T5's."""
+
+    def __init__(self, tokenizer, steps: int, batch: int):
+        self.plain = SpanCorruption.of(tokenizer)
+        self.heavy = dataclasses.replace(self.plain, noise_density=0.5)
+        self.rows_left = int(0.6 * steps) * batch
+
+    def __call__(self, rows):
+        corrupt = self.heavy if self.rows_left > 0 else self.plain
+        self.rows_left -= len(rows)
+        inputs, labels = corrupt(torch.stack(rows))
+        return {"input_ids": inputs, "labels": labels}
+
+
 class Watch(TrainerCallback):
     """Held-out loss in the log, one line an evaluation."""
 
@@ -177,7 +193,7 @@ def main() -> None:
             bf16=torch.cuda.is_available(),
         ),
         train_dataset=list(train),
-        data_collator=collate,
+        data_collator=collate if options.name == "gpt2" else Denoise(tokenizer, options.steps, options.batch),
         callbacks=[watch],
     )
     start = time.time()

@@ -171,6 +171,7 @@ class SpanCorruption:
 
     sentinels: tuple[int, ...]
     eos: int
+    noise_density: float = NOISE_DENSITY
 
     @classmethod
     def of(cls, tokenizer: Any) -> SpanCorruption:
@@ -186,7 +187,7 @@ class SpanCorruption:
     def __call__(self, tokens: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Corrupts (B, T) tokens; returns encoder inputs (B, T - noise + spans + 1), labels (B, noise + spans + 1)."""
         batch, length = tokens.shape
-        noise = min(max(round(length * NOISE_DENSITY), 1), length - 1)
+        noise = min(max(round(length * self.noise_density), 1), length - 1)
         spans = min(max(round(noise / MEAN_SPAN), 1), length - noise, len(self.sentinels))
         kept_lengths = _random_partition(batch, length - noise, spans, generator)  # (B, spans), kept before each span
         span_lengths = _random_partition(batch, noise, spans, generator)

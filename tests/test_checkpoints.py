@@ -1,0 +1,234 @@
+"""Sources in every shape the hub has them, and what arrives in the output."""
+
+import json
+
+import pytest
+import torch
+from helpers import gpt2, logits, t5, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    T5EncoderModel,
+)
+
+from sqa_convert import convert
+from sqa_convert.errors import UnsupportedModelError
+from sqa_convert.evaluation import load_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "source"
+
+
+def read_all(path):
+    return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def reference(model, *heads):
+    return read_all_of(convert(model, *heads))
+
+
+def read_all_of(conversion):
+    return conversion.model.state_dict()
+
+
+def test_hub_gpt2_without_prefix_and_with_stale_buffers_is_the_same_model(folder, tmp_path):
+    model = gpt2()
+    model.save_pretrained(folder)
+    weights = {k.removeprefix("transformer."): v for k, v in load_file(folder / "model.safetensors").items()}
+    for i in range(2):
+        weights[f"h.{i}.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8)
+        weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    result = convert(folder, 8, 4, output=tmp_path / "out").model
+    ids = tokens()
+    assert torch.equal(logits(result, ids), logits(convert(model, 8, 4).model, ids))
+    names = read_all(tmp_path / "out")
+    assert all(name.startswith("transformer.") for name in names)
+    assert not any(name.endswith((".attn.bias", "masked_bias")) for name in names)
+
+
+@pytest.mark.parametrize("make", [gpt2, t5])
+def test_shards_and_single_files_and_pickles_give_the_same_result(make, folder, tmp_path):
+    model = make()
+    model.save_pretrained(folder / "single")
+    model.save_pretrained(folder / "shards", max_shard_size="20KB")
+    assert len(list((folder / "shards").glob("*.safetensors"))) > 2
+    (folder / "bin").mkdir()
+    (folder / "bin" / "config.json").write_bytes((folder / "single" / "config.json").read_bytes())
+    torch.save(model.state_dict(), folder / "bin" / "pytorch_model.bin")
+    (folder / "old").mkdir()
+    (folder / "old" / "config.json").write_bytes((folder / "single" / "config.json").read_bytes())
+    torch.save(model.state_dict(), folder / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    ids = tokens()
+    expected = logits(convert(folder / "single", 8, 4, output=tmp_path / "out0").model, ids)
+    for i, kind in enumerate(("shards", "bin", "old"), 1):
+        size = "20KB" if kind == "shards" else "5GB"
+        result = convert(folder / kind, 8, 4, output=tmp_path / f"out{i}", max_shard_size=size)
+        assert torch.equal(logits(result.model, ids), expected), kind
+    index = json.loads((tmp_path / "out1" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == read_all(tmp_path / "out1").keys()
+    assert len(list((tmp_path / "out1").glob("*.safetensors"))) > 2
+    assert same(read_all(tmp_path / "out1"), read_all(tmp_path / "out0"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [gpt2, t5])
+def test_dtype_is_kept_and_everything_outside_attention_passes_byte_for_byte(make, dtype, folder, tmp_path):
+    model = make().to(dtype)
+    model.save_pretrained(folder)
+    convert(folder, 8, 4, output=tmp_path / "out")
+    source, result = read_all(folder), read_all(tmp_path / "out")
+    assert {tensor.dtype for tensor in result.values()} == {dtype}
+    passed = {k for k in source if "attn" not in k and "Attention" not in k}
+    assert len(passed) > 10
+    for name in passed:
+        assert torch.equal(result[name].view(torch.uint8), source[name].view(torch.uint8)), name
+    assert load_model(tmp_path / "out").dtype == dtype
+
+
+def test_half_precision_loses_no_more_than_rounding(folder, tmp_path):
+    model = gpt2().to(torch.bfloat16)
+    model.save_pretrained(folder)
+    convert(folder, 8, 4, output=tmp_path / "out")
+    exact = convert(model.float(), 8, 4).model.state_dict()
+    for name, tensor in read_all(tmp_path / "out").items():
+        assert torch.equal(tensor, exact[name].to(torch.bfloat16)), name
+
+
+def test_dtype_option_casts_everything(folder, tmp_path):
+    gpt2().save_pretrained(folder)
+    convert(folder, 8, 4, output=tmp_path / "out", dtype="bfloat16")
+    assert {tensor.dtype for tensor in read_all(tmp_path / "out").values()} == {torch.bfloat16}
+    assert load_model(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_untied_head_and_gated_t5_pass_through(folder, tmp_path):
+    model = t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = torch.randn_like(weights["shared.weight"])  # as v1.1 has it
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    source = load_model(folder)
+    result = convert(folder, 12, 12, output=tmp_path / "out").model
+    ids = tokens()
+    assert torch.equal(result.lm_head.weight, weights["lm_head.weight"])
+    assert result.config.scale_decoder_outputs is False
+    assert torch.equal(logits(result, ids), logits(source, ids))
+
+
+def test_stale_cross_attention_table_of_old_t5_is_left_out(folder, tmp_path):
+    t5().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.zeros(32, 12)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    convert(folder, 8, 4, output=tmp_path / "out")
+    assert not any("EncDecAttention.relative" in name for name in read_all(tmp_path / "out"))
+
+
+def test_classification_head_comes_along(folder, tmp_path):
+    torch.manual_seed(3)
+    config = GPT2Config(
+        vocab_size=61, n_positions=64, n_embd=48, n_layer=2, n_head=12, num_labels=3, pad_token_id=0, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2ForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    convert(folder, 12, 12, output=tmp_path / "out")
+    result = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert type(result).__name__ == "SQAGPT2ForSequenceClassification"
+    assert torch.equal(result.score.weight, model.score.weight)
+    ids = tokens()
+    torch.testing.assert_close(result(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_t5_encoder_alone(folder, tmp_path):
+    encoder = T5EncoderModel(t5().config).eval()
+    encoder.save_pretrained(folder)
+    conversion = convert(folder, 8, 4, output=tmp_path / "out")
+    assert conversion.report["architecture"] == "SQAT5EncoderModel"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_heads"], config["num_key_value_heads"]) == (8, 4)
+    identity = convert(folder, 12, 12).model
+    ids = tokens()
+    assert torch.equal(identity(ids)[0], encoder(ids)[0])
+
+
+@pytest.mark.parametrize("kinds", [("encoder",), ("decoder", "cross"), ("cross",)])
+def test_only_the_chosen_sites_change(kinds):
+    source = t5()
+    result = convert(source, 8, 4, sites=kinds).model
+    for kind in ("encoder", "decoder", "cross"):
+        assert result.config.heads(kind) == ((8, 4) if kind in kinds else (12, 12))
+    ids = tokens()
+    if "encoder" not in kinds:
+        assert torch.equal(result.encoder(ids)[0], source.encoder(ids)[0])
+    assert not torch.equal(logits(result, ids), logits(source, ids))
+
+
+def test_layers_are_converted_each_with_its_own_weights():
+    source = gpt2(layers=3)
+    state = convert(source, 8, 4).model.state_dict()
+    merged = [state[f"transformer.h.{i}.attn.q_proj.weight"] for i in range(3)]
+    for i, weight in enumerate(merged):
+        stored = source.transformer.h[i].attn.c_attn.weight[:, :48].T  # (H * d, D)
+        torch.testing.assert_close(weight[:4], (stored[:4] + stored[4:8]) / 2)
+        torch.testing.assert_close(weight[4:8], stored[8:12])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "llama"}, "gpt2, mt5, t5"),
+        ({"model_type": "sqa_gpt2"}, "already converted"),
+        ({"model_type": None}, "not supported"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"architectures": ["GPT2ForTokenClassification"]}, "GPT2LMHeadModel, GPT2Model"),
+        ({"n_head": 7}, "no multiple"),
+        ({"n_head": "12"}, "n_head is '12'"),
+        ({"n_embd": None}, "n_embd is None"),
+    ],
+)
+def test_unsupported_models_are_named_with_what_is_supported(change, says, folder, tmp_path):
+    gpt2().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=says):
+        convert(folder, 8, 4, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_memory_is_not_changed_and_converts_as_its_folder_does(folder, tmp_path):
+    model = gpt2()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    in_memory = convert(model, 8, 4).model
+    assert same(model.state_dict(), before)
+    model.save_pretrained(folder)
+    on_disk = convert(folder, 8, 4, output=tmp_path / "out").model
+    assert same(in_memory.state_dict(), on_disk.state_dict())
+
+
+def test_output_holds_all_that_loading_needs(folder, tmp_path):
+    t5().save_pretrained(folder)
+    for name in ("spiece.model", "tokenizer_config.json", "LICENSE"):
+        (folder / name).write_text("{}")
+    (folder / "code.py").write_text("raise SystemExit")
+    convert(folder, 8, 4, output=tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "config.json", "generation_config.json", "model.safetensors", "configuration_sqa_t5.py", "modeling_sqa_t5.py",
+        "spiece.model", "tokenizer_config.json", "LICENSE", "report.json", "README.md", "heads.svg",
+    }  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM"}
+    assert config["sqa"]["source_heads"] == 12
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}

@@ -1,0 +1,184 @@
+"""Plans: made from headers, right about the true models, right about what they cost."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import gpt2, inputs_for, t5, tokens
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, MT5Config, T5Config
+
+from sqa_convert import convert
+from sqa_convert.checkpoint import Source, TensorInfo
+from sqa_convert.conversion import _dtype
+from sqa_convert.errors import CheckpointError, RecipeError
+from sqa_convert.families import Site
+from sqa_convert.plan import make_plan, parse_size
+
+
+def gpt2_config(width, layers, heads):
+    return GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
+
+
+def t5_config(width, inner, layers, heads, ff, vocabulary=32128, family=T5Config, **options):
+    return family(
+        d_model=width, d_kv=inner // heads, num_layers=layers, num_heads=heads, d_ff=ff, vocab_size=vocabulary, **options
+    )
+
+
+def v11(width, inner, layers, heads, ff, vocabulary=32128, family=T5Config):
+    options = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    return t5_config(width, inner, layers, heads, ff, vocabulary, family, **options)
+
+
+TRUE_MODELS = {
+    "gpt2": gpt2_config(768, 12, 12),
+    "distilgpt2": gpt2_config(768, 6, 12),
+    "gpt2-medium": gpt2_config(1024, 24, 16),
+    "gpt2-large": gpt2_config(1280, 36, 20),
+    "gpt2-xl": gpt2_config(1600, 48, 25),
+    "t5-small": t5_config(512, 512, 6, 8, 2048),
+    "t5-base": t5_config(768, 768, 12, 12, 3072),
+    "t5-large": t5_config(1024, 1024, 24, 16, 4096),
+    "t5-3b": t5_config(1024, 4096, 24, 32, 16384),
+    "t5-11b": t5_config(1024, 16384, 24, 128, 65536),
+    "t5-v1_1-small": v11(512, 384, 8, 6, 1024),
+    "flan-t5-small": v11(512, 384, 8, 6, 1024),
+    "flan-t5-base": v11(768, 768, 12, 12, 2048),
+    "flan-t5-large": v11(1024, 1024, 24, 16, 2816),
+    "flan-t5-xl": v11(2048, 2048, 24, 32, 5120),
+    "flan-t5-xxl": v11(4096, 4096, 24, 64, 10240),
+    "mt5-small": v11(512, 384, 8, 6, 1024, 250112, MT5Config),
+}
+PARAMETERS = {"gpt2": 124_439_808, "gpt2-xl": 1_557_611_200, "t5-small": 60_506_624, "t5-11b": 11_307_321_344}
+NAMES = {torch.float32: "F32"}
+
+
+class MetaSource(Source):
+    """The names and shapes of a true model, without any weights."""
+
+    def __init__(self, name, config):
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto.from_config(config)
+        self.name = name
+        self.config = config.to_dict() | {"architectures": [type(model).__name__]}
+        self.index = {n: TensorInfo(tuple(p.shape), "F32", "meta") for n, p in model.named_parameters()}
+
+    def read(self, name):
+        return torch.empty(self.index[name].shape, device="meta")
+
+
+def settings_of(heads):
+    return sorted({(heads, heads), (heads - heads // 3, 1), (2 * (heads // 3), heads // 3)})
+
+
+@pytest.mark.parametrize("name", TRUE_MODELS)
+def test_true_models_plan_and_load_on_the_meta_device(name):
+    from sqa_convert import models
+
+    source = MetaSource(name, TRUE_MODELS[name])
+    if name in PARAMETERS:
+        assert sum(torch.Size(i.shape).numel() for i in source.index.values()) == PARAMETERS[name]
+    for heads in settings_of(source.config.get("n_head") or source.config["num_heads"]):
+        plan = make_plan(source, *heads)
+        config_class = getattr(models, plan.config["auto_map"]["AutoConfig"].split(".")[1])
+        with torch.device("meta"):
+            model = getattr(models, plan.config["architectures"][0])(config_class.from_dict(plan.config))
+        expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        planned = {t.name: t.shape for tensors in plan.shards.values() for t in tensors}
+        assert planned == expected, heads
+        assert plan.after.parameters == model.num_parameters()
+        assert plan.dimensions.head_dim == model.config.head_dim
+
+
+@pytest.mark.parametrize("name", ["gpt2-xl", "t5-3b", "t5-v1_1-small"])
+def test_true_shapes_convert_on_the_meta_device(name):
+    """The arrays that reading, merging and writing a site really produce have the shapes that were planned."""
+    from sqa_convert.heads import get_method
+
+    source = MetaSource(name, TRUE_MODELS[name])
+    for heads in settings_of(source.config.get("n_head") or source.config["num_heads"]):
+        plan = make_plan(source, *heads)
+        planned = {t.name: t for tensors in plan.shards.values() for t in tensors}
+        for site in plan.sites[:1] + plan.sites[-2:]:
+            read = plan.family.read(site, lambda n, p=plan: source.read(p.source_names[n]), plan.dimensions)
+            written = plan.family.write(site, get_method("mean").convert(read, plan.partitions[site.kind], None))
+            expected = {n for n, t in planned.items() if isinstance(t.origin, Site) and t.origin == site}
+            assert written.keys() == expected
+            for tensor_name, tensor in written.items():
+                assert tensor.shape == planned[tensor_name].shape, tensor_name
+                assert tensor.dtype == _dtype(planned[tensor_name].dtype)
+
+
+@pytest.mark.parametrize("make", [gpt2, t5])
+@pytest.mark.parametrize("heads", [(8, 4), (6, 1), (12, 12)])
+def test_promised_parameters_and_flops_are_the_models(make, heads):
+    source = make()
+    conversion = convert(source, *heads)
+    context = conversion.report["context_tokens"]
+    for model, side in ((source, "before"), (conversion.model, "after")):
+        cost = conversion.report["cost"][side]
+        assert cost["parameters"] == model.num_parameters()
+        model.set_attn_implementation("eager")
+        ids = tokens(1, context)
+        inputs = inputs_for(model, ids)
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**inputs, use_cache=False)
+        total = counter.get_total_flops()
+        # what is not attention: feed-forward and language model head
+        rest = 0
+        for module_name, module in model.named_modules():
+            if module_name.endswith((".mlp", "DenseReluDense")) or module_name == "lm_head":
+                rest += 2 * context * sum(p.numel() for p in module.parameters() if p.ndim == 2)
+        assert cost["attention_flops"] == total - rest
+
+
+def test_dry_run_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys\nsys.argv = ['sqa-convert', 'sample:gpt2', '--variant', 'sqa', '--dry-run', '--json']\n"
+        "from sqa_convert.cli.convert import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "--list-methods"])
+def test_help_imports_neither_torch_nor_transformers(argument):
+    code = (
+        f"import sys\nsys.argv = ['sqa-convert', '{argument}']\nfrom sqa_convert.cli.convert import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
+        "assert not {'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_shards_hold_every_tensor_once_within_the_limit():
+    source = MetaSource("gpt2", TRUE_MODELS["gpt2"])
+    plan = make_plan(source, 8, 4, max_shard_size="50MB")
+    names = [t.name for tensors in plan.shards.values() for t in tensors]
+    assert len(names) == len(set(names)) == len({t.name for t in next(iter(make_plan(source, 8, 4).shards.values()))})
+    for tensors in plan.shards.values():
+        assert sum(t.nbytes for t in tensors) <= 50e6 or len(tensors) == 1
+
+
+@pytest.mark.parametrize(("text", "size"), [("300MB", 3e8), ("5GB", 5e9), ("1KiB", 1024), ("1.5 g", 1.5e9), ("7", 7)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "big", "-1GB", "0", "5XB"])
+def test_bad_sizes_are_refused(text):
+    with pytest.raises(RecipeError, match="--max-shard-size"):
+        parse_size(text)
+
+
+def test_two_names_of_one_tensor_are_refused():
+    source = MetaSource("gpt2", TRUE_MODELS["gpt2"])
+    source.index["wte.weight"] = source.index["transformer.wte.weight"]
+    with pytest.raises(CheckpointError, match="the same tensor"):
+        make_plan(source, 8, 4)
