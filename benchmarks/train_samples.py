@@ -122,7 +122,7 @@ def held_out_loss(model, blocks: torch.Tensor, collate) -> float:
 
 
 class Denoise:
-    """Span corruption that starts with half of the tokens as targets, for more to learn from in a step, and ends as T5's."""
+    """Span corruption: for most of the run half of the tokens are targets, more to learn from in a step; then T5's."""
 
     def __init__(self, tokenizer, steps: int, batch: int):
         self.plain = SpanCorruption.of(tokenizer)
@@ -170,7 +170,9 @@ def main() -> None:
     collate = collator(tokenizer, model.config.is_encoder_decoder)
     targets = [collate(list(b))["labels"] for b in (train, held_out)]
     baselines = ngram_baselines(*targets)
-    print(f"{model.num_parameters():,} parameters, {train.numel():,} training tokens, baselines {baselines}", flush=True)
+    print(
+        f"{model.num_parameters():,} parameters, {train.numel():,} training tokens, baselines {baselines}", flush=True
+    )
 
     watch = Watch(held_out[:96], collate, every=max(1, options.steps // 20))
     trainer = Trainer(
@@ -218,7 +220,11 @@ def main() -> None:
         "curve": watch.curve,
         "seconds": round(seconds),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"sample-{options.name}.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, OutputError
+from .errors import CheckpointError, OutputError, SQAError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +26,15 @@ SAMPLE_PREFIX = "sample:"
 ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """safetensors' names of the dtypes a checkpoint may hold, and their bytes"""
 FLOATING = ("F64", "F32", "F16", "BF16")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
+"""a folder without any of these has no tokenizer"""
+TOKENIZER_CONFIG = "tokenizer_config.json"
 CARRIED_FILES = (
-    "generation_config.json tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
-    "added_tokens.json vocab.json merges.txt vocab.txt spiece.model chat_template.jinja LICENSE LICENSE.txt"
-).split()
+    *TOKENIZER_FILES,
+    TOKENIZER_CONFIG,
+    *(["generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja"]),
+    *("LICENSE", "LICENSE.txt"),
+)
 """files of the source that the result needs as they are"""
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -90,10 +96,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
         if not (folder / file).is_file():
             raise CheckpointError(f"{name}: {file} is missing from {folder}")
     source: Source
-    if files[0].endswith(".safetensors"):
-        source = _SafetensorsSource(folder, files)
-    else:
-        source = _PickleSource(folder, files)
+    source = _SafetensorsSource(folder, files) if files[0].endswith(".safetensors") else _PickleSource(folder, files)
     missing = sorted(set(weight_map or ()) - set(source.index))
     if missing:
         raise CheckpointError(f"{name}: {missing[0]} stands in the index but in none of the files")
@@ -139,7 +142,9 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
         if not any(folder.glob("model*.safetensors")):
             folder = fetch("pytorch_model*.bin", _INDEXES[1])
     except HFValidationError as error:
-        raise CheckpointError(f"{name} is neither a folder here nor a hub id like gpt2 or google-t5/t5-small") from error
+        raise CheckpointError(
+            f"{name} is neither a folder here nor a hub id like gpt2 or google-t5/t5-small"
+        ) from error
     except GatedRepoError as error:
         raise CheckpointError(f"{name} is gated: ask for access on the hub and log in with `hf auth login`") from error
     except RevisionNotFoundError as error:
@@ -301,11 +306,14 @@ def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Itera
     made = [p for p in (output.absolute().parent, *output.absolute().parents) if not p.exists()]
     staging = None
     try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        try:
+            output.absolute().parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.absolute().parent))
+        except OSError as error:
+            raise OutputError(f"--output {output} cannot be made: {_one_line(error)}") from error
         free = shutil.disk_usage(output.absolute().parent).free
         if free < size:
             raise OutputError(f"--output {output}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.absolute().parent))
         staging.chmod(0o777 & ~_umask())
         yield staging
         _publish(staging, output.absolute())
@@ -317,7 +325,7 @@ def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Itera
                 folder.rmdir()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(f"--output {output}: the disk is full; nothing was kept") from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, OSError) and not isinstance(error, SQAError):
             raise OutputError(f"--output {output} cannot be written: {_one_line(error)}") from error
         raise
 
@@ -356,16 +364,26 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(0o666 & ~_umask())  # safetensors writes files only their owner can read
     except SafetensorError as error:
-        full = any(word in str(error) for word in ("StorageFull", "code: 28", "code: 27", "FileTooLarge"))
-        raise OSError(errno.ENOSPC if full else errno.EIO, _one_line(error), str(path)) from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, _one_line(error)) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def carry_files(source: Path, output: Path) -> None:
-    """Copies tokenizer, generation config and licence, as far as the source has them."""
+def carry_files(source: Path, output: Path, tokenizer_class: str) -> None:
+    """Copies tokenizer, generation config and licence, as far as the source has them.
+
+    Args:
+        tokenizer_class: of the family. The oldest hub folders do not name it, for the model type told it all; the
+            result has a model type that transformers does not know.
+    """
     for name in CARRIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
+    if any((output / name).is_file() for name in TOKENIZER_FILES):
+        path = output / TOKENIZER_CONFIG
+        settings = _read_json(path, "") if path.is_file() else {}
+        if not settings.get("tokenizer_class"):
+            write_json(path, settings | {"tokenizer_class": tokenizer_class})

@@ -212,7 +212,7 @@ def _check_finite(tensor: Tensor, name: str, source: str) -> None:
 
 def write_model(plan: Plan, source: Source, folder: Path, verify: bool, progress: Progress) -> None:
     """Weights, config, modeling files and what is carried over, into an existing folder."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, batch in run(plan, source, progress):
         write_shard(folder / file, batch)
         weight_map |= dict.fromkeys(batch, file)
@@ -225,7 +225,7 @@ def write_model(plan: Plan, source: Source, folder: Path, verify: bool, progress
     for file in plan.family.model_files:
         shutil.copyfile(MODELS / file, folder / file)
     if source.folder is not None:
-        carry_files(source.folder, folder)
+        carry_files(source.folder, folder, plan.family.tokenizer_class)
     if verify:
         _verify_config(plan, folder)
 

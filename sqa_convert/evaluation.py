@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checkpoint import TOKENIZER_FILES
 from .data import BUILT_IN, SpanCorruption, documents, token_blocks
 from .errors import CheckpointError, DataError, RecipeError
 
@@ -51,7 +52,7 @@ class Predictions:
 
 
 def choose_device(device: str) -> torch.device:
-    """"auto" is CUDA, then MPS, then the CPU. Raises RecipeError for a device that is not there."""
+    """ "auto" is CUDA, then MPS, then the CPU. Raises RecipeError for a device that is not there."""
     if device == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(name)
@@ -83,10 +84,15 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer. Raises CheckpointError when it has none."""
     from transformers import AutoTokenizer
 
+    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES) and not trust_remote_code:
+        raise CheckpointError(f"{folder} holds no tokenizer; --no-evaluate converts without one")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no tokenizer that loads; --no-evaluate converts without one") from error
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{folder}: its tokenizer does not load ({reason}); --no-evaluate does without"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -239,6 +245,4 @@ def evaluate(
     from .checkpoint import resolve
 
     models = {} if against is None else {"against": resolve(str(against))[0]}
-    return compare(
-        models | {"model": resolve(str(folder))[0]}, data=data, tokens=tokens, device=device, seed=seed
-    )
+    return compare(models | {"model": resolve(str(folder))[0]}, data=data, tokens=tokens, device=device, seed=seed)

@@ -137,7 +137,7 @@ def make_plan(
         "partition": {kind: p.groups for kind, p in partitions.items()},
         "sqa_convert": __version__,
     }
-    original = {kind: (dimensions.heads, dimensions.heads) for kind in kinds}
+    original = dict.fromkeys(kinds, (dimensions.heads, dimensions.heads))
     parameters = sum(math.prod(source.index[name].shape) for name in names.values())
     return Plan(
         family=family,
@@ -153,9 +153,7 @@ def make_plan(
     )
 
 
-def _head_counts(
-    heads: int, q_groups: int | None, kv_groups: int | None, variant: str | None
-) -> tuple[int, int]:
+def _head_counts(heads: int, q_groups: int | None, kv_groups: int | None, variant: str | None) -> tuple[int, int]:
     if variant is not None:
         if q_groups is not None or kv_groups is not None:
             raise RecipeError("--variant sets both head counts: leave out --q-groups and --kv-groups")
@@ -208,7 +206,9 @@ def _check_shapes(family: Family, source: Source, names: Mapping[str, str]) -> N
                 f"{source.name}: {names[name]} has shape {list(info.shape)}, config.json calls for {list(shape)}"
             )
         if info.dtype not in FLOATING:
-            raise CheckpointError(f"{source.name}: {names[name]} is {info.dtype}; weights must be {', '.join(FLOATING)}")
+            raise CheckpointError(
+                f"{source.name}: {names[name]} is {info.dtype}; weights must be {', '.join(FLOATING)}"
+            )
     for name, info in source.index.items():
         if info.dtype not in ITEM_SIZE:
             raise CheckpointError(f"{source.name}: {name} is {info.dtype}, which is not supported")
@@ -240,8 +240,8 @@ def _shards(tensors: list[OutputTensor], max_bytes: int) -> dict[str, tuple[Outp
 
     by_name = {tensor.name: tensor for tensor in tensors}
     split = split_state_dict_into_shards_factory(
-        by_name,  # type: ignore[arg-type]  # typed for tensors, but asks them nothing
-        get_storage_size=lambda tensor: tensor.nbytes,  # type: ignore[attr-defined]
+        by_name,
+        get_storage_size=lambda tensor: tensor.nbytes,
         get_storage_id=lambda tensor: None,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_bytes,
@@ -249,9 +249,7 @@ def _shards(tensors: list[OutputTensor], max_bytes: int) -> dict[str, tuple[Outp
     return {file: tuple(by_name[n] for n in members) for file, members in split.filename_to_tensors.items()}
 
 
-def _cost(
-    family: Family, source: Source, counts: Mapping[str, tuple[int, int]], parameters: int, dtype: str
-) -> Cost:
+def _cost(family: Family, source: Source, counts: Mapping[str, tuple[int, int]], parameters: int, dtype: str) -> Cost:
     sizes = family.dimensions(source.config)
     tokens, d, width = sizes.context, sizes.head_dim, sizes.width
     sites = family.sites(source.config)

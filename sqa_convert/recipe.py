@@ -95,7 +95,7 @@ def load_recipe(name: str, **overrides: Any) -> Recipe:
 
 
 def _recipe(content: Mapping[str, Any], where: str) -> Recipe:
-    fields = {field.name: type(field.default) for field in dataclasses.fields(Recipe)}
+    fields = {name: type(value) for name, value in dataclasses.asdict(Recipe()).items()}
     values: dict[str, Any] = {}
     faults = []
     for key, value in content.items():

@@ -21,9 +21,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accele
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
 
 
-def conversion_report(
-    plan: Plan, source: Source, output: Path | None, seconds: float, seed: int
-) -> dict[str, Any]:
+def conversion_report(plan: Plan, source: Source, output: Path | None, seconds: float, seed: int) -> dict[str, Any]:
     """The report of a conversion, before anything is measured; see README.md for its fields."""
     return {
         "schema": SCHEMA,
@@ -138,8 +136,10 @@ def model_card(report: dict[str, Any]) -> str:
     auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
     lines = ["---", data.to_yaml(), "---", "", f"# {Path(report['output'] or source).name}", ""]
     lines += [
-        f"`{source}` with Sparse Query Attention ([arXiv 2510.01817](https://arxiv.org/abs/2510.01817)), converted by "
-        f"sqa-convert {report['sqa_convert']}, method `{report['method']}`.",
+        (
+            f"`{source}` with Sparse Query Attention ([arXiv 2510.01817](https://arxiv.org/abs/2510.01817)), "
+            f"converted by sqa-convert {report['sqa_convert']}, method `{report['method']}`."
+        ),
         "",
         f"![heads]({PICTURE})",
         "",
@@ -164,14 +164,14 @@ def model_card(report: dict[str, Any]) -> str:
         f"from transformers import {auto}, AutoTokenizer",
         "",
         f'model = {auto}.from_pretrained(".", trust_remote_code=True)  # or `import sqa_convert.models` first',
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        'tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)',
         "```",
         "",
     ]
     return "\n".join(lines)
 
 
-def cost_rows(cost: dict[str, Any], context: int) -> list[tuple[str, str, str]]:
+def cost_rows(cost: dict[str, Any], context: int) -> list[tuple[str, ...]]:
     """(label, before, after) of everything that does not need a measurement."""
     before, after = cost["before"], cost["after"]
 
@@ -183,7 +183,7 @@ def cost_rows(cost: dict[str, Any], context: int) -> list[tuple[str, str, str]]:
         ratio = f" ({after[key] / before[key]:.2f}×)" if before[key] else ""
         return f"{before[key] / scale:,.4g} {unit}", f"{after[key] / scale:,.4g} {unit}{ratio}"
 
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("query heads", heads(before, "query_heads"), heads(after, "query_heads")),
         ("key/value heads", heads(before, "key_value_heads"), heads(after, "key_value_heads")),
         ("parameters", *factor("parameters", "M", 1e6)),
@@ -201,7 +201,7 @@ def _by_site(counts: dict[str, int]) -> str:
 
 def quality_rows(quality: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row a model: name, loss, perplexity, KL, agreement."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in ROWS:
         if name in quality:
             row = quality[name]

@@ -24,7 +24,7 @@ from .evaluation import choose_device, compare, load_model, load_tokenizer
 from .recipe import Recipe, load_recipe
 from .report import read_report, write_report
 
-_NO_DROPOUT = {
+_NO_DROPOUT: dict[str, dict[str, Any]] = {
     "sqa_gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "sqa_t5": {"dropout_rate": 0.0},
 }
@@ -73,7 +73,9 @@ def uptrain(
     blocks = _training_blocks(tokenizer, settings, config)
     model = load_model(folder, dtype="float32", **_NO_DROPOUT[config["model_type"]])
     _freeze_key_biases(model)
-    teacher = load_model(origin, dtype="float32", trust_remote_code=trust_remote_code) if settings.loss == "kl" else None
+    teacher = (
+        load_model(origin, dtype="float32", trust_remote_code=trust_remote_code) if settings.loss == "kl" else None
+    )
 
     size = sum(path.stat().st_size for path in folder.iterdir())
     with staged_output(folder, overwrite=True, size=size) as staging:

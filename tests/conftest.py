@@ -11,3 +11,9 @@ import torch
 def seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the suite runs one process a core
+
+
+def pytest_configure():
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()

@@ -64,7 +64,9 @@ def sqa_gpt2(q_heads=6, kv_heads=3, attention="sdpa", **options):
         "num_key_value_heads": kv_heads, "head_dim": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
-    return randomize(SQAGPT2ForCausalLM._from_config(SQAGPT2Config(**settings | options), attn_implementation=attention))
+    return randomize(
+        SQAGPT2ForCausalLM._from_config(SQAGPT2Config(**settings | options), attn_implementation=attention)
+    )
 
 
 def sqa_t5(q_heads=6, kv_heads=3, attention="sdpa", **options):

@@ -56,7 +56,13 @@ def test_identity_conversion_keeps_what_is_generated(name):
     source = SOURCES[name]()
     result = convert_model(source, 12, 12)
     ids, mask = padded(length=9)
-    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     assert torch.equal(result.generate(ids, **options), source.generate(ids, **options))
 
 
@@ -90,7 +96,13 @@ def test_flash_attention_is_offered_for_gpt2_alone():
 def test_dynamic_and_static_cache_equal_no_cache(family, heads):
     model = MAKERS[family](*heads)
     ids, mask = padded(length=9)
-    options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 10,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     without = model.generate(ids, use_cache=False, **options)
     assert torch.equal(model.generate(ids, use_cache=True, **options), without)
     assert torch.equal(model.generate(ids, cache_implementation="static", disable_compile=True, **options), without)
@@ -233,7 +245,7 @@ def test_score_scaling_options_reach_the_scores(option):
 
 @torch.no_grad()
 def test_every_t5_layer_follows_its_own_bias_table():
-    """With q and k zero only the position bias attends; the merged head must follow the mean of its cluster's columns."""
+    """With q and k zero only the position bias attends; a merged head must follow its cluster's mean column."""
     source = t5(heads=4, layers=3)
     for name, parameter in source.named_parameters():
         if name.endswith((".q.weight", ".k.weight")):
@@ -281,7 +293,7 @@ def test_t5_loss_does_not_depend_on_gradient_accumulation(tmp_path):
         )  # fmt: skip
         trainer = Trainer(model=model, args=arguments, train_dataset=rows)
         trainer.train()
-        losses.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e][0])
+        losses.append(next((e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

@@ -23,7 +23,13 @@ def gpt2_config(width, layers, heads):
 
 def t5_config(width, inner, layers, heads, ff, vocabulary=32128, family=T5Config, **options):
     return family(
-        d_model=width, d_kv=inner // heads, num_layers=layers, num_heads=heads, d_ff=ff, vocab_size=vocabulary, **options
+        d_model=width,
+        d_kv=inner // heads,
+        num_layers=layers,
+        num_heads=heads,
+        d_ff=ff,
+        vocab_size=vocabulary,
+        **options,
     )
 
 

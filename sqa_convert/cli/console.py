@@ -8,14 +8,16 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..errors import SQAError
+from ..errors import RecipeError, SQAError
 
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 class Out:
@@ -90,18 +92,25 @@ class Out:
             print(json.dumps(content))
 
 
-def run_app(app: Callable[[], Any]) -> NoReturn:
-    """Runs a command. Its errors become one line on stderr and their documented exit code."""
+def run_app(app: Any, name: str) -> NoReturn:
+    """Runs a typer app as the command `name`. Errors become one line on stderr and their documented exit code."""
+    import signal
+
+    # A terminated run clears its temporary folder as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        app()
-        sys.exit(0)
+        sys.exit(app(prog_name=name, standalone_mode=False) or 0)
     except SQAError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; nothing half-written was kept", INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own errors about flags have it
+            raise
+        _fail(f"{error.format_message()} See {name} --help.", RecipeError.exit_code)
 
 
 def _fail(message: str, code: int) -> NoReturn:

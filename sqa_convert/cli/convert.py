@@ -13,7 +13,12 @@ from .. import __version__
 from ..recipe import load_recipe
 from .console import Out, run_app
 
-app = typer.Typer(add_completion=True, context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode="rich")
+app = typer.Typer(
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
 
 HEADS, SOURCE, OUTPUT, MEASURE, SAY = "Heads", "Source", "Output", "Measure and uptrain", "What is said"
 
@@ -36,7 +41,10 @@ def _list_methods(wanted: bool) -> None:
 @app.command(epilog="Exit codes: 0 done · 1 unexpected · 2 usage, recipe, data or output · 3 source · 130 interrupted.")
 def convert(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A hub id (gpt2, google-t5/t5-small), a folder, sample:gpt2 or sample:t5.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A hub id (gpt2, google-t5/t5-small), a folder, sample:gpt2 or sample:t5."
+        ),
     ],
     q_groups: Annotated[
         int | None,
@@ -44,18 +52,22 @@ def convert(
             "--q-groups",
             metavar="N",
             rich_help_panel=HEADS,
-            help="Query heads to keep. (In the GQA literature 'query groups' counts key/value heads; here it is query heads.)",
+            help="Query heads to keep. (Elsewhere 'query groups' counts key/value heads; here it is query heads.)",
         ),
     ] = None,
     kv_groups: Annotated[
         int | None,
-        typer.Option("--kv-groups", metavar="M", rich_help_panel=HEADS, help="Key/value heads to keep; M must divide N."),
+        typer.Option(
+            "--kv-groups", metavar="M", rich_help_panel=HEADS, help="Key/value heads to keep; M must divide N."
+        ),
     ] = None,
     variant: Annotated[
         str | None,
         typer.Option(rich_help_panel=HEADS, help="Instead of the two numbers: gqa, mqa, sqa, ssqa, xsqa, xsmqa, lsqa."),
     ] = None,
-    method: Annotated[str, typer.Option(rich_help_panel=HEADS, help="How heads are merged, see --list-methods.")] = "mean",
+    method: Annotated[
+        str, typer.Option(rich_help_panel=HEADS, help="How heads are merged, see --list-methods.")
+    ] = "mean",
     sites: Annotated[
         str | None,
         typer.Option(rich_help_panel=HEADS, help="Attentions to convert, as encoder,decoder,cross. Default: all."),
@@ -65,7 +77,9 @@ def convert(
     ] = None,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust-remote-code", rich_help_panel=SOURCE, help="Let code that MODEL brings along run. Default: never."),
+        typer.Option(
+            "--trust-remote-code", rich_help_panel=SOURCE, help="Let code that MODEL brings along run. Default: never."
+        ),
     ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", rich_help_panel=OUTPUT, help="Default: ./NAME-sqa-qNkvM.")
@@ -88,7 +102,9 @@ def convert(
     ] = False,
     uptrain: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", rich_help_panel=MEASURE, help="Then train: a recipe's name (quick) or a YAML file."),
+        typer.Option(
+            metavar="RECIPE", rich_help_panel=MEASURE, help="Then train: a recipe's name (quick) or a YAML file."
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -98,7 +114,10 @@ def convert(
         ),
     ] = None,
     no_evaluate: Annotated[
-        bool, typer.Option("--no-evaluate", rich_help_panel=MEASURE, help="Do not measure loss and KL (models that do not fit).")
+        bool,
+        typer.Option(
+            "--no-evaluate", rich_help_panel=MEASURE, help="Do not measure loss and KL (models that do not fit)."
+        ),
     ] = False,
     device: Annotated[str, typer.Option(rich_help_panel=MEASURE, help="auto, cpu, cuda, mps.")] = "auto",
     seed: Annotated[int, typer.Option(rich_help_panel=MEASURE, help="Of everything random.")] = 0,
@@ -106,16 +125,20 @@ def convert(
         bool, typer.Option("--json", rich_help_panel=SAY, help="One JSON object on stdout, nothing else.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=SAY, help="Only errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", rich_help_panel=SAY, help="Also what the libraries log.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", rich_help_panel=SAY, help="Also what the libraries log.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, rich_help_panel=SAY, help="Show the version.")
     ] = False,
     list_methods: Annotated[
         bool,
-        typer.Option("--list-methods", callback=_list_methods, is_eager=True, rich_help_panel=HEADS, help="Show the methods."),
+        typer.Option(
+            "--list-methods", callback=_list_methods, is_eager=True, rich_help_panel=HEADS, help="Show the methods."
+        ),
     ] = False,
 ) -> None:
-    """Convert a pretrained GPT-2 or T5 model to [bold]Sparse Query Attention[/bold]: fewer query heads, fewer key/value heads.
+    """Convert a pretrained GPT-2 or T5 model to [bold]Sparse Query Attention[/bold]: fewer query and key/value heads.
 
     [bold]sqa-convert gpt2 --q-groups 8 --kv-groups 4[/bold]   12 heads need not divide by 8.
 
@@ -203,7 +226,10 @@ def _show_plan(out: Out, plan: Any, report: dict[str, Any]) -> None:
     from ..report import cost_rows
 
     shards = {
-        file: [{"name": t.name, "shape": t.shape, "dtype": t.dtype, "from": getattr(t.origin, "prefix", t.origin)} for t in ts]
+        file: [
+            {"name": t.name, "shape": t.shape, "dtype": t.dtype, "from": getattr(t.origin, "prefix", t.origin)}
+            for t in ts
+        ]
         for file, ts in plan.shards.items()
     }
     out.json(report | {"shards": shards})
@@ -229,7 +255,9 @@ def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> No
     quality = report.get("quality")
     if quality:
         title = f"{quality['tokens']:,} tokens of {quality['data']}"
-        out.table(title, ["", "loss (nats/token)", "perplexity", "KL to source", "top-1 agreement"], quality_rows(quality))
+        out.table(
+            title, ["", "loss (nats/token)", "perplexity", "KL to source", "top-1 agreement"], quality_rows(quality)
+        )
         shares = {key: recovered(quality, key) for key in ("loss", "kl")}
         if uptrained and all(share is not None for share in shares.values()):
             out.result(f"uptraining took back {shares['loss']:.0%} of the loss and {shares['kl']:.0%} of the KL")
@@ -244,4 +272,4 @@ def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> No
 
 def main() -> None:
     """Entry point of `sqa-convert`."""
-    run_app(lambda: app(prog_name="sqa-convert", standalone_mode=True))
+    run_app(app, "sqa-convert")

@@ -62,6 +62,8 @@ class Family(ABC):
     """in `models/`, shipped with every result"""
     auto_map: ClassVar[Mapping[str, str]]
     """Auto class -> "file.Class" """
+    tokenizer_class: ClassVar[str]
+    """of sources that do not name theirs"""
     architectures: ClassVar[Mapping[str, str]]
     """class of the source -> our class; the first is assumed where a config names none"""
 

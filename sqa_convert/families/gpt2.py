@@ -21,6 +21,7 @@ class GPT2(Family):
     model_types = ("gpt2",)
     site_kinds = ("decoder",)
     model_files = ("configuration_sqa_gpt2.py", "modeling_sqa_gpt2.py")
+    tokenizer_class = "GPT2Tokenizer"
     auto_map = {
         "AutoConfig": "configuration_sqa_gpt2.SQAGPT2Config",
         "AutoModel": "modeling_sqa_gpt2.SQAGPT2Model",

@@ -21,6 +21,7 @@ class T5(Family):
     model_types = ("t5", "mt5")
     site_kinds = ("encoder", "decoder", "cross")
     model_files = ("configuration_sqa_t5.py", "modeling_sqa_t5.py")
+    tokenizer_class = "T5Tokenizer"
     auto_map = {
         "AutoConfig": "configuration_sqa_t5.SQAT5Config",
         "AutoModel": "modeling_sqa_t5.SQAT5Model",
@@ -65,9 +66,9 @@ class T5(Family):
         width, ff = config["d_model"], config["d_ff"]
         inner = config["num_heads"] * config["d_kv"]
         gated = str(config.get("feed_forward_proj", self._default_ff(config))).startswith("gated")
-        attention: dict[str, Shape] = {n: (inner, width) for n in ("q.weight", "k.weight", "v.weight")}
+        attention: dict[str, Shape] = dict.fromkeys(("q.weight", "k.weight", "v.weight"), (inner, width))
         attention["o.weight"] = (width, inner)
-        feed_forward: dict[str, Shape] = {n: (ff, width) for n in (("wi_0", "wi_1") if gated else ("wi",))}
+        feed_forward: dict[str, Shape] = dict.fromkeys(("wi_0", "wi_1") if gated else ("wi",), (ff, width))
         feed_forward["wo"] = (width, ff)
 
         shapes: dict[str, Shape] = {"shared.weight": (config["vocab_size"], width)}
@@ -140,10 +141,14 @@ class T5(Family):
         is_mt5 = config.get("model_type") == "mt5"
         # T5 saves this under another name: only v1.1 and Flan say that the embeddings are not tied.
         tied = config.get("tie_word_embeddings") is not False
-        return {"decoder_start_token_id": 0} | self.common_config(config, "sqa_t5") | {
-            "num_heads": heads[main][0],
-            "num_key_value_heads": heads[main][1],
-            "site_heads": others or None,
-            "feed_forward_proj": config.get("feed_forward_proj", self._default_ff(config)),
-            "scale_decoder_outputs": config.get("scale_decoder_outputs", tied and not is_mt5),
-        }
+        return (
+            {"decoder_start_token_id": 0}
+            | self.common_config(config, "sqa_t5")
+            | {
+                "num_heads": heads[main][0],
+                "num_key_value_heads": heads[main][1],
+                "site_heads": others or None,
+                "feed_forward_proj": config.get("feed_forward_proj", self._default_ff(config)),
+                "scale_decoder_outputs": config.get("scale_decoder_outputs", tied and not is_mt5),
+            }
+        )

@@ -16,7 +16,7 @@ VARIANTS: dict[str, tuple[float, float]] = {
     "xsmqa": (0.25, 0.0),
     "lsqa": (0.75, 0.25),
 }
-"""Query and key/value heads as fractions of the source's; 0 stands for one head. Source: arXiv 2510.01817, section 3."""
+"""Query and key/value heads as fractions of the source's, 0 for one head. Source: arXiv 2510.01817, section 3."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,12 @@ def _spread(members: tuple[int, ...], parts: int) -> Iterable[tuple[int, ...]]:
 def check_head_counts(heads: int, q_groups: int, kv_groups: int) -> None:
     """Raises RecipeError, naming the nearest allowed values, unless 1 <= kv | q <= heads."""
     if not 1 <= q_groups <= heads:
-        raise RecipeError(f"--q-groups {q_groups}: the source has {heads} heads, so 1 to {heads} query heads can be kept")
+        raise RecipeError(
+            f"--q-groups {q_groups}: the source has {heads} heads, so 1 to {heads} query heads can be kept"
+        )
     if not 1 <= kv_groups <= q_groups or q_groups % kv_groups:
         divisors = [n for n in range(1, q_groups + 1) if q_groups % n == 0]
-        multiples = [n for n in range(kv_groups, heads + 1, kv_groups)] if kv_groups >= 1 else []
+        multiples = list(range(kv_groups, heads + 1, kv_groups)) if kv_groups >= 1 else []
         other = _nearest(multiples, q_groups)
         raise RecipeError(
             f"--kv-groups {kv_groups} must divide --q-groups {q_groups}: "

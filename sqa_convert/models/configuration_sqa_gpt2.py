@@ -36,7 +36,8 @@ class SQAGPT2Config(GPT2Config):
         """Part of `@strict`-powered validation."""
         if self.num_key_value_heads < 1 or self.n_head < 1 or self.n_head % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads={self.n_head} must be a multiple of num_key_value_heads={self.num_key_value_heads}"
+                f"num_attention_heads={self.n_head} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
             )
         if self.add_cross_attention:
             raise ValueError("add_cross_attention is not supported")

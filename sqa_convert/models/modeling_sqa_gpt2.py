@@ -95,7 +95,9 @@ class SQAGPT2PreTrainedModel(GPT2PreTrainedModel):
     _no_split_modules = ["SQAGPT2Block"]
     _supports_flex_attn = True
     _can_record_outputs = {"hidden_states": SQAGPT2Block, "attentions": OutputRecorder(SQAGPT2Attention, index=1)}
-    _keys_to_ignore_on_load_unexpected = None  # serving engines would read "attn.bias" as a pattern and drop real biases
+    _keys_to_ignore_on_load_unexpected = (
+        None  # serving engines would read "attn.bias" as a pattern and drop real biases
+    )
 
 
 class SQAGPT2Model(SQAGPT2PreTrainedModel, GPT2Model):

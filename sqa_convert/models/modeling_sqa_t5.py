@@ -2,7 +2,7 @@
 
 B batch, T query positions, S key positions, Hq query heads, Hkv key/value heads, d head size (`d_kv`), D `d_model`.
 Query head i reads key/value head i // (Hq / Hkv). Every self-attention layer has a relative position bias table of its
-own, since each may have grouped the source's heads in its own way; the bucket of each distance is computed once a stack.
+own, since each may have grouped the source's heads in its own way; the bucket of each distance is found once a stack.
 """
 
 import copy
@@ -188,7 +188,7 @@ class SQAT5Model(SQAT5PreTrainedModel, T5Model):
 
 
 class SQAT5EncoderModel(SQAT5PreTrainedModel, T5EncoderModel):
-    _keys_to_ignore_on_load_unexpected = [r"decoder", r"lm_head"]
+    _keys_to_ignore_on_load_unexpected = [r"decoder", r"lm_head"]  # type: ignore[assignment]
 
     def __init__(self, config):
         T5PreTrainedModel.__init__(self, config)

@@ -1,0 +1,398 @@
+"""The command as a user meets it: results, bad input, interruption, loading without the package."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import gpt2, t5
+from safetensors.torch import load_file, save_file
+
+from sqa_convert import conversion
+from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.cli.convert import main
+
+COMMAND = [sys.executable, "-m", "sqa_convert"]
+HEADS = ["--q-groups", "8", "--kv-groups", "4"]
+QUIET = ["--no-evaluate"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs the command inside an empty folder; returns exit code, stdout, stderr."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sqa-convert", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        output = capsys.readouterr()
+        return stop.value.code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path):
+    gpt2().save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_converts_the_sample_and_says_what_it_did(run, name):
+    code, out, err = run(f"sample:{name}", *HEADS)
+    assert code == 0, err
+    for words in ("query heads", "key/value heads", "KV cache per token", "stdlib, held-out part", "next: sqa-convert"):
+        assert words in out
+    report = json.loads(open(f"{name}-sqa-q8kv4/report.json").read())
+    quality = report["quality"]
+    assert quality["source"]["kl"] is None
+    assert quality["converted"]["kl"] > 0
+    assert 0 < quality["converted"]["top1"] < 1
+    assert quality["converted"]["loss"] > quality["source"]["loss"]
+    assert f"{quality['converted']['loss']:.4f}" in out
+    assert (
+        report["cost"]["after"]["kv_cache_bytes_per_token"] * 3 == report["cost"]["before"]["kv_cache_bytes_per_token"]
+    )
+
+
+def test_json_is_exactly_one_object_on_stdout(run, source):
+    code, out, err = run(source, *HEADS, *QUIET, "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["schema"] == 1
+    assert report["cost"]["after"]["query_heads"] == {"decoder": 8}
+
+
+def test_quiet_says_nothing(run, source):
+    assert run(source, *HEADS, *QUIET, "--quiet") == (0, "", "")
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(run, source):
+    code, out, _ = run(source, "--variant", "sqa", "--dry-run", "--json")
+    plan = json.loads(out)
+    names = [t["name"] for tensors in plan["shards"].values() for t in tensors]
+    assert code == 0
+    assert "transformer.h.1.attn.o_proj.weight" in names
+    assert os.listdir() == []
+
+
+def test_overwrite_replaces_the_whole_folder(run, source):
+    assert run(source, *HEADS, *QUIET, "-o", "out")[0] == 0
+    open("out/stray.txt", "w").close()
+    assert run(source, "--variant", "xsqa", *QUIET, "-o", "out", "--overwrite")[0] == 0
+    assert not os.path.exists("out/stray.txt")
+    assert json.loads(open("out/config.json").read())["n_head"] == 3
+    assert os.listdir() == ["out"]
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+def pickled(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    with open(folder / "pytorch_model.bin", "wb") as file:
+        pickle.dump(weights | {"x": Payload()}, file)
+
+
+def set_value(name, value):
+    def change(weights):
+        weights[name].view(-1)[3] = value
+
+    return change
+
+
+ATTENTION, OUTSIDE = "transformer.h.1.attn.c_attn.weight", "transformer.h.0.mlp.c_fc.weight"
+BAD_SOURCES = {
+    "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), "damaged or truncated"),
+    "no header": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), "damaged or truncated"),
+    "missing tensor": (lambda f: edit_weights(f, lambda w: w.pop(ATTENTION)), f"{ATTENTION} is missing"),
+    "wrong shape": (lambda f: edit_weights(f, lambda w: w.update({ATTENTION: torch.ones(2, 2)})), "has shape"),
+    "integer weights": (lambda f: edit_weights(f, lambda w: w.update({ATTENTION: w[ATTENTION].int()})), "is I32"),
+    "NaN in attention": (lambda f: edit_weights(f, set_value(ATTENTION, float("nan"))), "NaN or infinite"),
+    "Inf outside attention": (lambda f: edit_weights(f, set_value(OUTSIDE, float("-inf"))), "NaN or infinite"),
+    "config disagrees": (lambda f: edit_config(f, n_embd=96), "config.json calls for"),
+    "more layers": (lambda f: edit_config(f, n_layer=3), "is missing"),
+    "other architecture": (lambda f: edit_config(f, model_type="bert"), "supported: gpt2, mt5, t5"),
+    "cross-attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+    "pickle with code": (pickled, "refused"),
+    "index outside the folder": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}'),
+        "outside the folder",
+    ),
+    "index without its file": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        "b.safetensors is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_SOURCES)
+def test_bad_sources_get_one_line_and_exit_code_3(run, source, fault):
+    damage, says = BAD_SOURCES[fault]
+    damage(source)
+    code, out, err = run(source, *HEADS, *QUIET)
+    assert (code, out) == (3, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert says in err
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["nowhere", *HEADS], 3, "nowhere"),
+        (["./nowhere", *HEADS], 3, "no such folder"),
+        (["openai-community/gpt2", *HEADS], 3, "offline"),
+        (["openai-community/gpt2", *HEADS, "--revision", "v9"], 3, "offline"),
+        (["no/hub/id", *HEADS], 3, "no such folder"),
+        (["bad id!", *HEADS], 3, "neither a folder here nor a hub id"),
+        (["sample:bert", *HEADS], 3, "sample:gpt2, sample:t5"),
+        (["FILE", *HEADS], 3, "is a file"),
+        (["SOURCE", "--q-groups", "9", "--kv-groups", "4"], 2, "--kv-groups 4 must divide --q-groups 9"),
+        (["SOURCE", "--q-groups", "13", "--kv-groups", "1"], 2, "1 to 12"),
+        (["SOURCE", "--q-groups", "0", "--kv-groups", "1"], 2, "--q-groups 0"),
+        (["SOURCE", "--q-groups", "-8", "--kv-groups", "4"], 2, "--q-groups -8"),
+        (["SOURCE", "--q-groups", "8", "--kv-groups", "0"], 2, "--kv-groups 0"),
+        (["SOURCE", "--q-groups", "eight", "--kv-groups", "4"], 2, "--q-groups"),
+        (["SOURCE"], 2, "--variant"),
+        (["SOURCE", "--q-groups", "8"], 2, "--kv-groups"),
+        (["SOURCE", *HEADS, "--variant", "sqa"], 2, "leave out"),
+        (["SOURCE", "--variant", "rsqa"], 2, "gqa, mqa, sqa"),
+        (["SOURCE", *HEADS, "--method", "median"], 2, "mean, first, select"),
+        (["SOURCE", *HEADS, "--sites", "encoder"], 2, "this model has decoder"),
+        (["SOURCE", *HEADS, "--dtype", "int8"], 2, "float32, bfloat16, float16"),
+        (["SOURCE", *HEADS, "--max-shard-size", "huge"], 2, "300MB"),
+        (["SOURCE", *HEADS, "--device", "tpu"], 2, "--device tpu"),
+        (["SOURCE", *HEADS, "--data", "FILE"], 2, "--data"),
+        (["SOURCE", *HEADS, "--data", "no/such/data"], 2, "--data no/such/data"),
+        (["SOURCE", *HEADS, "--uptrain", "quikc"], 2, "quick"),
+        (["SOURCE", *HEADS, "--no-such-flag"], 2, "--no-such-flag"),
+        (["SOURCE", *HEADS, "-o", "FILE"], 2, "is a file"),
+        (["SOURCE", *HEADS, "-o", "FILE/below"], 2, "cannot be written"),
+        (["SOURCE", *HEADS, "-o", "SOURCE", "--overwrite"], 2, "where the source lies"),
+        ([], 2, "MODEL"),
+    ],
+)
+def test_bad_arguments_get_one_line_and_their_exit_code(run, source, tmp_path, arguments, code, says):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    replaced = [a.replace("SOURCE", str(source)).replace("FILE", str(empty)) for a in arguments]
+    before = sorted(p.name for p in source.iterdir())
+    found, out, err = run(*replaced)
+    assert (found, out) == (code, ""), err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert says in err
+    assert os.listdir() == []
+    assert sorted(p.name for p in source.iterdir()) == before
+
+
+def test_existing_output_is_left_alone(run, source):
+    os.mkdir("out")
+    open("out/precious.txt", "w").close()
+    code, _, err = run(source, *HEADS, *QUIET, "-o", "out")
+    assert code == 2
+    assert "--overwrite" in err
+    assert os.listdir("out") == ["precious.txt"]
+
+
+def test_missing_tokenizer_is_named_with_the_way_out(run, source):
+    code, _, err = run(source, *HEADS)
+    assert code == 3
+    assert "--no-evaluate" in err
+    assert os.listdir() == []
+
+
+def limit_files():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_full_disk_leaves_nothing(source, tmp_path):
+    result = subprocess.run(
+        [*COMMAND, source, *HEADS, *QUIET], cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit_files
+    )
+    assert result.returncode == 2, result.stderr
+    assert "disk is full" in result.stderr and result.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_full_disk_while_replacing_keeps_the_old_output(run, source, monkeypatch):
+    assert run(source, *HEADS, *QUIET, "-o", "out")[0] == 0
+    before = open("out/config.json").read()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(conversion, "write_shard", full)
+    code, _, err = run(source, "--variant", "xsqa", *QUIET, "-o", "out", "--overwrite")
+    assert code == 2 and "disk is full" in err
+    assert open("out/config.json").read() == before
+    assert os.listdir() == ["out"]
+
+
+def test_too_small_a_disk_is_refused_before_starting(run, source, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(".")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    code, _, err = run(source, *HEADS, *QUIET)
+    assert code == 2 and "GB free" in err
+    assert os.listdir() == []
+
+
+def test_a_written_tensor_that_differs_is_noticed(run, source, monkeypatch):
+    write = conversion.write_shard
+
+    def flip(path, tensors):
+        write(path, {name: tensor + (name == OUTSIDE) for name, tensor in tensors.items()})
+
+    monkeypatch.setattr(conversion, "write_shard", flip)
+    code, _, err = run(source, *HEADS, *QUIET)
+    assert code == 3 and f"{OUTSIDE} was not written as computed" in err
+    assert os.listdir() == []
+    assert run(source, *HEADS, *QUIET, "--no-verify")[0] == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_leaves_nothing(source, tmp_path, number, code):
+    """The signal comes while the first shard lies there half done."""
+    script = (
+        "import time, sqa_convert.conversion as c, sqa_convert.cli.convert as cli\n"
+        "write = c.write_shard\n"
+        "def slow(*a):\n    write(*a)\n    print('written', flush=True)\n    time.sleep(60)\n"
+        "c.write_shard = slow\ncli.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, source, *HEADS, *QUIET],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "written\n"
+    assert len(os.listdir(tmp_path)) == 2  # the source and the temporary folder
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert err in ("", "error: interrupted; nothing half-written was kept\n")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+LOAD = """
+import sys
+sys.modules["sqa_convert"] = None  # as where it is not installed
+from transformers import {auto}, AutoModel, AutoTokenizer
+folder = sys.argv[1]
+model = {auto}.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "{base}"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+ids = tokenizer("def add(a, b):", return_tensors="pt").input_ids
+print(model.generate(ids, max_new_tokens=8, do_sample=False).tolist())
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "base"),
+    [("gpt2", "AutoModelForCausalLM", "SQAGPT2Model"), ("t5", "AutoModelForSeq2SeqLM", "SQAT5Model")],
+)
+def test_another_process_loads_and_generates_without_the_package(run, tmp_path, name, auto, base):
+    assert run(f"sample:{name}", *HEADS, *QUIET, "-o", "out")[0] == 0
+    script = LOAD.format(auto=auto, base=base)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run(
+        [sys.executable, "-c", script, "out"], env=environment, capture_output=True, text=True, cwd=os.getcwd()
+    )
+    assert result.returncode == 0, result.stderr
+    from sqa_convert.evaluation import load_model, load_tokenizer
+
+    ids = load_tokenizer("out")("def add(a, b):", return_tensors="pt").input_ids
+    expected = load_model("out").generate(ids, max_new_tokens=8, do_sample=False).tolist()
+    assert json.loads(result.stdout) == expected
+
+
+def test_a_tokenizer_whose_class_only_the_model_type_told_still_loads(run, source, tmp_path):
+    """The hub's gpt2: tokenizer_config.json names no class, and sqa_gpt2 is not known to transformers."""
+    (source / "tokenizer.json").write_bytes((SAMPLES / "gpt2" / "tokenizer.json").read_bytes())
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 64}')
+    assert run(source, *HEADS, *QUIET, "-o", "out")[0] == 0
+    script = (
+        "import sys; sys.modules['sqa_convert'] = None\nfrom transformers import AutoTokenizer\n"
+        "t = AutoTokenizer.from_pretrained('out', trust_remote_code=True)\n"
+        "ids = t('def add(a, b):').input_ids\nassert 0 < len(ids) < 14 and t.decode(ids) == 'def add(a, b):', ids\n"
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_text_generation_pipeline(run):
+    from transformers import pipeline
+
+    import sqa_convert.models  # noqa: F401 - registers the architectures
+
+    assert run("sample:gpt2", *HEADS, *QUIET, "-o", "out")[0] == 0
+    text = pipeline("text-generation", model="out")("import os", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert text.startswith("import os") and len(text) > len("import os")
+
+
+def test_code_in_the_source_folder_never_runs(run, source):
+    (source / "evil.py").write_text("open('executed', 'w').close()\nclass C: pass\n")
+    edit_config(source, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"})
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (source / file).write_bytes((SAMPLES / "gpt2" / file).read_bytes())
+    run(source, *HEADS)
+    assert not os.path.exists("executed")
+
+
+def test_cached_hub_model_converts_offline(run, tmp_path, monkeypatch):
+    """A hub cache as huggingface_hub lays it out."""
+    commit = "a" * 40
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    t5().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    code, out, err = run("someone/tiny", *HEADS, *QUIET, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["source"] == {
+        "name": "someone/tiny",
+        "revision": commit,
+        "architecture": "T5ForConditionalGeneration",
+    }
+    assert os.listdir() == ["tiny-sqa-q8kv4"]
+
+
+def test_same_input_gives_the_same_bytes(run, source):
+    for name in ("one", "two"):
+        assert run(source, *HEADS, *QUIET, "-o", name)[0] == 0
+        time.sleep(0.01)
+    weights = [open(f"{name}/model.safetensors", "rb").read() for name in ("one", "two")]
+    assert weights[0] == weights[1]

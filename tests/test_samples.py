@@ -1,0 +1,52 @@
+"""The two checkpoints in the package. Methods are judged on them, so they never change."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import logits
+
+from sqa_convert import convert, evaluate
+from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.evaluation import load_model
+
+SHA256 = {
+    "gpt2": "FROZEN_GPT2",
+    "t5": "FROZEN_T5",
+}
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("name", SHA256)
+def test_weights_are_frozen(name):
+    assert hashlib.sha256((SAMPLES / name / "model.safetensors").read_bytes()).hexdigest() == SHA256[name]
+
+
+@pytest.mark.parametrize("name", SHA256)
+def test_samples_are_small_twelve_headed_and_trained(name):
+    model = load_model(SAMPLES / name)
+    assert model.config.num_attention_heads == 12
+    assert model.num_parameters() <= 2_400_000
+    assert (SAMPLES / name / "model.safetensors").stat().st_size <= 10e6
+    # The baselines were counted on the corpus the sample was trained with; another interpreter's differs a little.
+    recorded = json.loads((RESULTS / f"sample-{name}.json").read_text())
+    measured = evaluate(SAMPLES / name)["model"]["loss"]
+    assert measured == pytest.approx(recorded["held_out_loss"], abs=0.25)
+    assert measured < recorded["baselines"]["bigram"] < recorded["baselines"]["unigram"]
+
+
+@pytest.mark.parametrize("name", SHA256)
+def test_identity_conversion_keeps_the_samples_logits(name):
+    source = load_model(SAMPLES / name)
+    result = convert(f"sample:{name}", 12, 12).model
+    ids = torch.randint(5, 2048, (3, 40))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    mask[2, 30:] = 0
+    expected, found = logits(source, ids, mask), logits(result, ids, mask)
+    if name == "t5":
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
