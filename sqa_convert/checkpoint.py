@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, OutputError, SQAError
+from .errors import CheckpointError, OutputError, RecipeError, SQAError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,6 +114,10 @@ def resolve(name: str, revision: str | None = None) -> tuple[Path, str | None]:
         return folder, None
     path = Path(name).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise RecipeError(
+                f"--revision {revision}: {name} is a folder here, and only models on the hub have revisions"
+            )
         return path, None
     if path.exists():
         raise CheckpointError(f"{name} is a file; give the folder that holds it")
@@ -220,9 +224,11 @@ class _PickleSource(Source):
         self.folder, self.index = folder, {}
         self._loaded: tuple[str, Mapping[str, Tensor]] = ("", {})
         for file in files:
-            for key, tensor in self._load(file).items():
+            tensors = self._load(file)
+            for key, tensor in tensors.items():
                 if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or tensor.dtype not in names:
                     raise CheckpointError(f"{folder / file}: {key!r} is no tensor of a known dtype")
+            for key, tensor in without_ties(tensors).items():
                 self.index[key] = TensorInfo(tuple(tensor.shape), names[tensor.dtype], file)
 
     def _load(self, file: str) -> Mapping[str, Tensor]:
@@ -262,18 +268,21 @@ class ModelSource(Source):
         names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
         self.name = model.config.name_or_path or type(model).__name__
         self.config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-        self._tensors: dict[str, Tensor] = {}
-        seen = set()
-        for name, tensor in model.state_dict().items():
-            if tensor.data_ptr() not in seen:  # tied weights are written once
-                seen.add(tensor.data_ptr())
-                self._tensors[name] = tensor
+        self._tensors = without_ties(model.state_dict())
         self.index = {
             n: TensorInfo(tuple(t.shape), names.get(t.dtype, "U8"), "memory") for n, t in self._tensors.items()
         }
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu().clone()
+
+
+def without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of tensors that are one and the same in memory only the first: tied weights are stored once."""
+    kept: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name, tensor in tensors.items():
+        kept.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
+    return {name: tensors[name] for name in kept.values()}
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -44,10 +44,11 @@ class Conversion:
     def model(self) -> PreTrainedModel:
         """The converted model; loaded from `output` when first asked for."""
         if self._model is None:
-            from .evaluation import load_model
+            from . import models
 
             assert self.output is not None
-            self._model = load_model(self.output)
+            model_class = getattr(models, self.report["architecture"])
+            self._model = model_class.from_pretrained(self.output, dtype="auto").eval()
         return self._model
 
 
@@ -87,7 +88,8 @@ def convert(
         max_shard_size: such as "300MB"; about what the conversion needs in memory.
         overwrite: replace an existing `output`.
         verify: read every written tensor again, and check names and shapes against the model class.
-        evaluate: measure source and result on held-out text, one after the other. Needs `output`.
+        evaluate: measure source and result on held-out text, one after the other, where the model has a language model
+            head. Needs `output`.
         data: that text; by default the built-in corpus. See `sqa_convert.data.documents`.
         device: to evaluate on: "auto", "cpu", "cuda", "mps".
         seed: of everything random.
@@ -125,10 +127,11 @@ def convert(
     with staged_output(output, overwrite, plan.nbytes) as folder:
         write_model(plan, opened, folder, verify, progress)
         report = conversion_report(plan, opened, output, time.perf_counter() - start, seed)
-        if evaluate:
+        if evaluate and plan.family.has_language_model_head(opened.config):
             from .evaluation import compare
 
             assert opened.folder is not None
+            start = time.perf_counter()
             report["quality"] = compare(
                 {"source": opened.folder, "converted": folder},
                 data=data,
@@ -137,6 +140,7 @@ def convert(
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
+            report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(folder, report)
     return Conversion(report, output)
 

@@ -137,6 +137,7 @@ def make_plan(
         "partition": {kind: p.groups for kind, p in partitions.items()},
         "sqa_convert": __version__,
     }
+    stored = source.index[names[family.consumed(all_sites[0])[0]]].dtype
     original = dict.fromkeys(kinds, (dimensions.heads, dimensions.heads))
     parameters = sum(math.prod(source.index[name].shape) for name in names.values())
     return Plan(
@@ -148,8 +149,8 @@ def make_plan(
         shards=_shards(tensors, shard_bytes),
         config=config,
         source_names=names,
-        before=_cost(family, source, original, parameters, "auto"),
-        after=_cost(family, source, counts, sum(math.prod(t.shape) for t in tensors), dtype),
+        before=_cost(family, source, original, parameters, stored),
+        after=_cost(family, source, counts, sum(math.prod(t.shape) for t in tensors), DTYPES.get(dtype, stored)),
     )
 
 
@@ -253,9 +254,7 @@ def _cost(family: Family, source: Source, counts: Mapping[str, tuple[int, int]],
     sizes = family.dimensions(source.config)
     tokens, d, width = sizes.context, sizes.head_dim, sizes.width
     sites = family.sites(source.config)
-    stored = DTYPES.get(dtype) or next(iter(source.index.values())).dtype
-    item = ITEM_SIZE.get(stored, 4)
-    cache = sum(2 * counts[s.kind][1] * d * item for s in sites if s.kind != "encoder")
+    cache = sum(2 * counts[s.kind][1] * d * ITEM_SIZE[dtype] for s in sites if s.kind != "encoder")
     scores = sum(4 * tokens * tokens * counts[s.kind][0] * d for s in sites)
     projections = sum(4 * tokens * width * d * sum(counts[s.kind]) for s in sites)
     return Cost(

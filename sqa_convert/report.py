@@ -124,12 +124,12 @@ def model_card(report: dict[str, Any]) -> str:
     """README.md of the result."""
     from huggingface_hub import ModelCardData
 
-    source, cost, quality = report["source"]["name"], report["cost"], report.get("quality")
+    source, quality = report["source"]["name"], report.get("quality")
     encoder_decoder = report["architecture"].startswith("SQAT5")
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=None if encoder_decoder else "text-generation",
-        base_model=None if source.startswith(("sample:", "/", ".")) else source,
+        base_model=source if report["source"]["revision"] else None,  # only models on the hub have one
         base_model_relation="finetune",
         tags=["sqa", "sparse-query-attention"],
     )
@@ -143,20 +143,13 @@ def model_card(report: dict[str, Any]) -> str:
         "",
         f"![heads]({PICTURE})",
         "",
-        "| | before | after |",
-        "|---|---|---|",
-        *(f"| {label} | {before} | {after} |" for label, before, after in cost_rows(cost, report["context_tokens"])),
+        *_markdown_table(*summary(report)),
         "",
     ]
     if quality:
         lines += [
-            f"Measured on {quality['tokens']:,} tokens ({quality['data']}):",
-            "",
-            "| | loss (nats/token) | perplexity | KL to source | top-1 agreement |",
-            "|---|---|---|---|---|",
-            *("| " + " | ".join(row) + " |" for row in quality_rows(quality)),
-            "",
-            "Where the loss stands above the source's, the model is that much worse; uptraining recovers it.",
+            f"Measured on {quality['tokens']:,} tokens of {quality['data']}. "
+            + "Where the loss stands above the source's, the model is that much worse.",
             "",
         ]
     lines += [
@@ -171,41 +164,48 @@ def model_card(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def cost_rows(cost: dict[str, Any], context: int) -> list[tuple[str, ...]]:
-    """(label, before, after) of everything that does not need a measurement."""
-    before, after = cost["before"], cost["after"]
+def _markdown_table(columns: list[str], rows: list[tuple[str, ...]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
 
-    def heads(side: dict[str, Any], key: str) -> str:
-        counts = side[key]
-        return str(next(iter(counts.values()))) if len(set(counts.values())) == 1 else _by_site(counts)
 
-    def factor(key: str, unit: str, scale: float) -> tuple[str, str]:
+def summary(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The one table of a report: a column a model, a row a quantity. Returns column heads and rows."""
+    quality = report.get("quality", {})
+    names = [name for name in ROWS if name in quality] or list(ROWS[:2])
+    before, after = report["cost"]["before"], report["cost"]["after"]
+    sides = [before, *[after] * (len(names) - 1)]
+    context = report["context_tokens"]
+
+    def heads(key: str) -> list[str]:
+        return [_one_or_by_site(side[key]) for side in sides]
+
+    def amount(key: str, unit: str, scale: float) -> list[str]:
+        cells = [f"{before[key] / scale:,.4g} {unit}"]
         ratio = f" ({after[key] / before[key]:.2f}×)" if before[key] else ""
-        return f"{before[key] / scale:,.4g} {unit}", f"{after[key] / scale:,.4g} {unit}{ratio}"
+        return cells + [f"{side[key] / scale:,.4g} {unit}{ratio}" for side in sides[1:]]
+
+    def measured(key: str, style: str) -> list[str]:
+        return ["" if quality[name][key] is None else format(quality[name][key], style) for name in names]
 
     rows: list[tuple[str, ...]] = [
-        ("query heads", heads(before, "query_heads"), heads(after, "query_heads")),
-        ("key/value heads", heads(before, "key_value_heads"), heads(after, "key_value_heads")),
-        ("parameters", *factor("parameters", "M", 1e6)),
+        ("query heads", *heads("query_heads")),
+        ("key/value heads", *heads("key_value_heads")),
+        ("parameters", *amount("parameters", "M", 1e6)),
+        ("KV cache per token", *amount("kv_cache_bytes_per_token", "kB", 1e3)),
+        (f"attention at {context:,} tokens", *amount("attention_flops", "GFLOP", 1e9)),
+        ("  of which the T² products", *amount("score_flops", "GFLOP", 1e9)),
     ]
-    if before["kv_cache_bytes_per_token"]:
-        rows.append(("KV cache per token", *factor("kv_cache_bytes_per_token", "kB", 1e3)))
-    rows.append((f"attention at {context:,} tokens", *factor("attention_flops", "GFLOP", 1e9)))
-    rows.append(("  of which the T² products", *factor("score_flops", "GFLOP", 1e9)))
-    return rows
+    if quality:
+        rows += [
+            ("loss, nats/token", *measured("loss", ".4f")),
+            ("perplexity", *measured("perplexity", ",.2f")),
+            ("KL to source, nats/token", *measured("kl", ".4f")),
+            ("top-1 agreement", *measured("top1", ".1%")),
+        ]
+    return ["", *names], rows
 
 
-def _by_site(counts: dict[str, int]) -> str:
+def _one_or_by_site(counts: dict[str, int]) -> str:
+    if len(set(counts.values())) == 1:
+        return str(next(iter(counts.values())))
     return ", ".join(f"{kind} {count}" for kind, count in counts.items())
-
-
-def quality_rows(quality: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row a model: name, loss, perplexity, KL, agreement."""
-    rows: list[tuple[str, ...]] = []
-    for name in ROWS:
-        if name in quality:
-            row = quality[name]
-            kl = "" if row["kl"] is None else f"{row['kl']:.4f}"
-            top1 = "" if row["top1"] is None else f"{row['top1']:.1%}"
-            rows.append((name, f"{row['loss']:.4f}", f"{row['perplexity']:,.2f}", kl, top1))
-    return rows

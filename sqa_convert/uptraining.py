@@ -128,7 +128,7 @@ def _freeze_key_biases(model: torch.nn.Module) -> None:
 
 
 def _arguments(settings: Recipe, scratch: str, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=scratch,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -147,6 +147,9 @@ def _arguments(settings: Recipe, scratch: str, device: torch.device) -> Training
         disable_tqdm=True,
         seed=settings.seed,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs in one process would each get a whole batch
+    return arguments
 
 
 class _Report(TrainerCallback):

@@ -6,6 +6,7 @@ from transformers import (
     GPT2LMHeadModel,
     MT5Config,
     MT5ForConditionalGeneration,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -76,6 +77,13 @@ def sqa_t5(q_heads=6, kv_heads=3, attention="sdpa", **options):
     }  # fmt: skip
     config = SQAT5Config(**settings | options)
     return randomize(SQAT5ForConditionalGeneration._from_config(config, attn_implementation=attention))
+
+
+def use_attention(model, name):
+    """`set_attn_implementation`, also for the stacks inside, which transformers 5.17 leaves out."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation(name)
 
 
 def tokens(batch=3, length=17):

@@ -17,11 +17,17 @@ from transformers import (
 from sqa_convert import convert
 from sqa_convert.errors import UnsupportedModelError
 from sqa_convert.evaluation import load_model
+from sqa_convert.models import SQAT5EncoderModel
 
 
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "source"
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    return folder
 
 
 def read_all(path):
@@ -30,14 +36,6 @@ def read_all(path):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
-
-
-def reference(model, *heads):
-    return read_all_of(convert(model, *heads))
-
-
-def read_all_of(conversion):
-    return conversion.model.state_dict()
 
 
 def test_hub_gpt2_without_prefix_and_with_stale_buffers_is_the_same_model(folder, tmp_path):
@@ -77,7 +75,8 @@ def test_shards_and_single_files_and_pickles_give_the_same_result(make, folder, 
     index = json.loads((tmp_path / "out1" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == read_all(tmp_path / "out1").keys()
     assert len(list((tmp_path / "out1").glob("*.safetensors"))) > 2
-    assert same(read_all(tmp_path / "out1"), read_all(tmp_path / "out0"))
+    for i in (1, 2, 3):
+        assert same(read_all(tmp_path / f"out{i}"), read_all(tmp_path / "out0"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -142,7 +141,9 @@ def test_classification_head_comes_along(folder, tmp_path):
     )  # fmt: skip
     model = GPT2ForSequenceClassification(config).eval()
     model.save_pretrained(folder)
-    convert(folder, 12, 12, output=tmp_path / "out")
+    conversion = convert(folder, 12, 12, output=tmp_path / "out", evaluate=True)
+    assert "quality" not in conversion.report  # there is no language model head to measure with
+    assert type(conversion.model).__name__ == "SQAGPT2ForSequenceClassification"
     result = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert type(result).__name__ == "SQAGPT2ForSequenceClassification"
     assert torch.equal(result.score.weight, model.score.weight)
@@ -160,6 +161,13 @@ def test_t5_encoder_alone(folder, tmp_path):
     identity = convert(folder, 12, 12).model
     ids = tokens()
     assert torch.equal(identity(ids)[0], encoder(ids)[0])
+
+
+def test_the_encoder_of_a_converted_t5_loads_on_its_own(tmp_path):
+    whole = convert(save(t5(), tmp_path / "source"), 8, 4, output=tmp_path / "out").model
+    ids = tokens()
+    encoder = SQAT5EncoderModel.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(encoder(ids)[0], whole.encoder(ids)[0])
 
 
 @pytest.mark.parametrize("kinds", [("encoder",), ("decoder", "cross"), ("cross",)])

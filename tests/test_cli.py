@@ -63,7 +63,14 @@ def edit_config(folder, **changes):
 def test_converts_the_sample_and_says_what_it_did(run, name):
     code, out, err = run(f"sample:{name}", *HEADS)
     assert code == 0, err
-    for words in ("query heads", "key/value heads", "KV cache per token", "stdlib, held-out part", "next: sqa-convert"):
+    for words in (
+        "query heads",
+        "key/value heads",
+        "KV cache per token",
+        "stdlib, held-out part",
+        "next: sqa-convert",
+        "seconds: convert",
+    ):
         assert words in out
     report = json.loads(open(f"{name}-sqa-q8kv4/report.json").read())
     quality = report["quality"]
@@ -174,6 +181,7 @@ def test_bad_sources_get_one_line_and_exit_code_3(run, source, fault):
         (["openai-community/gpt2", *HEADS], 3, "offline"),
         (["openai-community/gpt2", *HEADS, "--revision", "v9"], 3, "offline"),
         (["no/hub/id", *HEADS], 3, "no such folder"),
+        (["SOURCE", *HEADS, "--revision", "main"], 2, "--revision main"),
         (["bad id!", *HEADS], 3, "neither a folder here nor a hub id"),
         (["sample:bert", *HEADS], 3, "sample:gpt2, sample:t5"),
         (["FILE", *HEADS], 3, "is a file"),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import gpt2, inputs_for, t5, tokens
+from helpers import gpt2, inputs_for, t5, tokens, use_attention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, MT5Config, T5Config
 
@@ -127,7 +127,7 @@ def test_promised_parameters_and_flops_are_the_models(make, heads):
     for model, side in ((source, "before"), (conversion.model, "after")):
         cost = conversion.report["cost"][side]
         assert cost["parameters"] == model.num_parameters()
-        model.set_attn_implementation("eager")
+        use_attention(model, "eager")
         ids = tokens(1, context)
         inputs = inputs_for(model, ids)
         if model.config.is_encoder_decoder:

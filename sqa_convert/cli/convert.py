@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from ..errors import RecipeError
 from ..recipe import load_recipe
 from .console import Out, run_app
 
@@ -170,6 +171,8 @@ def convert(
         _show_plan(out, plan, preview)
         return
     check_output(target, overwrite)
+    if recipe is not None and not plan.family.has_language_model_head(source.config):
+        raise RecipeError(f"--uptrain: a {preview['source']['architecture']} has no language model head to train")
 
     from ..conversion import convert as run_conversion
     from ..data import check_data
@@ -223,44 +226,35 @@ def _main(counts: dict[str, int], plan: Any, kind: str) -> int:
 
 
 def _show_plan(out: Out, plan: Any, report: dict[str, Any]) -> None:
-    from ..report import cost_rows
+    from ..report import summary
 
     shards = {
         file: [
             {"name": t.name, "shape": t.shape, "dtype": t.dtype, "from": getattr(t.origin, "prefix", t.origin)}
-            for t in ts
+            for t in tensors
         ]
-        for file, ts in plan.shards.items()
+        for file, tensors in plan.shards.items()
     }
     out.json(report | {"shards": shards})
-    out.table(
-        f"{report['source']['name']} → {report['output']} (not written)",
-        ["", "before", "after"],
-        cost_rows(report["cost"], report["context_tokens"]),
-    )
+    out.table(f"{report['source']['name']} → {report['output']} (not written)", *summary(report))
     for file, tensors in plan.shards.items():
-        size = sum(t.nbytes for t in tensors)
-        out.result(f"{file}: {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+        out.result(f"{file}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:,.1f} MB")
         if out.verbose:
             for t in tensors:
                 out.result(f"  {t.name} {list(t.shape)} {t.dtype} ← {getattr(t.origin, 'prefix', t.origin)}")
 
 
 def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> None:
-    from ..report import cost_rows, quality_rows, recovered
+    from ..report import recovered, summary
 
     out.json(report)
-    name = report["source"]["name"]
-    out.table(f"{name} → {target}", ["", "before", "after"], cost_rows(report["cost"], report["context_tokens"]))
+    out.table(f"{report['source']['name']} → {target}", *summary(report))
     quality = report.get("quality")
     if quality:
-        title = f"{quality['tokens']:,} tokens of {quality['data']}"
-        out.table(
-            title, ["", "loss (nats/token)", "perplexity", "KL to source", "top-1 agreement"], quality_rows(quality)
-        )
+        out.result(f"measured on {quality['tokens']:,} tokens of {quality['data']}")
         shares = {key: recovered(quality, key) for key in ("loss", "kl")}
         if uptrained and all(share is not None for share in shares.values()):
-            out.result(f"uptraining took back {shares['loss']:.0%} of the loss and {shares['kl']:.0%} of the KL")
+            out.result(f"uptraining took back {shares['loss']:.1%} of the loss and {shares['kl']:.1%} of the KL")
     out.result(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in report['seconds'].items())}")
     if uptrained:
         auto = "AutoModelForSeq2SeqLM" if report["architecture"].startswith("SQAT5") else "AutoModelForCausalLM"

@@ -67,6 +67,11 @@ class Family(ABC):
     architectures: ClassVar[Mapping[str, str]]
     """class of the source -> our class; the first is assumed where a config names none"""
 
+    def has_language_model_head(self, config: Config) -> bool:
+        """Whether loss and KL can be measured."""
+        architecture = self.architectures[self.source_architecture(config)]
+        return architecture.endswith(("ForCausalLM", "ForConditionalGeneration"))
+
     def check(self, config: Config) -> None:
         """Raises UnsupportedModelError when this family's converter cannot take the model."""
         architecture = self.source_architecture(config)
