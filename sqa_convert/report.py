@@ -148,8 +148,7 @@ def model_card(report: dict[str, Any]) -> str:
     ]
     if quality:
         lines += [
-            f"Measured on {quality['tokens']:,} tokens of {quality['data']}. "
-            + "Where the loss stands above the source's, the model is that much worse.",
+            f"Measured on {quality['tokens']:,} tokens of {quality['data']}. A loss above the source's is what it cost.",
             "",
         ]
     lines += [
