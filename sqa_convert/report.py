@@ -148,7 +148,7 @@ def model_card(report: dict[str, Any]) -> str:
     ]
     if quality:
         lines += [
-            f"Measured on {quality['tokens']:,} tokens of {quality['data']}. A loss above the source's is what it cost.",
+            f"Measured on {quality['tokens']:,} tokens of {quality['data']}. Loss above the source's is what it cost.",
             "",
         ]
     lines += [
