@@ -1,43 +1,53 @@
-"""Checkpoints on disk: find a source, list its tensors, read one at a time, write shards, publish a folder at once."""
+"""Sources: find a checkpoint, list its tensors without reading them, read one at a time."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import re
-import shutil
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, OutputError, RecipeError, SQAError
+from .errors import CheckpointError, RecipeError, SQAError, one_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
 SAMPLES = Path(__file__).parent / "samples"
 SAMPLE_PREFIX = "sample:"
-ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""safetensors' names of the dtypes a checkpoint may hold, and their bytes"""
+DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
+    "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
+}  # fmt: skip
+"""safetensors' names of the dtypes a checkpoint may hold: torch's names and bytes"""
 FLOATING = ("F64", "F32", "F16", "BF16")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
-"""a folder without any of these has no tokenizer"""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CARRIED_FILES = (
     *TOKENIZER_FILES,
     TOKENIZER_CONFIG,
-    *(["generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja"]),
-    *("LICENSE", "LICENSE.txt"),
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
 )
 """files of the source that the result needs as they are"""
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLES = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+"""where a folder's weights may stand, the best first"""
+
+Accept = Callable[[dict[str, Any]], object]
+"""is given config.json before any weight is fetched; raises when there is no point in going on"""
 
 
 @dataclass(frozen=True)
@@ -71,80 +81,128 @@ class Source(ABC):
         """
 
 
-def open_source(name: str, revision: str | None = None) -> Source:
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of safetensors' name."""
+    import torch
+
+    return getattr(torch, DTYPES[name][0])
+
+
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """safetensors' name of torch's dtype; None for one that no checkpoint may hold."""
+    return next((name for name, (torch_name, _) in DTYPES.items() if str(dtype) == f"torch.{torch_name}"), None)
+
+
+def open_source(
+    name: str, revision: str | None = None, *, accept: Accept = lambda config: None, headers_only: bool = False
+) -> Source:
     """A hub id, a folder, or "sample:gpt2" / "sample:t5".
+
+    Args:
+        accept: called with config.json before weights are looked for, or downloaded.
+        headers_only: of a model on the hub fetch shapes and dtypes alone, where it has safetensors; `read` fails then.
 
     Raises:
         CheckpointError: it is not there, cannot be fetched, or is damaged.
     """
-    folder, commit = resolve(name, revision)
-    config = _read_json(folder / "config.json", f"{name} holds no config.json, so it is no model folder")
-    index_file = next((folder / f for f in _INDEXES if (folder / f).is_file()), None)
-    if index_file is not None:
-        weight_map = _read_json(index_file, "").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_file}: no weight_map")
-        files = sorted(set(map(str, weight_map.values())))
+    source: Source | None = None
+    if (folder := local_folder(name, revision)) is not None:
+        commit = None
+        config = read_config(name, folder)
+        accept(config)
     else:
-        weight_map = None
-        files = [f for f in _SINGLES if (folder / f).is_file()][:1]
-        if not files:
-            raise CheckpointError(f"{name}: no weights ({', '.join(_SINGLES)} or their sharded forms) in {folder}")
-    for file in files:
-        if Path(file).name != file:
-            raise CheckpointError(f"{index_file}: {file!r} lies outside the folder")
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{name}: {file} is missing from {folder}")
-    source: Source
-    source = _SafetensorsSource(folder, files) if files[0].endswith(".safetensors") else _PickleSource(folder, files)
-    missing = sorted(set(weight_map or ()) - set(source.index))
-    if missing:
-        raise CheckpointError(f"{name}: {missing[0]} stands in the index but in none of the files")
+        folder, commit = _download(name, revision, "config.json")
+        config = read_config(name, folder)
+        accept(config)
+        source = _hub_headers(name, revision) if headers_only else None
+        if source is None:
+            folder, commit = _download(name, revision, "config.json", *CARRIED_FILES, "model*.safetensors", _WEIGHTS[0])
+            if not any(folder.glob("model*.safetensors")):
+                folder, commit = _download(name, revision, "pytorch_model*.bin", _WEIGHTS[2])
+    if source is None:
+        files, indexed = _weight_files(name, folder)
+        source = (
+            _SafetensorsSource(folder, files) if files[0].endswith(".safetensors") else _PickleSource(folder, files)
+        )
+        missing = (
+            sorted(indexed - source.index.keys()) if files[0].endswith(".safetensors") else []
+        )  # pickles have ties
+        if missing:
+            raise CheckpointError(f"{name}: {missing[0]} stands in the index but in none of the files")
     source.name, source.revision, source.folder, source.config = name, commit, folder, config
     return source
 
 
-def resolve(name: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The local folder of a model and, from the hub, its commit; what is not cached yet is downloaded."""
+def resolve(name: str, revision: str | None = None) -> Path:
+    """The local folder of a whole model, downloaded where it has to be. Raises CheckpointError."""
+    folder = local_folder(name, revision)
+    if folder is None:
+        folder = open_source(name, revision).folder
+        assert folder is not None
+    return folder
+
+
+def local_folder(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a sample or a path, None for what can only be a hub id."""
     if name.startswith(SAMPLE_PREFIX):
         folder = SAMPLES / name.removeprefix(SAMPLE_PREFIX)
         if not (folder / "config.json").is_file():
             known = ", ".join(SAMPLE_PREFIX + p.parent.name for p in sorted(SAMPLES.glob("*/config.json")))
             raise CheckpointError(f"{name}: no such sample; there are {known}")
-        return folder, None
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise RecipeError(
-                f"--revision {revision}: {name} is a folder here, and only models on the hub have revisions"
-            )
-        return path, None
-    if path.exists():
-        raise CheckpointError(f"{name} is a file; give the folder that holds it")
+        return folder
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            if revision is not None:
+                raise RecipeError(
+                    f"--revision {revision}: {name} is a folder here; only models on the hub have revisions"
+                )
+            return path
+        if path.exists():
+            raise CheckpointError(f"{name} is a file; give the folder that holds it")
+    except (OSError, RuntimeError) as error:  # too long a name, a parent that may not be read, no such user
+        if isinstance(error, SQAError):
+            raise
+        raise CheckpointError(f"{name[:200]} cannot be looked at: {one_line(error)}") from error
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name}: no such folder")
-    return _download(name, revision)
+    return None
 
 
-def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
+def read_config(name: str, folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json", f"{name} holds no config.json, so it is no model folder")
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError, with the text `missing` where there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise CheckpointError(missing) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _download(name: str, revision: str | None, *patterns: str) -> tuple[Path, str | None]:
+    """Fetches what matches into the hub cache; returns the snapshot's folder and its commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    def fetch(*weights: str) -> Path:
-        patterns = ["config.json", *CARRIED_FILES, *weights]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-
     try:
-        folder = fetch("model*.safetensors", _INDEXES[0])
-        if not any(folder.glob("model*.safetensors")):
-            folder = fetch("pytorch_model*.bin", _INDEXES[1])
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except HFValidationError as error:
         raise CheckpointError(
             f"{name} is neither a folder here nor a hub id like gpt2 or google-t5/t5-small"
@@ -159,36 +217,64 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
         raise CheckpointError(
             f"{name} is no folder here, and not in the local cache while the hub is offline or out of reach"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{name} could not be downloaded: {_one_line(error)}") from error
+    except Exception as error:  # the hub client lets its HTTP library's own errors through
+        raise CheckpointError(f"{name} could not be downloaded: {one_line(error)}") from error
     return folder, folder.name if folder.parent.name == "snapshots" else None
 
 
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
+class _HeadersSource(Source):
+    def read(self, name: str) -> Tensor:
+        raise CheckpointError(f"{name} was not downloaded")
+
+
+def _hub_headers(name: str, revision: str | None) -> Source | None:
+    """Names, shapes and dtypes by the hub's range requests; None where the model has no safetensors or is offline."""
+    from huggingface_hub import get_safetensors_metadata
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(missing) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return content
+        metadata = get_safetensors_metadata(name, revision=revision)
+    except Exception:  # whatever it is, downloading the files says it better
+        return None
+    source = _HeadersSource()
+    source.index = {
+        key: TensorInfo(tuple(info.shape), info.dtype, file)
+        for file, content in metadata.files_metadata.items()
+        for key, info in content.tensors.items()
+    }
+    return source
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _weight_files(name: str, folder: Path) -> tuple[list[str], set[str]]:
+    """The files that hold a folder's weights, and the tensor names its index promises."""
+    for candidate in _WEIGHTS:
+        if not (folder / candidate).is_file():
+            continue
+        files, names = [candidate], set()
+        if candidate.endswith(".json"):
+            weight_map = read_json(folder / candidate, "").get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{folder / candidate}: no weight_map")
+            files, names = sorted(set(map(str, weight_map.values()))), set(weight_map)
+        for file in files:
+            if Path(file).name != file:
+                raise CheckpointError(f"{folder / candidate}: {file!r} lies outside the folder")
+            if not (folder / file).is_file():
+                raise CheckpointError(f"{name}: {file} is missing from {folder}")
+        if len({Path(file).suffix for file in files}) > 1 or Path(files[0]).suffix not in (".safetensors", ".bin"):
+            raise CheckpointError(f"{folder / candidate} names other files than .safetensors or .bin")
+        return files, names
+    raise CheckpointError(f"{name}: no weights ({', '.join(_WEIGHTS)}) in {folder}")
 
 
 class _SafetensorsSource(Source):
     def __init__(self, folder: Path, files: list[str]) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self.folder, self.index = folder, {}
-        self._handles: dict[str, Any] = {}
-        for file in files:
+        self._files, self.index = {file: folder / file for file in files}, {}
+        self._open: tuple[str, Any] = ("", None)
+        for file, path in self._files.items():
             try:
-                with safe_open(folder / file, framework="numpy", backend="pread") as handle:
+                with safe_open(path, framework="numpy", backend="pread") as handle:
                     for key in handle.offset_keys():
                         entry = handle.get_slice(key)
                         if key in self.index:
@@ -197,39 +283,29 @@ class _SafetensorsSource(Source):
             except (SafetensorError, OSError) as error:
                 if isinstance(error, CheckpointError):
                     raise
-                raise CheckpointError(f"{folder / file} is damaged or truncated: {_one_line(error)}") from error
+                raise CheckpointError(f"{path} is damaged or truncated: {one_line(error)}") from error
 
     def read(self, name: str) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
         file = self.index[name].file
         try:
-            if file not in self._handles:
-                assert self.folder is not None
+            if self._open[0] != file:
                 # pread, not mmap: mapped pages would count as this process's memory until the file is closed
-                self._handles = {file: safe_open(self.folder / file, framework="pt", backend="pread")}
-            return self._handles[file].get_tensor(name)
+                self._open = (file, safe_open(self._files[file], framework="pt", backend="pread"))
+            return self._open[1].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{name} cannot be read from {file}: {_one_line(error)}") from error
+            raise CheckpointError(f"{name} cannot be read from {file}: {one_line(error)}") from error
 
 
 class _PickleSource(Source):
     """`.bin` files, through `torch.load(weights_only=True)`: pickled code never runs."""
 
     def __init__(self, folder: Path, files: list[str]) -> None:
-        import torch
-
-        names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-        names |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8"}
-        self.folder, self.index = folder, {}
+        self._files, self.index = {file: folder / file for file in files}, {}
         self._loaded: tuple[str, Mapping[str, Tensor]] = ("", {})
         for file in files:
-            tensors = self._load(file)
-            for key, tensor in tensors.items():
-                if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or tensor.dtype not in names:
-                    raise CheckpointError(f"{folder / file}: {key!r} is no tensor of a known dtype")
-            for key, tensor in without_ties(tensors).items():
-                self.index[key] = TensorInfo(tuple(tensor.shape), names[tensor.dtype], file)
+            self.index |= _describe(self._load(file), file, str(folder / file))
 
     def _load(self, file: str) -> Mapping[str, Tensor]:
         import pickle
@@ -237,19 +313,18 @@ class _PickleSource(Source):
 
         import torch
 
-        assert self.folder is not None
-        path = self.folder / file
+        path = self._files[file]
         if self._loaded[0] != file:
             try:
                 # Only the zip format can be mapped; the oldest hub files are plain pickles.
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             except pickle.UnpicklingError as error:
                 raise CheckpointError(
-                    f"{path} is refused: it holds more than weights (pickled code is never run); "
+                    f"{path} is refused: it is damaged or holds more than weights (pickled code is never run); "
                     "save the model as safetensors"
                 ) from error
-            except (RuntimeError, OSError, EOFError, ValueError) as error:
-                raise CheckpointError(f"{path} is damaged or truncated: {_one_line(error)}") from error
+            except Exception as error:  # a damaged pickle fails in any way it likes
+                raise CheckpointError(f"{path} is damaged or truncated: {one_line(error)}") from error
             if not isinstance(content, Mapping):
                 raise CheckpointError(f"{path} holds a {type(content).__name__}, not a table of tensors")
             self._loaded = (file, content)
@@ -263,136 +338,28 @@ class ModelSource(Source):
     """A model in memory."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        import torch
-
-        names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
         self.name = model.config.name_or_path or type(model).__name__
         self.config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-        self._tensors = without_ties(model.state_dict())
-        self.index = {
-            n: TensorInfo(tuple(t.shape), names.get(t.dtype, "U8"), "memory") for n, t in self._tensors.items()
-        }
+        self.generation_config = getattr(model, "generation_config", None)
+        self._tensors = model.state_dict()
+        self.index = _describe(self._tensors, "memory", self.name)
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu().clone()
 
 
-def without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of tensors that are one and the same in memory only the first: tied weights are stored once."""
-    kept: dict[tuple[int, tuple[int, ...]], str] = {}
-    for name, tensor in tensors.items():
-        kept.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
-    return {name: tensors[name] for name in kept.values()}
+def _describe(tensors: Mapping[str, Tensor], file: str, where: str) -> dict[str, TensorInfo]:
+    """The index of tensors in memory. Of several that are one and the same only the first: ties are stored once."""
+    import torch
 
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raises OutputError unless a folder can be put at `output`."""
-    if output.exists():
-        if not output.is_dir():
-            raise OutputError(f"--output {output} is a file")
-        if any(output.iterdir()) and not overwrite:
-            raise OutputError(f"--output {output} exists already: give another, or --overwrite")
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"--output {output}: {parent} cannot be written to")
-
-
-@contextlib.contextmanager
-def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes it, complete, when the block ends; else nothing is left.
-
-    Args:
-        output: where the folder shall be.
-        overwrite: whether an existing folder is replaced.
-        size: bytes that will be written, to refuse a disk that is too full before starting.
-
-    Raises:
-        OutputError: `output` exists or cannot be written, or the disk is or gets full.
-    """
-    check_output(output, overwrite)
-    made = [p for p in (output.absolute().parent, *output.absolute().parents) if not p.exists()]
-    staging = None
-    try:
-        try:
-            output.absolute().parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.absolute().parent))
-        except OSError as error:
-            raise OutputError(f"--output {output} cannot be made: {_one_line(error)}") from error
-        free = shutil.disk_usage(output.absolute().parent).free
-        if free < size:
-            raise OutputError(f"--output {output}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        _publish(staging, output.absolute())
-    except BaseException as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        for folder in made:  # deepest first
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(f"--output {output}: the disk is full; nothing was kept") from error
-        if isinstance(error, OSError) and not isinstance(error, SQAError):
-            raise OutputError(f"--output {output} cannot be written: {_one_line(error)}") from error
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _publish(staging: Path, output: Path) -> None:
-    for path in staging.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    if not output.exists():
-        staging.rename(output)
-        return
-    replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent)) / output.name
-    output.rename(replaced)
-    try:
-        staging.rename(output)
-    except BaseException:
-        replaced.rename(output)
-        raise
-    finally:
-        shutil.rmtree(replaced.parent, ignore_errors=True)
-
-
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes one safetensors file. Raises OSError with ENOSPC when the disk is full."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(0o666 & ~_umask())  # safetensors writes files only their owner can read
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, _one_line(error)) from error
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def carry_files(source: Path, output: Path, tokenizer_class: str) -> None:
-    """Copies tokenizer, generation config and licence, as far as the source has them.
-
-    Args:
-        tokenizer_class: of the family. The oldest hub folders do not name it, for the model type told it all; the
-            result has a model type that transformers does not know.
-    """
-    for name in CARRIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
-    if any((output / name).is_file() for name in TOKENIZER_FILES):
-        path = output / TOKENIZER_CONFIG
-        settings = _read_json(path, "") if path.is_file() else {}
-        if not settings.get("tokenizer_class"):
-            write_json(path, settings | {"tokenizer_class": tokenizer_class})
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    index = {}
+    for key, tensor in tensors.items():
+        name = dtype_name(tensor.dtype) if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided else None
+        if not isinstance(key, str) or name is None:
+            raise CheckpointError(f"{where}: {key!r} is no dense tensor of a known dtype")
+        identity = (tensor.data_ptr(), tuple(tensor.shape))
+        if identity not in seen or tensor.numel() == 0:
+            seen.add(identity)
+            index[key] = TensorInfo(tuple(tensor.shape), name, file)
+    return index

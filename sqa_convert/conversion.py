@@ -1,33 +1,22 @@
-"""Run a plan: read one attention site at a time, convert it, write it, and publish the folder when all is there."""
+"""From a source to a converted model, in memory or in a folder that appears when all of it is there."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import ModelSource, Source, carry_files, open_source, staged_output, write_json, write_shard
-from .errors import CheckpointError, OutputError, RecipeError
-from .families import Site
-from .heads import AttentionHeads, get_method
-from .plan import DEFAULT_SHARD, Plan, make_plan
+from .checkpoint import ModelSource, Source, open_source
+from .errors import OutputError, RecipeError
+from .execution import Progress, check_loads, config_class, model_class, run, silent, write_model
+from .output import staged_output
+from .plan import DEFAULT_SHARD, Plan, Request, make_plan
 from .report import conversion_report, write_report
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, how much of it is done, how much there is)"""
-
-MODELS = Path(__file__).parent / "models"
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """A Progress that shows nothing."""
 
 
 @dataclass
@@ -102,51 +91,80 @@ def convert(
     Raises:
         RecipeError, UnsupportedModelError, CheckpointError, OutputError, DataError: see `sqa_convert.errors`.
     """
-    get_method(method)
-    if evaluate and output is None:
-        raise RecipeError("evaluate=True needs an output folder")
-    opened = _open(source, revision)
-    plan = make_plan(
-        opened,
-        q_groups,
-        kv_groups,
-        variant=variant,
-        method=method,
-        sites=sites,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-    )
-    start = time.perf_counter()
+    request = Request(q_groups, kv_groups, variant, method, sites, dtype, max_shard_size)
+    opened: Source
+    if isinstance(source, str | Path):
+        opened = open_source(str(source), revision, accept=request.partitions)
+    else:
+        opened = ModelSource(source)
+    plan = make_plan(opened, request)
     if output is None:
-        tensors = {k: v for _, batch in run(plan, opened, progress) for k, v in batch.items()}
-        report = conversion_report(plan, opened, None, time.perf_counter() - start, seed)
-        return Conversion(report, None, _in_memory(plan, tensors))
+        if evaluate:
+            raise RecipeError("evaluate=True needs an output folder")
+        return _in_memory(plan, opened, seed, progress)
+    return convert_to_folder(
+        plan,
+        opened,
+        Path(output),
+        overwrite=overwrite,
+        verify=verify,
+        evaluate=evaluate,
+        data=data,
+        device=device,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
 
-    output = Path(output)
-    _refuse_overlap(opened, output)
-    with staged_output(output, overwrite, plan.nbytes) as folder:
-        write_model(plan, opened, folder, verify, progress)
-        report = conversion_report(plan, opened, output, time.perf_counter() - start, seed)
-        if evaluate and plan.family.has_language_model_head(opened.config):
-            from .evaluation import compare
 
-            assert opened.folder is not None
-            start = time.perf_counter()
-            report["quality"] = compare(
-                {"source": opened.folder, "converted": folder},
-                data=data,
-                device=device,
-                seed=seed,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
+def _in_memory(plan: Plan, source: Source, seed: int, progress: Progress) -> Conversion:
+    start = time.perf_counter()
+    check_loads(plan)
+    tensors = {name: tensor for _, batch in run(plan, source, progress) for name, tensor in batch.items()}
+    config = config_class(plan).from_dict(plan.config)
+    model = model_class(plan).from_pretrained(None, config=config, state_dict=tensors, dtype="auto").eval()
+    return Conversion(conversion_report(plan, source, None, time.perf_counter() - start, seed), None, model)
+
+
+def convert_to_folder(
+    plan: Plan,
+    source: Source,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    evaluate: bool = False,
+    data: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Conversion:
+    """Carries out a plan; arguments as in `convert`. What evaluation needs is made ready before anything is written."""
+    _refuse_overlap(source, output)
+    held_out = None
+    if evaluate:
+        from .evaluation import compare, prepare
+
+        if source.folder is None:
+            raise RecipeError(
+                "evaluate=True needs a source with a tokenizer: a folder or a hub id, not a model in memory"
             )
+        if plan.family.has_language_model_head(source.config):
+            held_out = prepare(source.folder, data, device=device, seed=seed, trust_remote_code=trust_remote_code)
+
+    start = time.perf_counter()
+    with staged_output(output, overwrite, plan.nbytes) as folder:
+        write_model(plan, source, folder, verify, progress)
+        report = conversion_report(plan, source, output, time.perf_counter() - start, seed)
+        if held_out is not None:
+            start = time.perf_counter()
+            assert source.folder is not None
+            models = {"source": source.folder, "converted": folder}
+            report["quality"] = compare(models, held_out, trust_remote_code=trust_remote_code, progress=progress)
             report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(folder, report)
     return Conversion(report, output)
-
-
-def _open(source: str | Path | PreTrainedModel, revision: str | None) -> Source:
-    return open_source(str(source), revision) if isinstance(source, str | Path) else ModelSource(source)
 
 
 def _refuse_overlap(source: Source, output: Path) -> None:
@@ -154,119 +172,3 @@ def _refuse_overlap(source: Source, output: Path) -> None:
         inside, outside = output.resolve(), source.folder.resolve()
         if inside == outside or inside in outside.parents:
             raise OutputError(f"--output {output} is where the source lies; give another folder")
-
-
-def run(plan: Plan, source: Source, progress: Progress = silent) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The tensors of one shard after the other; holds one shard and one attention site.
-
-    Raises:
-        CheckpointError: a weight cannot be read, or is not finite.
-    """
-    done, total = 0, plan.nbytes
-    waiting: dict[str, Tensor] = {}  # computed with their site, belonging to a later shard
-    for file, tensors in plan.shards.items():
-        batch: dict[str, Tensor] = {}
-        for tensor in tensors:
-            if isinstance(tensor.origin, Site):
-                if tensor.name not in waiting:
-                    waiting |= _convert_site(plan, source, tensor.origin)
-                result = waiting.pop(tensor.name)
-            else:
-                result = _read(plan, source, tensor.origin)
-            result = result.to(_dtype(tensor.dtype)).contiguous()
-            _check_finite(result, tensor.name, source.name)
-            batch[tensor.name] = result
-            done += tensor.nbytes
-            progress("convert", done, total)
-        yield file, batch
-
-
-def _convert_site(plan: Plan, source: Source, site: Site) -> dict[str, Tensor]:
-    import torch
-
-    def get(name: str) -> Tensor:
-        tensor = _read(plan, source, name)
-        _check_finite(tensor, name, source.name)
-        return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-    heads: AttentionHeads = plan.family.read(site, get, plan.dimensions)
-    converted = get_method(plan.method).convert(heads, plan.partitions[site.kind], None)
-    return plan.family.write(site, converted)
-
-
-def _read(plan: Plan, source: Source, name: str) -> Tensor:
-    return source.read(plan.source_names[name])
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    return {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-        "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    }[name]  # fmt: skip
-
-
-def _check_finite(tensor: Tensor, name: str, source: str) -> None:
-    if tensor.is_floating_point() and tensor.numel():
-        low, high = tensor.aminmax()  # allocates nothing, and NaN shows in both
-        if not (low.isfinite() and high.isfinite()):
-            raise CheckpointError(f"{source}: {name} holds NaN or infinite values (in {tensor.dtype})")
-
-
-def write_model(plan: Plan, source: Source, folder: Path, verify: bool, progress: Progress) -> None:
-    """Weights, config, modeling files and what is carried over, into an existing folder."""
-    weight_map: dict[str, str] = {}
-    for file, batch in run(plan, source, progress):
-        write_shard(folder / file, batch)
-        weight_map |= dict.fromkeys(batch, file)
-        if verify:
-            _verify_shard(folder / file, batch)
-    if len(plan.shards) > 1:
-        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-    write_json(folder / "config.json", plan.config)
-    for file in plan.family.model_files:
-        shutil.copyfile(MODELS / file, folder / file)
-    if source.folder is not None:
-        carry_files(source.folder, folder, plan.family.tokenizer_class)
-    if verify:
-        _verify_config(plan, folder)
-
-
-def _verify_shard(path: Path, batch: dict[str, Tensor]) -> None:
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt", backend="pread") as file:
-        for name, tensor in batch.items():
-            written = file.get_tensor(name)
-            if written.dtype != tensor.dtype or not torch.equal(written, tensor):
-                raise CheckpointError(f"{path.name}: {name} was not written as computed; is the disk sound?")
-
-
-def _verify_config(plan: Plan, folder: Path) -> None:
-    """The config loads, and its model has the shapes that were written."""
-    import torch
-
-    from . import models
-
-    config = getattr(models, plan.config["auto_map"]["AutoConfig"].rpartition(".")[2]).from_pretrained(folder)
-    with torch.device("meta"):
-        model = getattr(models, plan.config["architectures"][0])(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    prefix = "" if model.base_model_prefix in dict(model.named_children()) else f"{model.base_model_prefix}."
-    for tensors in plan.shards.values():
-        for tensor in tensors:
-            shape = expected.get(tensor.name, expected.get(tensor.name.removeprefix(prefix)))
-            if isinstance(tensor.origin, Site) and shape != tensor.shape:
-                raise CheckpointError(f"{tensor.name} has shape {tensor.shape}, the model class calls for {shape}")
-
-
-def _in_memory(plan: Plan, tensors: dict[str, Tensor]) -> PreTrainedModel:
-    from . import models
-
-    config_class = getattr(models, plan.config["auto_map"]["AutoConfig"].rpartition(".")[2])
-    model_class = getattr(models, plan.config["architectures"][0])
-    config = config_class.from_dict(plan.config)
-    return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype="auto").eval()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, one_line
 
 Split = Literal["train", "heldout"]
 
@@ -97,7 +97,7 @@ def _from_files(paths: list[str], split: Split) -> Iterator[str]:
     except DataError:
         raise
     except Exception as error:  # pyarrow, JSON and decoding errors share no base class
-        raise DataError(f"--data {paths[0]} cannot be read: {_one_line(error)}") from error
+        raise DataError(f"--data {paths[0]} cannot be read: {one_line(error, 200)}") from error
 
 
 def _from_hub(data: str, split: Split) -> Iterator[str]:
@@ -116,12 +116,8 @@ def _from_hub(data: str, split: Split) -> Iterator[str]:
     except Exception as error:  # the hub client raises many kinds; each means: not readable
         raise DataError(
             f"--data {data} is no file, folder or glob here, and not readable as a data set on the hub: "
-            f"{_one_line(error)}"
+            f"{one_line(error, 200)}"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _texts(rows: Iterable[dict], name: str) -> Iterator[str]:

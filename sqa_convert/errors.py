@@ -41,7 +41,18 @@ class UnsupportedModelError(SQAError, ValueError):
     exit_code = 3
 
 
+class InterruptedByUserError(SQAError):
+    """The user stopped the work at a point where something worth having was already there."""
+
+    exit_code = 130
+
+
 class QualityError(SQAError):
     """The result was written, but a quality gate failed."""
 
     exit_code = 4
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an exception says, as one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

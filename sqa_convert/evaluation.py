@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint import TOKENIZER_FILES
+from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES
 from .data import BUILT_IN, SpanCorruption, documents, token_blocks
-from .errors import CheckpointError, DataError, RecipeError
+from .errors import CheckpointError, DataError, QualityError, RecipeError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ DEFAULT_TOKENS = 16_384
 LONGEST = 1024
 """tokens in one sequence, at most"""
 _BATCH_TOKENS = 4096
-_CHUNK = 1024  # predictions whose logits are held at once
+_CHUNK_LOGITS = 2**25  # logits held at once
 
 
 @dataclass(frozen=True)
@@ -56,93 +56,120 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(name)
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(device):
+        raise RecipeError(f"--device {device} is not available: choose auto, {', '.join(d for d in here if here[d])}")
+    return torch.device(device)
+
+
+def load_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """A model's config, original or converted. Raises CheckpointError."""
+    from transformers import AutoConfig
+
+    from . import models  # noqa: F401 - registers the architectures
+
     try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device {device} is not available here: choose auto, cpu, cuda or mps") from error
-    return chosen
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # validation, JSON and look-ups share no base class
+        raise CheckpointError(f"{folder}: its config does not load: {one_line(error)}") from error
 
 
 def load_model(
     folder: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False, **overrides: Any
 ) -> PreTrainedModel:
     """A language model, original or converted, in eval mode. Raises CheckpointError."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from . import models  # noqa: F401 - registers the architectures
-
+    config = load_config(folder, trust_remote_code)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **overrides).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer. Raises CheckpointError when it has none."""
     from transformers import AutoTokenizer
 
-    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES) and not trust_remote_code:
+    # Without any file transformers would make up an empty one. ByT5 needs no vocabulary, its config names the class.
+    if not any((Path(folder) / name).is_file() for name in (*TOKENIZER_FILES, TOKENIZER_CONFIG)):
         raise CheckpointError(f"{folder} holds no tokenizer; --no-evaluate converts without one")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # every tokenizer library fails in its own way
         raise CheckpointError(
-            f"{folder}: its tokenizer does not load ({reason}); --no-evaluate does without"
+            f"{folder}: its tokenizer does not load ({one_line(error, 200)}); --no-evaluate converts without it"
         ) from error
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Batches of held-out text, the same for every model measured."""
+    """Batches of held-out text, the same for every model measured, and where they are measured."""
 
     batches: list[dict[str, Tensor]]
     name: str
     """what the text is"""
     tokens: int
     """predicted"""
+    device: torch.device
 
 
-def held_out_batches(
-    tokenizer: Any, config: Any, data: str | None = None, tokens: int = DEFAULT_TOKENS, seed: int = 0
+def prepare(
+    folder: str | Path,
+    data: str | None = None,
+    *,
+    tokens: int = DEFAULT_TOKENS,
+    device: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> HeldOut:
-    """Held-out text as model inputs.
+    """Held-out text as inputs of the model in `folder`, and of every model with its tokenizer.
 
     Args:
-        tokenizer, config: of the source.
         data: as `sqa_convert.data.documents` takes it; its held-out part is used.
         tokens: of text.
+        device: "auto", "cpu", "cuda", "mps".
         seed: of the span corruption.
 
     Raises:
+        CheckpointError: config or tokenizer do not load.
         DataError: there is too little text, or the tokenizer does not fit the model.
+        RecipeError: there is no such device.
     """
+    chosen = choose_device(device)
+    config = load_config(folder, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     name = f"{data or BUILT_IN}, held-out part"
     longest = getattr(config, "n_positions", None) or 512
     length = min(longest, LONGEST, tokens)
     blocks = token_blocks(documents(data, "heldout"), tokenizer, length, tokens, name)
-    if int(blocks.max()) >= config.vocab_size:
-        raise DataError(f"the tokenizer makes token {int(blocks.max())}, the model knows {config.vocab_size} tokens")
-    if not config.is_encoder_decoder:
-        batches = [{"input_ids": b, "labels": b} for b in blocks.split(max(1, _BATCH_TOKENS // length))]
-        return HeldOut(batches, name, blocks.numel() - len(blocks))
+    corrupt = SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None
+    check_vocabulary(blocks, config.vocab_size, corrupt)
+    per_batch = max(1, _BATCH_TOKENS // length)
+    if corrupt is None:
+        batches = [{"input_ids": b, "labels": b} for b in blocks.split(per_batch)]
+        return HeldOut(batches, name, blocks.numel() - len(blocks), chosen)
     generator = torch.Generator().manual_seed(seed)
-    corrupt = SpanCorruption.of(tokenizer)
-    batches = []
-    for part in blocks.split(max(1, _BATCH_TOKENS // length)):
-        inputs, labels = corrupt(part, generator)
-        batches.append({"input_ids": inputs, "labels": labels})
-    return HeldOut(batches, f"{name}, span corruption", sum(b["labels"].numel() for b in batches))
+    pairs = [corrupt(part, generator) for part in blocks.split(per_batch)]
+    batches = [{"input_ids": inputs, "labels": labels} for inputs, labels in pairs]
+    count = sum(labels.numel() for _, labels in pairs)
+    return HeldOut(batches, f"{name}, span corruption", count, chosen)
+
+
+def check_vocabulary(blocks: Tensor, vocabulary: int, corrupt: SpanCorruption | None) -> None:
+    """Raises DataError when the tokenizer makes tokens that the model does not know."""
+    largest = max(int(blocks.max()), *(corrupt.sentinels if corrupt else ()), 0)
+    if largest >= vocabulary:
+        raise DataError(f"the tokenizer makes token {largest}, the model knows {vocabulary} tokens")
 
 
 @torch.no_grad()
-def predict(
-    model: PreTrainedModel, held_out: HeldOut, device: torch.device, step: Callable[[], None] = lambda: None
-) -> Predictions:
+def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] = lambda: None) -> Predictions:
     """Runs a model over held-out text. `step` is called after each batch."""
+    device = held_out.device
     model.to(device).eval()
     head = model.get_output_embeddings()
     caught: list[Tensor] = []
@@ -151,7 +178,9 @@ def predict(
     shift = not model.config.is_encoder_decoder
     try:
         for batch in held_out.batches:
-            model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            # Only an encoder-decoder needs the labels, to make its decoder's inputs of.
+            names = ("input_ids",) if shift else ("input_ids", "labels")
+            model(**{name: batch[name].to(device) for name in names}, use_cache=False)
             states, targets = caught.pop(), batch["labels"]
             if shift:
                 states, targets = states[:, :-1], targets[:, 1:]
@@ -168,15 +197,18 @@ def measure(model: Predictions, source: Predictions | None = None) -> Quality:
     """Quality of a model's predictions, against the source's when given. float32, summed in float64."""
     loss = kl = 0.0
     agree, count = 0, len(model.labels)
-    for start in range(0, count, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        log_p = (model.hidden[part] @ model.head.T).log_softmax(-1)  # (N, V)
-        loss -= log_p.gather(1, model.labels[part, None]).double().sum().item()
+    chunk = max(1, _CHUNK_LOGITS // len(model.head))
+    for start in range(0, count, chunk):
+        part = slice(start, start + chunk)
+        log_p = (model.hidden[part] @ model.head.T).log_softmax(-1)  # (n, V)
+        loss -= log_p.gather(1, model.labels[part, None]).sum().item()
         if source is not None:
             log_q = (source.hidden[part] @ source.head.T).log_softmax(-1)
-            kl += (log_q.exp() * (log_q - log_p)).sum(-1).double().sum().item()
+            kl += (log_q.exp() * (log_q - log_p)).sum().item()
             agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
     loss /= count
+    if not math.isfinite(loss + kl):
+        raise QualityError("the loss is not finite: the weights overflow in their dtype; try --dtype, or --no-evaluate")
     perplexity = math.exp(min(loss, 700.0))
     if source is None:
         return Quality(loss, perplexity)
@@ -185,11 +217,8 @@ def measure(model: Predictions, source: Predictions | None = None) -> Quality:
 
 def compare(
     models: Mapping[str, str | Path],
+    held_out: HeldOut,
     *,
-    data: str | None = None,
-    tokens: int = DEFAULT_TOKENS,
-    device: str = "auto",
-    seed: int = 0,
     trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Any]:
@@ -197,17 +226,15 @@ def compare(
 
     Returns:
         {"data", "tokens", "device", and per model its `Quality` as a dict}.
+
+    Raises:
+        RecipeError: a model does not fit into the device's memory.
     """
-    chosen = choose_device(device)
-    result: dict[str, Any] = {}
-    held_out: HeldOut | None = None
+    device = held_out.device
+    described = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    result: dict[str, Any] = {"data": held_out.name, "tokens": held_out.tokens, "device": described}
     source: Predictions | None = None
     for name, folder in models.items():
-        model = load_model(folder, trust_remote_code=trust_remote_code)
-        if held_out is None:
-            tokenizer = load_tokenizer(folder, trust_remote_code)
-            held_out = held_out_batches(tokenizer, model.config, data, tokens, seed)
-            result |= {"data": held_out.name, "tokens": held_out.tokens, "device": str(chosen)}
         done, total = 0, len(held_out.batches)
 
         def step(stage: str = f"evaluate {name}", total: int = total) -> None:
@@ -215,9 +242,11 @@ def compare(
             done += 1
             progress(stage, done, total)
 
-        predictions = predict(model, held_out, chosen, step)
-        del model
-        result[name] = asdict(measure(predictions, source))
+        try:
+            predictions = predict(load_model(folder, trust_remote_code=trust_remote_code), held_out, step)
+            result[name] = asdict(measure(predictions, source))
+        except torch.OutOfMemoryError as error:
+            raise RecipeError(f"the {name} model does not fit on {device}: --device cpu or --no-evaluate") from error
         source = source or predictions
     return result
 
@@ -236,7 +265,7 @@ def evaluate(
     Args:
         folder: a model folder, "sample:gpt2" or a hub id.
         against: likewise, usually the source.
-        data, tokens, seed: the text, see `held_out_batches`.
+        data, tokens, seed: the text, see `prepare`.
         device: "auto", "cpu", "cuda", "mps".
 
     Returns:
@@ -244,5 +273,7 @@ def evaluate(
     """
     from .checkpoint import resolve
 
-    models = {} if against is None else {"against": resolve(str(against))[0]}
-    return compare(models | {"model": resolve(str(folder))[0]}, data=data, tokens=tokens, device=device, seed=seed)
+    models = {} if against is None else {"against": resolve(str(against))}
+    models["model"] = resolve(str(folder))
+    held_out = prepare(models["model"], data, tokens=tokens, device=device, seed=seed)
+    return compare(models, held_out)

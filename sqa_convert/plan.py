@@ -12,13 +12,63 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import __version__
-from .checkpoint import FLOATING, ITEM_SIZE, Source
+from .checkpoint import DTYPES, FLOATING, Source
 from .errors import CheckpointError, RecipeError
-from .families import Dimensions, Family, Site, family_of
-from .heads.partition import Partition, check_head_counts, variant_heads
+from .families import Config, Dimensions, Family, Site, family_of
+from .heads import Partition, get_method, variant_heads
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+CASTS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DEFAULT_SHARD = "5GB"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a conversion."""
+
+    q_groups: int | None = None
+    """query heads to keep, Hq <= H"""
+    kv_groups: int | None = None
+    """key/value heads to keep, a divisor of `q_groups`"""
+    variant: str | None = None
+    """instead of the two numbers, a name of `sqa_convert.VARIANTS`"""
+    method: str = "mean"
+    """a name of `sqa_convert.METHODS`"""
+    sites: Sequence[str] | None = None
+    """kinds of attention to convert, by default all the model has"""
+    dtype: str = "auto"
+    """"auto" keeps each tensor's own; else a name of `CASTS`"""
+    max_shard_size: str = DEFAULT_SHARD
+    """such as "300MB" """
+
+    def partitions(self, config: Config) -> dict[str, Partition]:
+        """The partition of every kind of attention the model has; needs nothing but its config.json.
+
+        Raises:
+            RecipeError: the heads, method, sites, dtype or shard size are not possible.
+            UnsupportedModelError: the architecture cannot be converted.
+        """
+        family = family_of(config)
+        heads = family.dimensions(config).heads
+        get_method(self.method)
+        parse_size(self.max_shard_size)
+        if self.dtype != "auto" and self.dtype not in CASTS:
+            raise RecipeError(f"--dtype {self.dtype}: choose auto, {', '.join(CASTS)}")
+        kinds = tuple(dict.fromkeys(site.kind for site in family.sites(config)))
+        for kind in self.sites or ():
+            if kind not in kinds:
+                raise RecipeError(f"--sites {kind}: this model has {', '.join(kinds)}")
+        converted = Partition.contiguous(heads, *self.head_counts(heads))
+        return {kind: converted if kind in (self.sites or kinds) else Partition.identity(heads) for kind in kinds}
+
+    def head_counts(self, heads: int) -> tuple[int, int]:
+        """Hq and Hkv for a source of `heads` heads. Raises RecipeError."""
+        if self.variant is not None:
+            if self.q_groups is not None or self.kv_groups is not None:
+                raise RecipeError("--variant sets both head counts: leave out --q-groups and --kv-groups")
+            return variant_heads(self.variant, heads)
+        if self.q_groups is None or self.kv_groups is None:
+            raise RecipeError("give --q-groups and --kv-groups, or --variant")
+        return self.q_groups, self.kv_groups
 
 
 @dataclass(frozen=True)
@@ -34,7 +84,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True)
@@ -79,98 +129,51 @@ class Plan:
         return sum(tensor.nbytes for tensors in self.shards.values() for tensor in tensors)
 
 
-def make_plan(
-    source: Source,
-    q_groups: int | None = None,
-    kv_groups: int | None = None,
-    *,
-    variant: str | None = None,
-    method: str = "mean",
-    sites: Sequence[str] | None = None,
-    dtype: str = "auto",
-    max_shard_size: str = DEFAULT_SHARD,
-) -> Plan:
-    """Plans the conversion of `source` to `q_groups` query heads and `kv_groups` key/value heads.
-
-    Args:
-        source: the model.
-        q_groups, kv_groups: Hq and Hkv, with kv_groups | q_groups <= H; or take both from `variant`.
-        variant: a name of `sqa_convert.heads.VARIANTS`.
-        method: a name of `sqa_convert.heads.METHODS`.
-        sites: kinds of attention to convert, by default all the family has.
-        dtype: "auto" keeps each tensor's own; else a name of `DTYPES`.
-        max_shard_size: such as "300MB" or "5GB".
+def make_plan(source: Source, request: Request) -> Plan:
+    """Plans the conversion of `source`.
 
     Raises:
-        RecipeError: the heads, sites, dtype or shard size are not possible.
-        UnsupportedModelError: the architecture cannot be converted.
+        RecipeError, UnsupportedModelError: as `Request.partitions`.
         CheckpointError: config and weights disagree.
     """
+    partitions = request.partitions(source.config)
     family = family_of(source.config)
     dimensions = family.dimensions(source.config)
-    q_groups, kv_groups = _head_counts(dimensions.heads, q_groups, kv_groups, variant)
-    chosen = _site_kinds(family, source, sites)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise RecipeError(f"--dtype {dtype}: choose auto, {', '.join(DTYPES)}")
-    shard_bytes = parse_size(max_shard_size)
-
-    converted, kept = (
-        Partition.contiguous(dimensions.heads, q_groups, kv_groups),
-        Partition.identity(dimensions.heads),
-    )
-    all_sites = family.sites(source.config)
-    kinds = dict.fromkeys(site.kind for site in all_sites)
-    partitions = {kind: converted if kind in chosen else kept for kind in kinds}
     names = _canonical_names(family, source)
     _check_shapes(family, source, names)
 
+    cast = CASTS.get(request.dtype)
     counts = {kind: (len(p.clusters), len(p.kv_groups)) for kind, p in partitions.items()}
-    tensors = _output_tensors(family, source, names, counts, DTYPES.get(dtype))
+    tensors = _output_tensors(family, source, names, counts, cast)
     config = family.result_config(source.config, counts)
-    if dtype != "auto":
-        config |= {"dtype": dtype}
+    if cast is not None:
+        config |= {"dtype": request.dtype}
     config["sqa"] = {
         "source": source.name,
         "revision": source.revision,
         "source_heads": dimensions.heads,
-        "method": method,
+        "method": request.method,
         "partition": {kind: p.groups for kind, p in partitions.items()},
         "sqa_convert": __version__,
     }
-    stored = source.index[names[family.consumed(all_sites[0])[0]]].dtype
-    original = dict.fromkeys(kinds, (dimensions.heads, dimensions.heads))
-    parameters = sum(math.prod(source.index[name].shape) for name in names.values())
+    sites = tuple(family.sites(source.config))
+    stored = source.index[names[family.consumed(sites[0])[0]]].dtype
+    tied = family.tied(source.config)
+    before = {name: source.index[stored_name].shape for name, stored_name in names.items()}
+    after = {tensor.name: tensor.shape for tensor in tensors}
+    original = dict.fromkeys(counts, (dimensions.heads, dimensions.heads))
     return Plan(
         family=family,
         dimensions=dimensions,
-        method=method,
-        sites=tuple(all_sites),
+        method=request.method,
+        sites=sites,
         partitions=partitions,
-        shards=_shards(tensors, shard_bytes),
+        shards=_shards(tensors, parse_size(request.max_shard_size)),
         config=config,
         source_names=names,
-        before=_cost(family, source, original, parameters, stored),
-        after=_cost(family, source, counts, sum(math.prod(t.shape) for t in tensors), DTYPES.get(dtype, stored)),
+        before=_cost(dimensions, sites, original, _parameters(before, tied), stored),
+        after=_cost(dimensions, sites, counts, _parameters(after, tied), cast or stored),
     )
-
-
-def _head_counts(heads: int, q_groups: int | None, kv_groups: int | None, variant: str | None) -> tuple[int, int]:
-    if variant is not None:
-        if q_groups is not None or kv_groups is not None:
-            raise RecipeError("--variant sets both head counts: leave out --q-groups and --kv-groups")
-        return variant_heads(variant, heads)
-    if q_groups is None or kv_groups is None:
-        raise RecipeError("give --q-groups and --kv-groups, or --variant")
-    check_head_counts(heads, q_groups, kv_groups)
-    return q_groups, kv_groups
-
-
-def _site_kinds(family: Family, source: Source, sites: Sequence[str] | None) -> tuple[str, ...]:
-    present = tuple(dict.fromkeys(site.kind for site in family.sites(source.config)))
-    for kind in sites or ():
-        if kind not in present:
-            raise RecipeError(f"--sites {kind}: this model has {', '.join(present)}")
-    return tuple(sites) if sites else present
 
 
 def parse_size(text: str) -> int:
@@ -211,7 +214,7 @@ def _check_shapes(family: Family, source: Source, names: Mapping[str, str]) -> N
                 f"{source.name}: {names[name]} is {info.dtype}; weights must be {', '.join(FLOATING)}"
             )
     for name, info in source.index.items():
-        if info.dtype not in ITEM_SIZE:
+        if info.dtype not in DTYPES:
             raise CheckpointError(f"{source.name}: {name} is {info.dtype}, which is not supported")
 
 
@@ -250,18 +253,21 @@ def _shards(tensors: list[OutputTensor], max_bytes: int) -> dict[str, tuple[Outp
     return {file: tuple(by_name[n] for n in members) for file, members in split.filename_to_tensors.items()}
 
 
-def _cost(family: Family, source: Source, counts: Mapping[str, tuple[int, int]], parameters: int, dtype: str) -> Cost:
-    sizes = family.dimensions(source.config)
-    tokens, d, width = sizes.context, sizes.head_dim, sizes.width
-    sites = family.sites(source.config)
-    cache = sum(2 * counts[s.kind][1] * d * ITEM_SIZE[dtype] for s in sites if s.kind != "encoder")
-    scores = sum(4 * tokens * tokens * counts[s.kind][0] * d for s in sites)
-    projections = sum(4 * tokens * width * d * sum(counts[s.kind]) for s in sites)
+def _parameters(shapes: Mapping[str, tuple[int, ...]], tied: frozenset[str]) -> int:
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in tied)
+
+
+def _cost(
+    sizes: Dimensions, sites: Sequence[Site], counts: Mapping[str, tuple[int, int]], parameters: int, dtype: str
+) -> Cost:
+    tokens, d = sizes.context, sizes.head_dim
+    scores = sum(4 * tokens * tokens * counts[site.kind][0] * d for site in sites)
+    projections = sum(4 * tokens * sizes.width * d * sum(counts[site.kind]) for site in sites)
     return Cost(
         q_heads={kind: q for kind, (q, _) in counts.items()},
         kv_heads={kind: kv for kind, (_, kv) in counts.items()},
         parameters=parameters,
-        kv_cache_bytes=cache,
+        kv_cache_bytes=sum(2 * counts[s.kind][1] * d * DTYPES[dtype][1] for s in sites if s.kind != "encoder"),
         attention_flops=projections + scores,
         score_flops=scores,
     )

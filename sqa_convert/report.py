@@ -8,16 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .checkpoint import Source, write_json
+from .checkpoint import Source
 from .errors import CheckpointError
+from .output import REPORT, write_json
 from .plan import Cost, Plan
 
 SCHEMA = 1
-REPORT = "report.json"
 CARD = "README.md"
 PICTURE = "heads.svg"
 ROWS = ("source", "converted", "uptrained")
 _LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
+_AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "EncoderModel": "AutoModelForTextEncoding",
+    "Model": "AutoModel",
+}
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTextEncoding": "feature-extraction",
+}
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
 
 
@@ -52,6 +64,11 @@ def _cost(cost: Cost) -> dict[str, Any]:
         "attention_flops": cost.attention_flops,
         "score_flops": cost.score_flops,
     }
+
+
+def auto_class(report: dict[str, Any]) -> str:
+    """The Auto class of transformers that loads the result."""
+    return next(auto for ending, auto in _AUTO_CLASSES.items() if report["architecture"].endswith(ending))
 
 
 def recovered(quality: dict[str, Any], key: str) -> float | None:
@@ -125,15 +142,14 @@ def model_card(report: dict[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     source, quality = report["source"]["name"], report.get("quality")
-    encoder_decoder = report["architecture"].startswith("SQAT5")
+    auto = auto_class(report)
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=None if encoder_decoder else "text-generation",
+        pipeline_tag=_PIPELINES.get(auto),
         base_model=source if report["source"]["revision"] else None,  # only models on the hub have one
         base_model_relation="finetune",
         tags=["sqa", "sparse-query-attention"],
     )
-    auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
     lines = ["---", data.to_yaml(), "---", "", f"# {Path(report['output'] or source).name}", ""]
     lines += [
         (

@@ -15,12 +15,21 @@ import torch
 from safetensors import safe_open
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from .checkpoint import resolve, staged_output, write_shard
-from .conversion import Progress, silent
-from .data import collator, documents, token_blocks
+from .checkpoint import resolve
+from .data import SpanCorruption, collator, documents, token_blocks
 from .distill import DistillationTrainer
 from .errors import DataError
-from .evaluation import choose_device, compare, load_model, load_tokenizer
+from .evaluation import (
+    check_vocabulary,
+    choose_device,
+    compare,
+    load_config,
+    load_model,
+    load_tokenizer,
+    prepare,
+)
+from .execution import Progress, silent
+from .output import staged_output, write_shard
 from .recipe import Recipe, load_recipe
 from .report import read_report, write_report
 
@@ -37,6 +46,7 @@ def uptrain(
     source: str | None = None,
     data: str | None = None,
     device: str = "auto",
+    seed: int | None = None,
     evaluate: bool = True,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -49,33 +59,37 @@ def uptrain(
         source: the unconverted model, by default the one named in the report.
         data: text to train on instead of the recipe's; its held-out part is evaluated on.
         device: "auto", "cpu", "cuda", "mps".
+        seed: instead of the recipe's.
         evaluate: measure source, converted and uptrained on held-out text.
         trust_remote_code: let code that the source brings along run.
         progress: called as the work goes on.
 
     Returns:
-        The report, with the row "uptrained".
+        The report, with the column "uptrained".
 
     Raises:
         RecipeError, CheckpointError, DataError: see `sqa_convert.errors`.
     """
     folder = Path(folder)
-    settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, data=data)
+    settings = override(recipe, data=data, seed=seed)
     report = read_report(folder)
-    config_text = (folder / "config.json").read_text(encoding="utf-8")
-    config = json.loads(config_text)
-    origin, _ = resolve(source or report["source"]["name"], report["source"]["revision"])
-    chosen = choose_device(device)
+    origin = resolve(source) if source else resolve(report["source"]["name"], report["source"]["revision"])
+    blocks, collate = training_blocks(folder, settings, trust_remote_code=trust_remote_code)
+    held_out = None
+    if evaluate:
+        held_out = prepare(
+            folder, settings.data, device=device, seed=settings.seed, trust_remote_code=trust_remote_code
+        )
 
     set_seed(settings.seed)
     start = time.perf_counter()
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    blocks = _training_blocks(tokenizer, settings, config)
-    model = load_model(folder, dtype="float32", **_NO_DROPOUT[config["model_type"]])
+    chosen = choose_device(device)
+    config_text = (folder / "config.json").read_text(encoding="utf-8")
+    model = load_model(folder, dtype="float32", **_NO_DROPOUT[json.loads(config_text)["model_type"]])
     _freeze_key_biases(model)
-    teacher = (
-        load_model(origin, dtype="float32", trust_remote_code=trust_remote_code) if settings.loss == "kl" else None
-    )
+    teacher = None
+    if settings.loss == "kl":
+        teacher = load_model(origin, dtype="float32", trust_remote_code=trust_remote_code)
 
     size = sum(path.stat().st_size for path in folder.iterdir())
     with staged_output(folder, overwrite=True, size=size) as staging:
@@ -85,39 +99,56 @@ def uptrain(
                 teacher=teacher,
                 args=_arguments(settings, scratch, chosen),
                 train_dataset=list(blocks),
-                data_collator=collator(tokenizer, model.config.is_encoder_decoder),
+                data_collator=collate,
                 callbacks=[_Report(lambda done, total: progress("uptrain", done, total))],
             )
             trainer.remove_callback(PrinterCallback)
             result = trainer.train()
-        _save(model, report, folder, staging)
-        (staging / "config.json").write_text(config_text, encoding="utf-8")
+        _save(model, folder, staging)
         report["uptraining"] = dataclasses.asdict(settings) | {
             "steps": result.global_step,
             "tokens": result.global_step * settings.tokens_per_step,
             "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else str(chosen),
         }
         report["seconds"]["uptrain"] = round(time.perf_counter() - start, 2)
-        if evaluate:
+        if held_out is not None:
             del model, teacher, trainer
+            start = time.perf_counter()
             rows = {"source": origin, "converted": folder, "uptrained": staging}
-            report["quality"] = compare(
-                rows, data=settings.data, device=device, trust_remote_code=trust_remote_code, progress=progress
-            )
+            report["quality"] = compare(rows, held_out, trust_remote_code=trust_remote_code, progress=progress)
+            report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(staging, report)
     return report
 
 
-def _training_blocks(tokenizer: Any, settings: Recipe, config: dict[str, Any]) -> torch.Tensor:
-    longest = config.get("n_positions") or settings.sequence_length
+def override(recipe: str | Recipe, **settings: Any) -> Recipe:
+    """A recipe with the settings that are not None. Raises RecipeError."""
+    if isinstance(recipe, str):
+        return load_recipe(recipe, **settings)
+    return dataclasses.replace(recipe, **{key: value for key, value in settings.items() if value is not None})
+
+
+def training_blocks(
+    folder: str | Path, settings: Recipe, *, tokens: int | None = None, trust_remote_code: bool = False
+) -> tuple[torch.Tensor, Any]:
+    """The text of a recipe as (n, sequence_length) token blocks, and what makes batches of them.
+
+    Args:
+        folder: source or result; they share tokenizer and vocabulary.
+        tokens: read no more than this, to see whether a recipe can be run at all.
+
+    Raises:
+        CheckpointError, DataError: the tokenizer does not load, the text is too short, or they do not fit the model.
+    """
+    config = load_config(folder, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    longest = settings.sequence_length if config.is_encoder_decoder else config.n_positions
     if settings.sequence_length > longest:
         raise DataError(f"sequence_length {settings.sequence_length} is more than the model's {longest} positions")
-    blocks = token_blocks(
-        documents(settings.data, "train"), tokenizer, settings.sequence_length, settings.tokens, settings.data
-    )
-    if int(blocks.max()) >= config["vocab_size"]:
-        raise DataError(f"the tokenizer makes token {int(blocks.max())}, the model knows {config['vocab_size']} tokens")
-    return blocks
+    texts = documents(settings.data, "train")
+    blocks = token_blocks(texts, tokenizer, settings.sequence_length, tokens or settings.tokens, settings.data)
+    check_vocabulary(blocks, config.vocab_size, SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None)
+    return blocks, collator(tokenizer, config.is_encoder_decoder)
 
 
 def _freeze_key_biases(model: torch.nn.Module) -> None:
@@ -160,7 +191,7 @@ class _Report(TrainerCallback):
         self.step(state.global_step, state.max_steps)
 
 
-def _save(model: Any, report: dict[str, Any], folder: Path, staging: Path) -> None:
+def _save(model: Any, folder: Path, staging: Path) -> None:
     """New weights in the dtypes, names and files of the old ones; everything else is copied."""
     state = model.state_dict()
     prefix = f"{model.base_model_prefix}."

@@ -9,14 +9,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     GPT2Config,
     GPT2ForSequenceClassification,
     T5EncoderModel,
 )
 
 from sqa_convert import convert
-from sqa_convert.errors import UnsupportedModelError
-from sqa_convert.evaluation import load_model
+from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
+from sqa_convert.evaluation import load_model, load_tokenizer
 from sqa_convert.models import SQAT5EncoderModel
 
 
@@ -158,6 +159,7 @@ def test_t5_encoder_alone(folder, tmp_path):
     assert conversion.report["architecture"] == "SQAT5EncoderModel"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_heads"], config["num_key_value_heads"]) == (8, 4)
+    assert "AutoModelForTextEncoding.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
     identity = convert(folder, 12, 12).model
     ids = tokens()
     assert torch.equal(identity(ids)[0], encoder(ids)[0])
@@ -166,8 +168,9 @@ def test_t5_encoder_alone(folder, tmp_path):
 def test_the_encoder_of_a_converted_t5_loads_on_its_own(tmp_path):
     whole = convert(save(t5(), tmp_path / "source"), 8, 4, output=tmp_path / "out").model
     ids = tokens()
-    encoder = SQAT5EncoderModel.from_pretrained(tmp_path / "out").eval()
-    assert torch.equal(encoder(ids)[0], whole.encoder(ids)[0])
+    for loads in (SQAT5EncoderModel, AutoModelForTextEncoding):
+        encoder = loads.from_pretrained(tmp_path / "out").eval()
+        assert torch.equal(encoder(ids)[0], whole.encoder(ids)[0])
 
 
 @pytest.mark.parametrize("kinds", [("encoder",), ("decoder", "cross"), ("cross",)])
@@ -236,7 +239,102 @@ def test_output_holds_all_that_loading_needs(folder, tmp_path):
         "spiece.model", "tokenizer_config.json", "LICENSE", "report.json", "README.md", "heads.svg",
     }  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM"}
+    assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM", "AutoModelForTextEncoding"}
     assert config["sqa"]["source_heads"] == 12
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_safetensors_are_preferred_to_pickles_beside_them(folder, tmp_path):
+    gpt2().save_pretrained(folder)
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
+    (folder / "pytorch_model.bin").write_bytes(b"junk")
+    assert convert(folder, 8, 4, output=tmp_path / "out").model is not None
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_damaged_pickles_are_refused_wherever_the_damage_is(new_format, folder):
+    gpt2(layers=1).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save({"a": torch.ones(3), "b": torch.ones(2)}, path, _use_new_zipfile_serialization=new_format)
+    sound = path.read_bytes()
+    for position in range(0, len(sound), max(1, len(sound) // 60)):
+        for damaged in (sound[:position], sound[:position] + b"\xff" + sound[position + 1 :]):
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError):  # damaged, or sound and without the model's tensors
+                convert(folder, 8, 4)
+
+
+def test_sparse_tensors_are_refused(folder):
+    gpt2().save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": torch.ones(3).to_sparse()}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="no dense tensor"):
+        convert(folder, 8, 4)
+
+
+def test_stored_copies_of_tied_weights_are_not_counted(folder):
+    model = gpt2()
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    conversion = convert(folder, 8, 4)
+    assert conversion.report["cost"]["before"]["parameters"] == model.num_parameters()
+    assert conversion.report["cost"]["after"]["parameters"] == conversion.model.num_parameters()
+
+
+def test_buffers_of_every_dtype_of_a_model_in_memory_pass_through(tmp_path):
+    model = gpt2()
+    model.register_buffer("counts", torch.tensor([300, -5]))
+    convert(model, 8, 4, output=tmp_path / "out")
+    assert torch.equal(read_all(tmp_path / "out")["counts"], torch.tensor([300, -5]))
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+
+
+def test_a_model_in_memory_cannot_be_evaluated_for_want_of_a_tokenizer(tmp_path):
+    with pytest.raises(RecipeError, match="not a model in memory"):
+        convert(gpt2(), 8, 4, output=tmp_path / "out", evaluate=True)
+    with pytest.raises(RecipeError, match="needs an output folder"):
+        convert("sample:gpt2", 8, 4, evaluate=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_of_others_is_not_named_in_the_result(folder, tmp_path):
+    gpt2().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"custom_pipelines": {"p": {"impl": "evil.P"}}, "auto_map": {"AutoModel": "evil--m.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil--tok.Evil", null]}}')
+    convert(folder, 8, 4, output=tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.json"):
+        assert "evil" not in path.read_text(), path.name
+
+
+def test_the_tokenizer_class_that_config_json_names_is_kept(folder, tmp_path):
+    gpt2(tokenizer_class="BertTokenizer").save_pretrained(folder)
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+    convert(folder, 8, 4, output=tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "BertTokenizer"
+
+
+def test_a_sentencepiece_tokenizer_alone_is_enough(folder, tmp_path):
+    """As the hub has T5 v1.1 and mT5: spiece.model and nothing else."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "spiece"), vocab_size=40, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    t5(vocab_size=200).save_pretrained(folder)
+    (tmp_path / "spiece.model").rename(folder / "spiece.model")
+    lines = [f"the quick brown fox number {i} jumps over the lazy dog\n" * 30 for i in range(40)]
+    for i, line in enumerate(lines):
+        (tmp_path / f"{i:02}.data").write_text(line)
+    report = convert(folder, 8, 4, output=tmp_path / "out", evaluate=True, data=str(tmp_path / "*.data")).report
+    assert report["quality"]["converted"]["kl"] > 0
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("the lazy fox").input_ids, skip_special_tokens=True) == "the lazy fox"

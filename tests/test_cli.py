@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import gpt2, t5
 from safetensors.torch import load_file, save_file
 
-from sqa_convert import conversion
+from sqa_convert import execution
 from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.cli.convert import main
 
@@ -151,6 +152,12 @@ BAD_SOURCES = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
     "pickle with code": (pickled, "refused"),
+    "model_type is a list": (lambda f: edit_config(f, model_type=["gpt2"]), "not supported"),
+    "architectures is a number": (lambda f: edit_config(f, architectures=5), "architectures is 5"),
+    "unknown activation": (lambda f: edit_config(f, activation_function="nope"), "not accepted"),
+    "epsilon is text": (lambda f: edit_config(f, layer_norm_epsilon="x"), "not accepted"),
+    "NaN in the config": (lambda f: edit_config(f, layer_norm_epsilon=float("nan")), "no JSON"),
+    "quantized": (lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}), "quantized"),
     "index outside the folder": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}'),
         "outside the folder",
@@ -206,7 +213,13 @@ def test_bad_sources_get_one_line_and_exit_code_3(run, source, fault):
         (["SOURCE", *HEADS, "--no-such-flag"], 2, "--no-such-flag"),
         (["SOURCE", *HEADS, "-o", "FILE"], 2, "is a file"),
         (["SOURCE", *HEADS, "-o", "FILE/below"], 2, "cannot be written"),
-        (["SOURCE", *HEADS, "-o", "SOURCE", "--overwrite"], 2, "where the source lies"),
+        (["SOURCE", *HEADS, "-o", "SOURCE", "--overwrite"], 2, "did not write"),
+        (["SOURCE", *HEADS, "-o", "."], 2, "the folder you are in"),
+        (["SOURCE", *HEADS, "-o", "..", "--overwrite"], 2, "one above it"),
+        (["SOURCE", *HEADS, "--device", "meta"], 2, "--device meta"),
+        (["SOURCE", *HEADS, "--device", "cuda:1"], 2, "--device cuda:1"),
+        (["x" * 5000, *HEADS], 3, "xxx"),
+        (["~nobody-of-this-name/x", *HEADS], 3, "nobody-of-this-name"),
         ([], 2, "MODEL"),
     ],
 )
@@ -230,6 +243,122 @@ def test_existing_output_is_left_alone(run, source):
     assert code == 2
     assert "--overwrite" in err
     assert os.listdir("out") == ["precious.txt"]
+
+
+def test_only_outputs_of_our_own_are_overwritten(run, source):
+    os.makedirs("out/project")
+    open("out/project/precious.txt", "w").close()
+    code, _, err = run(source, *HEADS, *QUIET, "-o", "out", "--overwrite")
+    assert code == 2 and "did not write" in err
+    assert os.listdir("out/project") == ["precious.txt"]
+    (source / "report.json").write_text("{}")
+    code, _, err = run(source, *HEADS, *QUIET, "-o", source, "--overwrite")
+    assert code == 2 and "where the source lies" in err
+
+
+def test_what_came_to_the_place_meanwhile_is_left_alone(run, source, monkeypatch):
+    write = execution.write_shard
+
+    def slow(path, tensors):
+        write(path, tensors)
+        os.mkdir("out")
+        open("out/precious.txt", "w").close()
+
+    monkeypatch.setattr(execution, "write_shard", slow)
+    code, _, err = run(source, *HEADS, *QUIET, "-o", "out")
+    assert code == 2 and "exists already" in err
+    assert os.listdir() == ["out"] and os.listdir("out") == ["precious.txt"]
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, PermissionError])
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_swap_that_fails_halfway_puts_the_old_output_back(run, source, monkeypatch, fault, which):
+    assert run(source, *HEADS, *QUIET, "-o", "out")[0] == 0
+    before = open("out/config.json").read()
+    rename, calls = Path.rename, []
+
+    def failing(self, target):
+        calls.append(target)
+        if len(calls) == which:
+            raise fault
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    code, _, _ = run(source, "--variant", "xsqa", *QUIET, "-o", "out", "--overwrite")
+    assert code == (130 if fault is KeyboardInterrupt else 2)
+    assert open("out/config.json").read() == before
+    assert os.listdir() == ["out"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(run, source):
+    os.mkdir("locked", mode=0o500)
+    code, _, err = run(source, *HEADS, *QUIET, "-o", "locked/out")
+    assert code == 2 and "cannot be written" in err
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_uptraining_from_the_command_line(run, name, tmp_path):
+    torch.set_num_threads(2)
+    (tmp_path / "short.yaml").write_text("tokens: 10_240\nsequence_length: 64\nlearning_rate: 2.0e-3\n")
+    code, out, err = run(f"sample:{name}", *HEADS, "--uptrain", tmp_path / "short.yaml", "-o", "out", "--seed", "7")
+    assert code == 0, err
+    for words in ("uptrained", "uptraining took back", "next: AutoModelFor"):
+        assert words in out
+    report = json.loads(open("out/report.json").read())
+    assert (report["uptraining"]["seed"], report["uptraining"]["steps"]) == (7, 20)
+    assert report["quality"]["uptrained"]["kl"] < report["quality"]["converted"]["kl"]
+    assert os.listdir() == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("files", "says", "code"),
+    [((), "no tokenizer", 3), (("tokenizer.json", "tokenizer_config.json"), "sequence_length 256 is more than", 2)],
+)
+def test_an_uptraining_that_cannot_run_is_refused_before_anything_is_written(run, source, files, says, code):
+    for file in files:
+        (source / file).write_bytes((SAMPLES / "gpt2" / file).read_bytes())
+    found, _, err = run(source, *HEADS, "--uptrain", "quick")
+    assert found == code and says in err
+    assert os.listdir() == []
+
+
+def test_interrupted_uptraining_keeps_the_converted_model_and_says_so(run, monkeypatch):
+    from sqa_convert import uptraining
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uptraining.DistillationTrainer, "train", interrupt)
+    code, _, err = run("sample:gpt2", *HEADS, "--uptrain", "quick", "-o", "out")
+    assert code == 130 and "out holds the converted model, not uptrained" in err
+    assert os.listdir() == ["out"]
+    assert json.loads(open("out/config.json").read())["n_head"] == 8
+
+
+def test_a_loss_that_is_not_finite_is_an_error_not_a_result(run, source, monkeypatch):
+    from sqa_convert import evaluation
+
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (source / file).write_bytes((SAMPLES / "gpt2" / file).read_bytes())
+    predict = evaluation.predict
+
+    def overflow(*arguments):
+        predictions = predict(*arguments)
+        predictions.hidden[5] = float("nan")
+        return predictions
+
+    monkeypatch.setattr(evaluation, "predict", overflow)
+    code, out, err = run("sample:gpt2", *HEADS, "--json")
+    assert (code, out) == (4, "") and "not finite" in err
+    assert os.listdir() == []
+
+
+def test_brackets_in_a_path_are_only_text(run, source):
+    code, out, err = run(source, *HEADS, *QUIET, "-o", "o[red]u[/y]t")
+    assert (code, err) == (0, "")
+    assert "o[red]u[/y]t" in out
+    assert os.listdir("o[red]u[") == ["y]t"]
 
 
 def test_missing_tokenizer_is_named_with_the_way_out(run, source):
@@ -260,7 +389,7 @@ def test_full_disk_while_replacing_keeps_the_old_output(run, source, monkeypatch
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(conversion, "write_shard", full)
+    monkeypatch.setattr(execution, "write_shard", full)
     code, _, err = run(source, "--variant", "xsqa", *QUIET, "-o", "out", "--overwrite")
     assert code == 2 and "disk is full" in err
     assert open("out/config.json").read() == before
@@ -278,12 +407,12 @@ def test_too_small_a_disk_is_refused_before_starting(run, source, monkeypatch):
 
 
 def test_a_written_tensor_that_differs_is_noticed(run, source, monkeypatch):
-    write = conversion.write_shard
+    write = execution.write_shard
 
     def flip(path, tensors):
         write(path, {name: tensor + (name == OUTSIDE) for name, tensor in tensors.items()})
 
-    monkeypatch.setattr(conversion, "write_shard", flip)
+    monkeypatch.setattr(execution, "write_shard", flip)
     code, _, err = run(source, *HEADS, *QUIET)
     assert code == 3 and f"{OUTSIDE} was not written as computed" in err
     assert os.listdir() == []
@@ -294,7 +423,7 @@ def test_a_written_tensor_that_differs_is_noticed(run, source, monkeypatch):
 def test_interruption_leaves_nothing(source, tmp_path, number, code):
     """The signal comes while the first shard lies there half done."""
     script = (
-        "import time, sqa_convert.conversion as c, sqa_convert.cli.convert as cli\n"
+        "import time, sqa_convert.execution as c, sqa_convert.cli.convert as cli\n"
         "write = c.write_shard\n"
         "def slow(*a):\n    write(*a)\n    print('written', flush=True)\n    time.sleep(60)\n"
         "c.write_shard = slow\ncli.main()"
@@ -308,7 +437,7 @@ def test_interruption_leaves_nothing(source, tmp_path, number, code):
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == code
-    assert err in ("", "error: interrupted; nothing half-written was kept\n")
+    assert err == ("error: interrupted; nothing half-written was kept\n" if number == signal.SIGINT else "")
     assert os.listdir(tmp_path) == ["source"]
 
 
@@ -323,6 +452,10 @@ assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ 
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer("def add(a, b):", return_tensors="pt").input_ids
 print(model.generate(ids, max_new_tokens=8, do_sample=False).tolist())
+if "{auto}" == "AutoModelForCausalLM":
+    from transformers import pipeline
+    write = pipeline("text-generation", model=folder, trust_remote_code=True)
+    assert len(write("import os", max_new_tokens=5)[0]["generated_text"]) > 9
 """
 
 
@@ -390,12 +523,74 @@ def test_cached_hub_model_converts_offline(run, tmp_path, monkeypatch):
     code, out, err = run("someone/tiny", *HEADS, *QUIET, "--json")
     assert code == 0, err
     report = json.loads(out)
+    # k and v; two decoder layers with two sites each; 12 heads of 4 floats
+    assert report["cost"]["before"]["kv_cache_bytes_per_token"] == 2 * (2 * 2) * 12 * 4 * 4
     assert report["source"] == {
         "name": "someone/tiny",
         "revision": commit,
         "architecture": "T5ForConditionalGeneration",
     }
     assert os.listdir() == ["tiny-sqa-q8kv4"]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that hands out a folder and remembers what was asked of it."""
+    import huggingface_hub
+
+    gpt2().save_pretrained(tmp_path / "remote")
+    asked = []
+
+    def snapshot_download(name, revision=None, allow_patterns=()):
+        asked.extend(allow_patterns)
+        return str(tmp_path / "remote")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_what_cannot_be_done_is_known_before_weights_are_downloaded(run, hub, tmp_path):
+    assert run("someone/tiny", "--q-groups", "9", "--kv-groups", "4")[0] == 2
+    os.mkdir("tiny-sqa-q8kv4")
+    open("tiny-sqa-q8kv4/x", "w").close()
+    assert run("someone/tiny", *HEADS)[0] == 2
+    edit_config(tmp_path / "remote", model_type="llama")
+    assert run("someone/tiny", *HEADS)[0] == 3
+    assert set(hub) == {"config.json"}
+
+
+def test_dry_run_of_a_hub_model_fetches_headers_only(run, hub, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+
+    tensors = {
+        n: TensorInfo(dtype="F32", shape=list(t.shape), data_offsets=(0, 4 * t.numel()))
+        for n, t in load_file(tmp_path / "remote" / "model.safetensors").items()
+    }
+    file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
+    metadata = SafetensorsRepoMetadata(
+        metadata=None, sharded=False, weight_map=dict.fromkeys(tensors, "model.safetensors"),
+        files_metadata={"model.safetensors": file},
+    )  # fmt: skip
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda name, revision=None: metadata)
+    code, out, err = run("someone/tiny", *HEADS, "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["cost"]["after"]["query_heads"] == {"decoder": 8}
+    assert hub == ["config.json"]
+
+
+def test_network_faults_of_any_kind_are_one_line(run, monkeypatch):
+    import huggingface_hub
+
+    class ReadTimeoutError(Exception):
+        pass
+
+    def fail(*arguments, **options):
+        raise ReadTimeoutError("the read\noperation timed out")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    code, _, err = run("someone/tiny", *HEADS)
+    assert (code, err) == (3, "error: someone/tiny could not be downloaded: the read operation timed out\n")
 
 
 def test_same_input_gives_the_same_bytes(run, source):

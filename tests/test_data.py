@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.data import SpanCorruption, check_data, documents, token_blocks
 from sqa_convert.errors import DataError
-from sqa_convert.evaluation import held_out_batches, load_tokenizer
+from sqa_convert.evaluation import load_tokenizer, prepare
 
 
 class Characters:
@@ -131,8 +131,10 @@ def test_tokenizers_without_sentinels_are_refused():
         SpanCorruption.of(load_tokenizer(SAMPLES / "gpt2"))
 
 
-def test_a_tokenizer_that_does_not_fit_the_model_is_refused():
-    from transformers import GPT2Config
-
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((SAMPLES / "gpt2" / file).read_bytes())
+    config = json.loads((SAMPLES / "gpt2" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     with pytest.raises(DataError, match="the model knows 100 tokens"):
-        held_out_batches(load_tokenizer(SAMPLES / "gpt2"), GPT2Config(vocab_size=100), None, 2048)
+        prepare(tmp_path, tokens=2048)

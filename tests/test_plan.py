@@ -10,11 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, MT5Config, T5Config
 
 from sqa_convert import convert
-from sqa_convert.checkpoint import Source, TensorInfo
-from sqa_convert.conversion import _dtype
+from sqa_convert.checkpoint import Source, TensorInfo, torch_dtype
 from sqa_convert.errors import CheckpointError, RecipeError
 from sqa_convert.families import Site
-from sqa_convert.plan import make_plan, parse_size
+from sqa_convert.plan import Request, make_plan, parse_size
 
 
 def gpt2_config(width, layers, heads):
@@ -88,7 +87,7 @@ def test_true_models_plan_and_load_on_the_meta_device(name):
     if name in PARAMETERS:
         assert sum(torch.Size(i.shape).numel() for i in source.index.values()) == PARAMETERS[name]
     for heads in settings_of(source.config.get("n_head") or source.config["num_heads"]):
-        plan = make_plan(source, *heads)
+        plan = make_plan(source, Request(*heads))
         config_class = getattr(models, plan.config["auto_map"]["AutoConfig"].split(".")[1])
         with torch.device("meta"):
             model = getattr(models, plan.config["architectures"][0])(config_class.from_dict(plan.config))
@@ -106,7 +105,7 @@ def test_true_shapes_convert_on_the_meta_device(name):
 
     source = MetaSource(name, TRUE_MODELS[name])
     for heads in settings_of(source.config.get("n_head") or source.config["num_heads"]):
-        plan = make_plan(source, *heads)
+        plan = make_plan(source, Request(*heads))
         planned = {t.name: t for tensors in plan.shards.values() for t in tensors}
         for site in plan.sites[:1] + plan.sites[-2:]:
             read = plan.family.read(site, lambda n, p=plan: source.read(p.source_names[n]), plan.dimensions)
@@ -115,7 +114,7 @@ def test_true_shapes_convert_on_the_meta_device(name):
             assert written.keys() == expected
             for tensor_name, tensor in written.items():
                 assert tensor.shape == planned[tensor_name].shape, tensor_name
-                assert tensor.dtype == _dtype(planned[tensor_name].dtype)
+                assert tensor.dtype == torch_dtype(planned[tensor_name].dtype)
 
 
 @pytest.mark.parametrize("make", [gpt2, t5])
@@ -165,9 +164,13 @@ def test_help_imports_neither_torch_nor_transformers(argument):
 
 def test_shards_hold_every_tensor_once_within_the_limit():
     source = MetaSource("gpt2", TRUE_MODELS["gpt2"])
-    plan = make_plan(source, 8, 4, max_shard_size="50MB")
+    plan = make_plan(source, Request(8, 4, max_shard_size="50MB"))
     names = [t.name for tensors in plan.shards.values() for t in tensors]
-    assert len(names) == len(set(names)) == len({t.name for t in next(iter(make_plan(source, 8, 4).shards.values()))})
+    assert (
+        len(names)
+        == len(set(names))
+        == len({t.name for t in next(iter(make_plan(source, Request(8, 4)).shards.values()))})
+    )
     for tensors in plan.shards.values():
         assert sum(t.nbytes for t in tensors) <= 50e6 or len(tensors) == 1
 
@@ -187,4 +190,4 @@ def test_two_names_of_one_tensor_are_refused():
     source = MetaSource("gpt2", TRUE_MODELS["gpt2"])
     source.index["wte.weight"] = source.index["transformer.wte.weight"]
     with pytest.raises(CheckpointError, match="the same tensor"):
-        make_plan(source, 8, 4)
+        make_plan(source, Request(8, 4))

@@ -76,7 +76,7 @@ def test_measured_loss_is_the_models_own(make):
     batches = [{"input_ids": tokens(2, 20), "labels": tokens(2, 20)} for _ in range(3)]
     if not model.config.is_encoder_decoder:
         batches = [{"input_ids": b["input_ids"], "labels": b["input_ids"]} for b in batches]
-    predictions = predict(model, HeldOut(batches, "random", 0), torch.device("cpu"))
+    predictions = predict(model, HeldOut(batches, "random", 0, torch.device("cpu")))
     quality = measure(predictions, predictions)
     expected = torch.stack([model(**b).loss for b in batches]).mean().item()
     assert quality.loss == pytest.approx(expected, rel=1e-5)

@@ -71,12 +71,12 @@ class Out:
     def say(self, text: str) -> None:
         """A line for a person."""
         if not self.quiet and not self.as_json:
-            self.stderr.print(text, soft_wrap=True)
+            self.stderr.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
         if self.as_json or self.quiet:
             return
-        table = Table(title=title, title_justify="left", title_style="bold")
+        table = Table(title=escape(title), title_justify="left", title_style="bold")
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in rows:
@@ -85,11 +85,11 @@ class Out:
 
     def result(self, text: str) -> None:
         if not self.as_json and not self.quiet:
-            self.stdout.print(text, soft_wrap=True)
+            self.stdout.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def json(self, content: dict[str, Any]) -> None:
         if self.as_json:
-            print(json.dumps(content))
+            print(json.dumps(content, allow_nan=False))
 
 
 def run_app(app: Any, name: str) -> NoReturn:
@@ -99,7 +99,10 @@ def run_app(app: Any, name: str) -> NoReturn:
     # A terminated run clears its temporary folder as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        sys.exit(app(prog_name=name, standalone_mode=False) or 0)
+        code = app(prog_name=name, standalone_mode=False) or 0
+        if code == INTERRUPTED:  # typer makes a code of the interruption
+            raise KeyboardInterrupt
+        sys.exit(code)
     except SQAError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):

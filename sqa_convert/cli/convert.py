@@ -10,8 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from ..errors import RecipeError
-from ..recipe import load_recipe
+from ..checkpoint import Source, open_source
+from ..errors import InterruptedByUserError, RecipeError
+from ..families import family_of
+from ..heads import METHODS, Partition
+from ..output import check_output
+from ..plan import Request, make_plan
+from ..recipe import Recipe, load_recipe
+from ..report import auto_class, conversion_report, recovered, summary
 from .console import Out, run_app
 
 app = typer.Typer(
@@ -32,8 +38,6 @@ def _version(wanted: bool) -> None:
 
 def _list_methods(wanted: bool) -> None:
     if wanted:
-        from ..heads import METHODS
-
         for method in METHODS.values():
             print(f"{method.name:8} {method.summary}\n{'':8} {method.source}")
         raise typer.Exit
@@ -146,35 +150,26 @@ def convert(
     The result is a folder that AutoModel…from_pretrained loads. It is written beside its place and appears whole.
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
-    recipe = None if uptrain is None else load_recipe(uptrain, data=data)
-    head_options: dict[str, Any] = {
-        "variant": variant,
-        "method": method,
-        "sites": None if sites is None else [s.strip() for s in sites.split(",") if s.strip()],
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-    }
+    chosen_sites = None if sites is None else [kind.strip() for kind in sites.split(",") if kind.strip()]
+    request = Request(q_groups, kv_groups, variant, method, chosen_sites, dtype, max_shard_size)
+    recipe = None if uptrain is None else load_recipe(uptrain, data=data, seed=seed)
 
-    from ..checkpoint import check_output, open_source
-    from ..heads import get_method
-    from ..plan import make_plan
+    def accept(config: dict[str, Any]) -> None:
+        partitions = request.partitions(config)
+        if not dry_run:
+            check_output(output or _default_output(model, partitions), overwrite)
+        family = family_of(config)
+        if recipe is not None and not family.has_language_model_head(config):
+            raise RecipeError(f"--uptrain: a {family.source_architecture(config)} has no language model head to train")
 
-    get_method(method)
-    source = open_source(model, revision)
-    plan = make_plan(source, q_groups, kv_groups, **head_options)
-    counts = plan.after.q_heads, plan.after.kv_heads
-    target = output or Path(f"{_short_name(model)}-sqa-q{_main(counts[0], plan, 'q')}kv{_main(counts[1], plan, 'kv')}")
-    from ..report import conversion_report
-
-    preview = conversion_report(plan, source, target, 0.0, seed)
+    source = open_source(model, revision, accept=accept, headers_only=dry_run)
+    plan = make_plan(source, request)
+    target = output or _default_output(model, plan.partitions)
     if dry_run:
-        _show_plan(out, plan, preview)
+        _show_plan(out, plan, conversion_report(plan, source, target, 0.0, seed))
         return
-    check_output(target, overwrite)
-    if recipe is not None and not plan.family.has_language_model_head(source.config):
-        raise RecipeError(f"--uptrain: a {preview['source']['architecture']} has no language model head to train")
 
-    from ..conversion import convert as run_conversion
+    from ..conversion import convert_to_folder
     from ..data import check_data
     from ..evaluation import choose_device
 
@@ -183,12 +178,16 @@ def convert(
     if recipe is not None or not no_evaluate:
         check_data(recipe.data if recipe is not None else data)
     with out.progress() as progress:
-        conversion = run_conversion(
-            model,
-            q_groups,
-            kv_groups,
-            output=target,
-            revision=revision,
+        if recipe is not None:
+            from ..uptraining import training_blocks
+
+            # What would stop the training shall stop it before anything is written.
+            few = recipe.sequence_length
+            training_blocks(str(source.folder), recipe, tokens=few, trust_remote_code=trust_remote_code)
+        conversion = convert_to_folder(
+            plan,
+            source,
+            target,
             overwrite=overwrite,
             verify=not no_verify,
             evaluate=not no_evaluate and recipe is None,
@@ -197,37 +196,40 @@ def convert(
             seed=seed,
             trust_remote_code=trust_remote_code,
             progress=progress,
-            **head_options,
         )
         report = conversion.report
         if recipe is not None:
-            from ..uptraining import uptrain as run_uptraining
-
-            report = run_uptraining(
-                target,
-                recipe,
-                source=model,
-                device=device,
-                evaluate=not no_evaluate,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            )
+            report = _uptrain(target, recipe, source, device, not no_evaluate, trust_remote_code, progress)
     _show(out, report, target, uptrained=recipe is not None)
 
 
-def _short_name(model: str) -> str:
-    return Path(model.removeprefix("sample:")).expanduser().resolve().name if model not in (".", "..") else "model"
+def _uptrain(
+    target: Path, recipe: Recipe, source: Source, device: str, evaluate: bool, trust: bool, progress: Any
+) -> dict[str, Any]:
+    from ..uptraining import uptrain
+
+    try:
+        return uptrain(
+            target,
+            recipe,
+            source=str(source.folder),
+            device=device,
+            evaluate=evaluate,
+            trust_remote_code=trust,
+            progress=progress,
+        )
+    except KeyboardInterrupt as error:
+        raise InterruptedByUserError(f"interrupted; {target} holds the converted model, not uptrained") from error
 
 
-def _main(counts: dict[str, int], plan: Any, kind: str) -> int:
-    """The count of the first kind of attention that is converted."""
-    changed = [k for k, p in plan.partitions.items() if not p.is_identity]
-    return counts[changed[0]] if changed else next(iter(counts.values()))
+def _default_output(model: str, partitions: dict[str, Partition]) -> Path:
+    """./NAME-sqa-qNkvM, with the counts of the first kind of attention that is converted."""
+    partition = next((p for p in partitions.values() if not p.is_identity), next(iter(partitions.values())))
+    name = Path(model.removeprefix("sample:")).expanduser().resolve().name or "model"
+    return Path(f"{name}-sqa-q{len(partition.clusters)}kv{len(partition.kv_groups)}")
 
 
 def _show_plan(out: Out, plan: Any, report: dict[str, Any]) -> None:
-    from ..report import summary
-
     shards = {
         file: [
             {"name": t.name, "shape": t.shape, "dtype": t.dtype, "from": getattr(t.origin, "prefix", t.origin)}
@@ -245,8 +247,6 @@ def _show_plan(out: Out, plan: Any, report: dict[str, Any]) -> None:
 
 
 def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> None:
-    from ..report import recovered, summary
-
     out.json(report)
     out.table(f"{report['source']['name']} → {target}", *summary(report))
     quality = report.get("quality")
@@ -256,9 +256,8 @@ def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> No
         if uptrained and all(share is not None for share in shares.values()):
             out.result(f"uptraining took back {shares['loss']:.1%} of the loss and {shares['kl']:.1%} of the KL")
     out.result(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in report['seconds'].items())}")
-    if uptrained:
-        auto = "AutoModelForSeq2SeqLM" if report["architecture"].startswith("SQAT5") else "AutoModelForCausalLM"
-        out.result(f'next: {auto}.from_pretrained("{target}", trust_remote_code=True)')
+    if uptrained or not quality:
+        out.result(f'next: {auto_class(report)}.from_pretrained("{target}", trust_remote_code=True)')
     else:
         again = [*sys.argv[1:], *([] if "--overwrite" in sys.argv else ["--overwrite"]), "--uptrain", "quick"]
         out.result(f"next: sqa-convert {shlex.join(again)}")

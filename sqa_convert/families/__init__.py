@@ -16,12 +16,12 @@ def family_of(config: Config) -> Family:
     Raises:
         UnsupportedModelError: of another architecture, or of one of its kinds that cannot be converted.
     """
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     supported = ", ".join(sorted(FAMILIES))
-    if isinstance(model_type, str) and model_type.startswith("sqa_"):
+    if model_type.startswith("sqa_"):
         raise UnsupportedModelError(f"model_type {model_type}: already converted; give the original ({supported})")
     if model_type not in FAMILIES:
-        raise UnsupportedModelError(f"model_type {model_type!r} is not supported; supported: {supported}")
+        raise UnsupportedModelError(f"model_type {model_type} is not supported; supported: {supported}")
     family = FAMILIES[model_type]
     family.check(config)
     return family

@@ -6,7 +6,7 @@ Nothing here or in a family's tables imports torch, so that a plan can be made f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,9 @@ from ..heads.layout import AttentionHeads
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_NOT_CARRIED = ("_name_or_path", "transformers_version", "auto_map", "custom_pipelines")
+"""of config.json: what the source says of its own files and code"""
 
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]
@@ -74,6 +77,11 @@ class Family(ABC):
 
     def check(self, config: Config) -> None:
         """Raises UnsupportedModelError when this family's converter cannot take the model."""
+        named = config.get("architectures")
+        if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+            raise UnsupportedModelError(f"config.json: architectures is {named!r}, not a list of class names")
+        if config.get("quantization_config"):
+            raise UnsupportedModelError("quantized checkpoints are not supported; give the original weights")
         architecture = self.source_architecture(config)
         if architecture not in self.architectures:
             raise UnsupportedModelError(
@@ -99,6 +107,10 @@ class Family(ABC):
         """Canonical name and shape of every tensor the model cannot do without."""
 
     @abstractmethod
+    def tied(self, config: Config) -> frozenset[str]:
+        """Canonical names that, where a source stores them at all, are copies of another tensor."""
+
+    @abstractmethod
     def consumed(self, site: Site) -> list[str]:
         """Canonical names of the source tensors that `read` replaces."""
 
@@ -120,15 +132,13 @@ class Family(ABC):
 
     def common_config(self, config: Config, model_type: str) -> dict[str, Any]:
         """The entries every result has."""
-        kept = {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version", "auto_map")}
+        kept = {k: v for k, v in config.items() if k not in _NOT_CARRIED}
         source = self.source_architecture(config)
         auto_map = dict(self.auto_map)
         if source.endswith("EncoderModel"):
-            auto_map = {"AutoConfig": auto_map["AutoConfig"], "AutoModel": self._file_class(self.architectures[source])}
+            encoder = auto_map["AutoModelForTextEncoding"]
+            auto_map = {"AutoConfig": auto_map["AutoConfig"], "AutoModel": encoder, "AutoModelForTextEncoding": encoder}
         return kept | {"model_type": model_type, "architectures": [self.architectures[source]], "auto_map": auto_map}
-
-    def _file_class(self, name: str) -> str:
-        return f"{next(f for f in self.model_files if f.startswith('modeling'))[:-3]}.{name}"
 
 
 def join_heads(weights: Tensor) -> Tensor:
@@ -141,11 +151,16 @@ def split_heads(weight: Tensor, head_dim: int) -> Tensor:
     return weight.reshape(-1, head_dim, weight.shape[-1])
 
 
-def integers(config: Config, keys: Iterable[str], where: str) -> Sequence[int]:
-    """The positive whole numbers under `keys`. Raises UnsupportedModelError naming the first that is none."""
+def integers(config: Config, keys: Iterable[str], where: str, *, optional: bool = False) -> list[int]:
+    """The positive whole numbers under `keys`. Raises UnsupportedModelError naming the first that is none.
+
+    With `optional` a key may also be missing or null, and is then left out.
+    """
     values = []
     for key in keys:
         value = config.get(key)
+        if optional and value is None:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UnsupportedModelError(f"{where} config.json: {key} is {value!r}, not a positive whole number")
         values.append(value)

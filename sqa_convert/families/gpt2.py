@@ -39,6 +39,7 @@ class GPT2(Family):
         super().check(config)
         width, heads = integers(config, ("n_embd", "n_head"), "gpt2")
         integers(config, ("n_layer", "n_positions", "vocab_size"), "gpt2")
+        integers(config, ("n_inner",), "gpt2", optional=True)
         if config.get("add_cross_attention"):
             raise UnsupportedModelError(
                 "gpt2 with add_cross_attention is not supported; gpt2 without it, t5 and mt5 are"
@@ -81,6 +82,9 @@ class GPT2(Family):
         for i in range(config["n_layer"]):
             shapes |= {f"transformer.h.{i}.{name}": shape for name, shape in layer.items()}
         return shapes | {"transformer.ln_f.weight": (width,), "transformer.ln_f.bias": (width,)}
+
+    def tied(self, config: Config) -> frozenset[str]:
+        return frozenset() if config.get("tie_word_embeddings") is False else frozenset({"lm_head.weight"})
 
     def consumed(self, site: Site) -> list[str]:
         return [f"{site.prefix}.{name}" for name in ("c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias")]

@@ -26,6 +26,7 @@ class T5(Family):
         "AutoConfig": "configuration_sqa_t5.SQAT5Config",
         "AutoModel": "modeling_sqa_t5.SQAT5Model",
         "AutoModelForSeq2SeqLM": "modeling_sqa_t5.SQAT5ForConditionalGeneration",
+        "AutoModelForTextEncoding": "modeling_sqa_t5.SQAT5EncoderModel",
     }
     architectures = {
         f"{prefix}{name}": f"SQAT5{name}"
@@ -36,6 +37,7 @@ class T5(Family):
     def check(self, config: Config) -> None:
         super().check(config)
         integers(config, ("num_heads", "d_kv", "d_model", "d_ff", "num_layers", "vocab_size"), "t5")
+        integers(config, ("num_decoder_layers", "n_positions", "relative_attention_num_buckets"), "t5", optional=True)
         if config.get("is_decoder") and not config.get("is_encoder_decoder", True):
             raise UnsupportedModelError("a T5 decoder on its own is not supported; whole T5 models and encoders are")
 
@@ -96,6 +98,12 @@ class T5(Family):
 
     def _table(self, site: Site) -> str:
         return f"{site.kind}.block.0.layer.0.SelfAttention.{_TABLE}"
+
+    def tied(self, config: Config) -> frozenset[str]:
+        embeddings = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+        # v1.1, Flan and mT5 have a head of their own.
+        own_head = config.get("tie_word_embeddings") is False or config.get("model_type") == "mt5"
+        return frozenset(embeddings if own_head else embeddings | {"lm_head.weight"})
 
     def consumed(self, site: Site) -> list[str]:
         names = [f"{site.prefix}.{name}.weight" for name in "qkvo"]

@@ -6,6 +6,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
 )
 
 from .configuration_sqa_gpt2 import SQAGPT2Config
@@ -20,6 +21,7 @@ AutoModelForCausalLM.register(SQAGPT2Config, SQAGPT2ForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(SQAGPT2Config, SQAGPT2ForSequenceClassification, exist_ok=True)
 AutoModel.register(SQAT5Config, SQAT5Model, exist_ok=True)
 AutoModelForSeq2SeqLM.register(SQAT5Config, SQAT5ForConditionalGeneration, exist_ok=True)
+AutoModelForTextEncoding.register(SQAT5Config, SQAT5EncoderModel, exist_ok=True)
 
 __all__ = [
     "SQAGPT2Config",

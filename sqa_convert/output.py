@@ -1,0 +1,158 @@
+"""Writing a folder so that it appears whole or not at all, and never in place of what is not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import CARRIED_FILES, TOKENIZER_CONFIG, TOKENIZER_FILES, read_json
+from .errors import OutputError, SQAError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REPORT = "report.json"
+"""in every output; a folder without it was not made here"""
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises OutputError unless a folder may be put at `output`."""
+    try:
+        path = output.resolve()
+        if path == Path.cwd() or path in Path.cwd().parents or path.is_mount():
+            raise OutputError(f"--output {output} is the folder you are in, one above it, or a mount; give one inside")
+        if path.exists():
+            if not path.is_dir():
+                raise OutputError(f"--output {output} is a file")
+            if any(path.iterdir()):
+                if not overwrite:
+                    raise OutputError(f"--output {output} exists already: give another, or --overwrite")
+                if not (path / REPORT).is_file():
+                    raise OutputError(
+                        f"--output {output} holds what sqa-convert did not write, so --overwrite is refused"
+                    )
+        parent = path.parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"--output {output}: {parent} cannot be written to")
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, SQAError):
+            raise
+        raise OutputError(f"--output {str(output)[:200]} cannot be used: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Iterator[Path]:
+    """A temporary folder beside `output` that becomes it, complete, when the block ends; else nothing is left.
+
+    Args:
+        output: where the folder shall be.
+        overwrite: whether an existing folder is replaced, if it was made here.
+        size: bytes that will be written, to refuse a disk that is too full before starting.
+
+    Raises:
+        OutputError: `output` exists or cannot be written, or the disk is or gets full.
+    """
+    check_output(output, overwrite)
+    path = output.resolve()
+    made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+    staging = None
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        except OSError as error:
+            raise OutputError(f"--output {output} cannot be made: {one_line(error)}") from error
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise OutputError(f"--output {output}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        _publish(staging, path, overwrite)
+    except BaseException as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:  # deepest first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(f"--output {output}: the disk is full; nothing was kept") from error
+        if isinstance(error, OSError) and not isinstance(error, SQAError):
+            raise OutputError(f"--output {output} cannot be written: {one_line(error)}") from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _publish(staging: Path, output: Path, overwrite: bool) -> None:
+    for path in staging.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    check_output(output, overwrite)  # something may have come there since the start
+    if not output.exists():
+        staging.rename(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
+    old = aside / output.name
+    try:
+        output.rename(old)
+        staging.rename(output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            old.rename(output)
+        with contextlib.suppress(OSError):
+            aside.rmdir()  # stays, with the old folder inside, where that could not be put back
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes one safetensors file. Raises OSError with the system's error number."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~_umask())  # safetensors writes files only their owner can read
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, one_line(error)) from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def carry_files(source: Path, output: Path, tokenizer_class: str) -> None:
+    """Copies tokenizer, generation config and licence, as far as the source has them.
+
+    What names code elsewhere is left behind: the result is loaded with `trust_remote_code`, for our files alone.
+
+    Args:
+        tokenizer_class: the oldest hub folders do not name theirs, for the model type told it all; the result has a
+            model type that transformers does not know.
+    """
+    for name in CARRIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+    path = output / TOKENIZER_CONFIG
+    if path.is_file() or any((output / name).is_file() for name in TOKENIZER_FILES):
+        settings = read_json(path, "") if path.is_file() else {}
+        kept = {key: value for key, value in settings.items() if key != "auto_map"}
+        kept["tokenizer_class"] = kept.get("tokenizer_class") or tokenizer_class
+        if kept != settings:
+            write_json(path, kept)
