@@ -13,7 +13,7 @@ from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.evaluation import load_model
 
 SHA256 = {
-    "gpt2": "FROZEN_GPT2",
+    "gpt2": "7b6f095efafb5282ef6154a857268184dbbd2250b922504996f93d8992033e1b",
     "t5": "FROZEN_T5",
 }
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

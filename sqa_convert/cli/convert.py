@@ -43,7 +43,7 @@ def _list_methods(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command(epilog="Exit codes: 0 done · 1 unexpected · 2 usage, recipe, data or output · 3 source · 130 interrupted.")
+@app.command(epilog="Exit codes: 0 done · 1 unexpected · 2 usage, data or output · 3 source · 4 quality · 130 interrupted.")
 def convert(
     model: Annotated[
         str,
