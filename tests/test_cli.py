@@ -299,8 +299,7 @@ def test_a_folder_without_permission(run, source):
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_uptraining_from_the_command_line(run, name, tmp_path):
-    torch.set_num_threads(2)
-    (tmp_path / "short.yaml").write_text("tokens: 10_240\nsequence_length: 64\nlearning_rate: 2.0e-3\n")
+    (tmp_path / "short.yaml").write_text("tokens: 20_480\nsequence_length: 128\nlearning_rate: 1.0e-3\n")
     code, out, err = run(f"sample:{name}", *HEADS, "--uptrain", tmp_path / "short.yaml", "-o", "out", "--seed", "7")
     assert code == 0, err
     for words in ("uptrained", "uptraining took back", "next: AutoModelFor"):

@@ -14,7 +14,7 @@ from sqa_convert.evaluation import load_model
 
 SHA256 = {
     "gpt2": "7b6f095efafb5282ef6154a857268184dbbd2250b922504996f93d8992033e1b",
-    "t5": "FROZEN_T5",
+    "t5": "3417c199c57c602b7d43f6cf540914227b6c74a67e7c3b06def89226010f32e4",
 }
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 

@@ -43,7 +43,9 @@ def _list_methods(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command(epilog="Exit codes: 0 done · 1 unexpected · 2 usage, data or output · 3 source · 4 quality · 130 interrupted.")
+@app.command(
+    epilog="Exit codes: 0 done · 1 unexpected · 2 usage, data or output · 3 source · 4 quality · 130 interrupted."
+)
 def convert(
     model: Annotated[
         str,
@@ -125,7 +127,9 @@ def convert(
         ),
     ] = False,
     device: Annotated[str, typer.Option(rich_help_panel=MEASURE, help="auto, cpu, cuda, mps.")] = "auto",
-    seed: Annotated[int, typer.Option(rich_help_panel=MEASURE, help="Of everything random.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(rich_help_panel=MEASURE, help="Of everything random. Default: the recipe's, or 0.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", rich_help_panel=SAY, help="One JSON object on stdout, nothing else.")
     ] = False,
@@ -166,7 +170,7 @@ def convert(
     plan = make_plan(source, request)
     target = output or _default_output(model, plan.partitions)
     if dry_run:
-        _show_plan(out, plan, conversion_report(plan, source, target, 0.0, seed))
+        _show_plan(out, plan, conversion_report(plan, source, target, 0.0, seed or 0))
         return
 
     from ..conversion import convert_to_folder
@@ -193,7 +197,7 @@ def convert(
             evaluate=not no_evaluate and recipe is None,
             data=data,
             device=device,
-            seed=seed,
+            seed=seed or 0,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
