@@ -67,7 +67,8 @@ class Request:
                 raise RecipeError("--variant sets both head counts: leave out --q-groups and --kv-groups")
             return variant_heads(self.variant, heads)
         if self.q_groups is None or self.kv_groups is None:
-            raise RecipeError("give --q-groups and --kv-groups, or --variant")
+            missing = [f for f, n in (("--q-groups", self.q_groups), ("--kv-groups", self.kv_groups)) if n is None]
+            raise RecipeError(f"give {' and '.join(missing)} too, or --variant alone")
         return self.q_groups, self.kv_groups
 
 

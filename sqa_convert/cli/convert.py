@@ -44,7 +44,8 @@ def _list_methods(wanted: bool) -> None:
 
 
 @app.command(
-    epilog="Exit codes: 0 done · 1 unexpected · 2 usage, data or output · 3 source · 4 quality · 130 interrupted."
+    epilog="Exit codes: 0 done · 1 unexpected · 2 usage, recipe, data or output · 3 source · "
+    "4 loss not finite · 130 interrupted."
 )
 def convert(
     model: Annotated[
