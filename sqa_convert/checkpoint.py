@@ -121,14 +121,12 @@ def open_source(
                 folder, commit = _download(name, revision, "pytorch_model*.bin", _WEIGHTS[2])
     if source is None:
         files, indexed = _weight_files(name, folder)
-        source = (
-            _SafetensorsSource(folder, files) if files[0].endswith(".safetensors") else _PickleSource(folder, files)
-        )
-        missing = (
-            sorted(indexed - source.index.keys()) if files[0].endswith(".safetensors") else []
-        )  # pickles have ties
-        if missing:
-            raise CheckpointError(f"{name}: {missing[0]} stands in the index but in none of the files")
+        if files[0].endswith(".safetensors"):
+            source = _SafetensorsSource(folder, files)
+            if missing := sorted(indexed - source.index.keys()):
+                raise CheckpointError(f"{name}: {missing[0]} stands in the index but in none of the files")
+        else:
+            source = _PickleSource(folder, files)  # leaves out tied names, so its index may promise more
     source.name, source.revision, source.folder, source.config = name, commit, folder, config
     return source
 

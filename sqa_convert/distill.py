@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over all positions of KL(teacher || student), in nats; logits (..., V), computed in float32.
 
-    Source: Minitron, arXiv 2407.14679, section 3.3 (logit distillation alone is enough).
+    Source: Minitron, arXiv 2407.14679.
     """
     log_p = student.float().log_softmax(-1).flatten(0, -2)
     log_q = teacher.float().log_softmax(-1).flatten(0, -2)

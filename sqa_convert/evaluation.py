@@ -62,6 +62,11 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def device_name(device: torch.device) -> str:
+    """What a report calls it: the GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def load_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """A model's config, original or converted. Raises CheckpointError."""
     from transformers import AutoConfig
@@ -194,7 +199,7 @@ def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] 
 
 @torch.no_grad()
 def measure(model: Predictions, source: Predictions | None = None) -> Quality:
-    """Quality of a model's predictions, against the source's when given. float32, summed in float64."""
+    """Quality of a model's predictions, against the source's when given. float32; the chunks' sums add in float64."""
     loss = kl = 0.0
     agree, count = 0, len(model.labels)
     chunk = max(1, _CHUNK_LOGITS // len(model.head))
@@ -231,8 +236,7 @@ def compare(
         RecipeError: a model does not fit into the device's memory.
     """
     device = held_out.device
-    described = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    result: dict[str, Any] = {"data": held_out.name, "tokens": held_out.tokens, "device": described}
+    result: dict[str, Any] = {"data": held_out.name, "tokens": held_out.tokens, "device": device_name(device)}
     source: Predictions | None = None
     for name, folder in models.items():
         done, total = 0, len(held_out.batches)

@@ -113,7 +113,7 @@ class Plan:
     dimensions: Dimensions
     method: str
     sites: tuple[Site, ...]
-    """those that are converted; the others keep their heads"""
+    """all of the model; `partitions` says which of them keep their heads"""
     partitions: dict[str, Partition]
     """by site kind"""
     shards: dict[str, tuple[OutputTensor, ...]]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .checkpoint import Source
-from .errors import CheckpointError
+from .checkpoint import Source, read_json
 from .output import REPORT, write_json
 from .plan import Cost, Plan
 
@@ -34,7 +32,7 @@ _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#
 
 
 def conversion_report(plan: Plan, source: Source, output: Path | None, seconds: float, seed: int) -> dict[str, Any]:
-    """The report of a conversion, before anything is measured; see README.md for its fields."""
+    """The report of a conversion, before anything is measured."""
     return {
         "schema": SCHEMA,
         "sqa_convert": __version__,
@@ -82,11 +80,7 @@ def recovered(quality: dict[str, Any], key: str) -> float | None:
 
 def read_report(folder: Path) -> dict[str, Any]:
     """Raises CheckpointError when the folder was not made by sqa-convert."""
-    try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no readable {REPORT}: it was not made by sqa-convert") from error
-    return report
+    return read_json(folder / REPORT, f"{folder} holds no {REPORT}: it was not made by sqa-convert")
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

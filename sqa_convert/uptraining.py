@@ -23,6 +23,7 @@ from .evaluation import (
     check_vocabulary,
     choose_device,
     compare,
+    device_name,
     load_config,
     load_model,
     load_tokenizer,
@@ -108,7 +109,7 @@ def uptrain(
         report["uptraining"] = dataclasses.asdict(settings) | {
             "steps": result.global_step,
             "tokens": result.global_step * settings.tokens_per_step,
-            "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else str(chosen),
+            "device": device_name(chosen),
         }
         report["seconds"]["uptrain"] = round(time.perf_counter() - start, 2)
         if held_out is not None:

@@ -68,11 +68,6 @@ class Out:
 
             yield step
 
-    def say(self, text: str) -> None:
-        """A line for a person."""
-        if not self.quiet and not self.as_json:
-            self.stderr.print(text, soft_wrap=True, markup=False, highlight=False)
-
     def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
         if self.as_json or self.quiet:
             return
