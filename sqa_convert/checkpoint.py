@@ -336,6 +336,7 @@ class ModelSource(Source):
     """A model in memory."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
         self.name = model.config.name_or_path or type(model).__name__
         self.config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         self.generation_config = getattr(model, "generation_config", None)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import ModelSource, Source, open_source
 from .errors import OutputError, RecipeError
-from .execution import Progress, check_loads, config_class, model_class, run, silent, write_model
+from .execution import Calibrated, Progress, SiteRecord, build_model, check_loads, model_tensors, silent, write_model
+from .families import Site
 from .output import staged_output
-from .plan import DEFAULT_SHARD, Plan, Request, make_plan
+from .plan import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Plan, Request, make_plan
 from .report import conversion_report, write_report
 
 if TYPE_CHECKING:
@@ -41,15 +42,30 @@ class Conversion:
         return self._model
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a conversion is carried out, beside what is asked of it (`Request`)."""
+
+    overwrite: bool = False
+    verify: bool = True
+    evaluate: bool = False
+    data: str | None = None
+    device: str = "auto"
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
 def convert(
     source: str | Path | PreTrainedModel,
     q_groups: int | None = None,
     kv_groups: int | None = None,
-    method: str = "mean",
+    method: str = AUTO,
     output: str | Path | None = None,
     *,
     variant: str | None = None,
     sites: Sequence[str] | None = None,
+    partition: str | None = None,
+    calibration: Calibration | str | None = CALIBRATED,
     dtype: str = "auto",
     revision: str | None = None,
     max_shard_size: str = DEFAULT_SHARD,
@@ -68,21 +84,24 @@ def convert(
         source: a hub id, a folder, "sample:gpt2", "sample:t5", or a model in memory.
         q_groups: query heads to keep, Hq <= H.
         kv_groups: key/value heads to keep, a divisor of `q_groups`.
-        method: a name of `sqa_convert.METHODS`.
+        method: "auto", or a name of `sqa_convert.METHODS`.
         output: a folder to stream the result to, one attention site at a time; None keeps it in memory.
         variant: instead of the two numbers, a name of `sqa_convert.VARIANTS`.
         sites: kinds of attention to convert ("encoder", "decoder", "cross"); by default all.
+        partition: which heads go together: "searched" or "contiguous"; by default as suits the method.
+        calibration: how heads are fitted to what they do on text: a `Calibration`, the text alone, or None to convert
+            from the weights alone. The published methods (mean, first, select) fit only when told to.
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".
         revision: of a hub id.
-        max_shard_size: such as "300MB"; about what the conversion needs in memory.
+        max_shard_size: such as "300MB"; about what a conversion from the weights alone needs in memory.
         overwrite: replace an existing `output`.
         verify: read every written tensor again, and check names and shapes against the model class.
         evaluate: measure source and result on held-out text, one after the other, where the model has a language model
             head. Needs `output`.
         data: that text; by default the built-in corpus. See `sqa_convert.data.documents`.
-        device: to evaluate on: "auto", "cpu", "cuda", "mps".
+        device: to calibrate and evaluate on: "auto", "cpu", "cuda", "mps".
         seed: of everything random.
-        trust_remote_code: let code that the source brings along run when it is evaluated.
+        trust_remote_code: let code that the source brings along run when it is calibrated or evaluated.
         progress: called as the work goes on.
 
     Returns:
@@ -91,80 +110,88 @@ def convert(
     Raises:
         RecipeError, UnsupportedModelError, CheckpointError, OutputError, DataError: see `sqa_convert.errors`.
     """
-    request = Request(q_groups, kv_groups, variant, method, sites, dtype, max_shard_size)
+    if isinstance(calibration, str):
+        calibration = Calibration(calibration)
+    request = Request(q_groups, kv_groups, variant, method, calibration, partition, sites, dtype, max_shard_size)
     opened: Source
     if isinstance(source, str | Path):
         opened = open_source(str(source), revision, accept=request.partitions)
     else:
         opened = ModelSource(source)
     plan = make_plan(opened, request)
+    settings = Settings(overwrite, verify, evaluate, data, device, seed, trust_remote_code)
     if output is None:
         if evaluate:
             raise RecipeError("evaluate=True needs an output folder")
-        return _in_memory(plan, opened, seed, progress)
-    return convert_to_folder(
-        plan,
-        opened,
-        Path(output),
-        overwrite=overwrite,
-        verify=verify,
-        evaluate=evaluate,
-        data=data,
-        device=device,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
+        return _in_memory(plan, opened, settings, progress)
+    return convert_to_folder(plan, opened, Path(output), settings, progress)
 
 
-def _in_memory(plan: Plan, source: Source, seed: int, progress: Progress) -> Conversion:
+def _in_memory(plan: Plan, source: Source, settings: Settings, progress: Progress) -> Conversion:
     start = time.perf_counter()
     check_loads(plan)
-    tensors = {name: tensor for _, batch in run(plan, source, progress) for name, tensor in batch.items()}
-    config = config_class(plan).from_dict(plan.config)
-    model = model_class(plan).from_pretrained(None, config=config, state_dict=tensors, dtype="auto").eval()
-    return Conversion(conversion_report(plan, source, None, time.perf_counter() - start, seed), None, model)
+    calibrated = _calibrated(plan, source, settings, progress)
+    records: dict[Site, SiteRecord] = {}
+    tensors = model_tensors(plan, source, calibrated.sites, records, progress)
+    report = conversion_report(plan, source, None, records, calibrated.report, settings.seed)
+    report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
+    return Conversion(report, None, build_model(plan, tensors, records))
 
 
 def convert_to_folder(
-    plan: Plan,
-    source: Source,
-    output: Path,
-    *,
-    overwrite: bool = False,
-    verify: bool = True,
-    evaluate: bool = False,
-    data: str | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
+    plan: Plan, source: Source, output: Path, settings: Settings = Settings(), progress: Progress = silent
 ) -> Conversion:
-    """Carries out a plan; arguments as in `convert`. What evaluation needs is made ready before anything is written."""
+    """Carries out a plan. What calibration and evaluation need is made ready before anything is written."""
     _refuse_overlap(source, output)
     held_out = None
-    if evaluate:
+    if settings.evaluate:
         from .evaluation import compare, prepare
 
         if source.folder is None:
             raise RecipeError(
                 "evaluate=True needs a source with a tokenizer: a folder or a hub id, not a model in memory"
             )
-        if plan.family.has_language_model_head(source.config):
-            held_out = prepare(source.folder, data, device=device, seed=seed, trust_remote_code=trust_remote_code)
+        if plan.has_language_model_head:
+            held_out = prepare(
+                source.folder,
+                settings.data,
+                device=settings.device,
+                seed=settings.seed,
+                trust_remote_code=settings.trust_remote_code,
+            )
 
-    start = time.perf_counter()
-    with staged_output(output, overwrite, plan.nbytes) as folder:
-        write_model(plan, source, folder, verify, progress)
-        report = conversion_report(plan, source, output, time.perf_counter() - start, seed)
+    with staged_output(output, settings.overwrite, plan.nbytes) as folder:
+        start = time.perf_counter()
+        if settings.verify:
+            check_loads(plan)
+        calibrated = _calibrated(plan, source, settings, progress)
+        calibrating, start = time.perf_counter() - start, time.perf_counter()
+        records = write_model(plan, source, folder, calibrated.sites, settings.verify, progress)
+        report = conversion_report(plan, source, output, records, calibrated.report, settings.seed)
+        if plan.calibration is not None:
+            report["seconds"]["calibrate"] = round(calibrating, 2)
+        report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
         if held_out is not None:
             start = time.perf_counter()
             assert source.folder is not None
             models = {"source": source.folder, "converted": folder}
-            report["quality"] = compare(models, held_out, trust_remote_code=trust_remote_code, progress=progress)
+            report["quality"] = compare(
+                models, held_out, trust_remote_code=settings.trust_remote_code, progress=progress
+            )
             report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(folder, report)
     return Conversion(report, output)
+
+
+def _calibrated(plan: Plan, source: Source, settings: Settings, progress: Progress) -> Calibrated:
+    if plan.calibration is None:
+        return Calibrated({}, None)
+    from .calibrate import calibrate, load_source
+    from .evaluation import choose_device
+
+    device = choose_device(settings.device)
+    model = load_source(plan, source, settings.trust_remote_code)
+    return calibrate(model, plan, source, device, settings.seed, progress)
 
 
 def _refuse_overlap(source: Source, output: Path) -> None:

@@ -43,12 +43,12 @@ def documents(data: str | None, split: Split, *, tests: bool = False) -> Iterato
     return _from_files(paths, split) if paths else _from_hub(str(data), split)
 
 
-def check_data(data: str | None) -> None:
+def check_data(data: str | None, flag: str = "--data") -> None:
     """Raises DataError when `documents` would find nothing, before any work is done for it."""
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
         if next(documents(data, split), None) is None:
-            raise DataError(f"--data {data}: no text in its {split} part")
+            raise DataError(f"{flag} {data}: no text in its {split} part")
 
 
 def _stdlib(split: Split, tests: bool) -> Iterator[str]:

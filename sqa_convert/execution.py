@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import ModelSource, Source, torch_dtype
 from .errors import CheckpointError, one_line
 from .families import Site
-from .heads import AttentionHeads, get_method
+from .heads import AttentionHeads, Partition, get_method
 from .output import carry_files, write_json, write_shard
 from .plan import Plan
 
@@ -28,8 +29,60 @@ def silent(stage: str, done: int, total: int) -> None:
     """A Progress that shows nothing."""
 
 
-def run(plan: Plan, source: Source, progress: Progress = silent) -> Iterator[tuple[str, dict[str, Tensor]]]:
+@dataclass(frozen=True)
+class SiteRecord:
+    """How one attention site was converted, for the report."""
+
+    method: str
+    partition: Partition
+    errors: dict[str, float] = field(default_factory=dict)
+    """of the site's output on held-out text, as a share of its variance, after each stage"""
+    similarity: dict[str, list[list[float]]] | None = None
+    """of the source's heads"""
+
+    @property
+    def kept(self) -> str:
+        """The stage whose heads were kept: the first of the least error."""
+        return min(self.errors, key=self.errors.__getitem__)
+
+    @property
+    def error(self) -> float:
+        """Of what was kept."""
+        return self.errors[self.kept]
+
+
+@dataclass(frozen=True)
+class ConvertedSite:
+    """The heads of a converted site."""
+
+    heads: AttentionHeads
+    record: SiteRecord
+
+
+Sites = Mapping[Site, ConvertedSite]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration gives a conversion."""
+
+    sites: Sites
+    """those it has converted"""
+    report: dict[str, Any] | None
+    """what it did, None where there was none"""
+
+
+def run(
+    plan: Plan, source: Source, calibrated: Sites, records: dict[Site, SiteRecord], progress: Progress = silent
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The tensors of one shard after the other; holds one shard and one attention site.
+
+    Args:
+        plan: what to do.
+        source: what to convert.
+        calibrated: sites that are converted already; the others are converted here, from the weights alone.
+        records: is given a record of each site.
+        progress: called as the work goes on.
 
     Raises:
         CheckpointError: a weight cannot be read, or is not finite.
@@ -41,7 +94,9 @@ def run(plan: Plan, source: Source, progress: Progress = silent) -> Iterator[tup
         for tensor in tensors:
             if isinstance(tensor.origin, Site):
                 if tensor.name not in waiting:
-                    waiting |= _convert_site(plan, source, tensor.origin)
+                    made = calibrated.get(tensor.origin) or convert_site(plan, source, tensor.origin)
+                    records[tensor.origin] = made.record
+                    waiting |= plan.family.write(tensor.origin, made.heads)
                 result = waiting.pop(tensor.name)
             else:
                 result = _read(plan, source, tensor.origin)
@@ -53,17 +108,46 @@ def run(plan: Plan, source: Source, progress: Progress = silent) -> Iterator[tup
         yield file, batch
 
 
-def _convert_site(plan: Plan, source: Source, site: Site) -> dict[str, Tensor]:
+def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
+    """One site from the weights alone. Raises CheckpointError."""
+    heads, partition = read_site(plan, source, site), plan.partitions[site.kind]
+    if partition.is_identity:
+        return ConvertedSite(heads, SiteRecord("none", partition))
+    method = get_method(plan.method)
+    statistics = None
+    if method.needs_statistics or plan.searched:
+        import torch
+
+        from .heads.search import search
+        from .heads.statistics import from_norms
+
+        norms = [_norm(plan, source, prefix) for prefix in plan.family.norms(site)]
+        statistics = from_norms(heads, plan.family.attention(site, plan.source_config), *norms)
+        if plan.searched:
+            counts = len(partition.clusters), len(partition.groups)
+            partition = search(heads, statistics, *counts, torch.Generator().manual_seed(0))
+    return ConvertedSite(method.convert(heads, partition, statistics), SiteRecord(method.name, partition))
+
+
+def read_site(plan: Plan, source: Source, site: Site) -> AttentionHeads:
+    """The source's heads of one site. Raises CheckpointError."""
+    return plan.family.read(site, lambda name: _get(plan, source, name), plan.dimensions)
+
+
+def _norm(plan: Plan, source: Source, prefix: str) -> tuple[Tensor, Tensor | None]:
+    bias = f"{prefix}.bias"
+    return (
+        _get(plan, source, f"{prefix}.weight"),
+        _get(plan, source, bias) if bias in plan.source_names else None,
+    )
+
+
+def _get(plan: Plan, source: Source, name: str) -> Tensor:
     import torch
 
-    def get(name: str) -> Tensor:
-        tensor = _read(plan, source, name)
-        _check_finite(tensor, name, source.name)
-        return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-    heads: AttentionHeads = plan.family.read(site, get, plan.dimensions)
-    converted = get_method(plan.method).convert(heads, plan.partitions[site.kind], None)
-    return plan.family.write(site, converted)
+    tensor = _read(plan, source, name)
+    _check_finite(tensor, name, source.name)
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _read(plan: Plan, source: Source, name: str) -> Tensor:
@@ -77,12 +161,15 @@ def _check_finite(tensor: Tensor, name: str, source: str) -> None:
             raise CheckpointError(f"{source}: {name} holds NaN or infinite values (in {tensor.dtype})")
 
 
-def write_model(plan: Plan, source: Source, folder: Path, verify: bool, progress: Progress) -> None:
-    """Weights, config, modeling files and what is carried over, into an existing folder."""
+def write_model(
+    plan: Plan, source: Source, folder: Path, calibrated: Sites, verify: bool, progress: Progress
+) -> dict[Site, SiteRecord]:
+    """Weights, config, modeling files and what is carried over, into an existing folder; returns each site's record."""
     if verify:
         check_loads(plan)
     weight_map: dict[str, str] = {}
-    for file, batch in run(plan, source, progress):
+    records: dict[Site, SiteRecord] = {}
+    for file, batch in run(plan, source, calibrated, records, progress):
         write_shard(folder / file, batch)
         weight_map |= dict.fromkeys(batch, file)
         if verify:
@@ -90,7 +177,7 @@ def write_model(plan: Plan, source: Source, folder: Path, verify: bool, progress
     if len(plan.shards) > 1:
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
-    write_json(folder / "config.json", plan.config)
+    write_json(folder / "config.json", result_config(plan, records))
     for file in plan.family.model_files:
         shutil.copyfile(MODELS / file, folder / file)
     if isinstance(source, ModelSource) and source.generation_config is not None:
@@ -98,6 +185,15 @@ def write_model(plan: Plan, source: Source, folder: Path, verify: bool, progress
     if source.folder is not None:
         tokenizer_class = source.config.get("tokenizer_class") or plan.family.tokenizer_class
         carry_files(source.folder, folder, tokenizer_class)
+    return records
+
+
+def result_config(plan: Plan, records: Mapping[Site, SiteRecord]) -> dict[str, Any]:
+    """config.json of the result, with the partition of every layer."""
+    partition: dict[str, list[Any]] = {kind: [] for kind in plan.partitions}
+    for site in plan.sites:
+        partition[site.kind].append(records[site].partition.groups)
+    return plan.config | {"sqa": plan.config["sqa"] | {"partition": partition}}
 
 
 def _verify_shard(path: Path, batch: dict[str, Tensor]) -> None:
@@ -137,6 +233,20 @@ def config_class(plan: Plan) -> type[PreTrainedConfig]:
     from . import models
 
     return getattr(models, plan.config["auto_map"]["AutoConfig"].rpartition(".")[2])
+
+
+def model_tensors(
+    plan: Plan, source: Source, calibrated: Sites, records: dict[Site, SiteRecord], progress: Progress = silent
+) -> dict[str, Tensor]:
+    """All tensors of the result; arguments as `run`."""
+    shards = run(plan, source, calibrated, records, progress)
+    return {name: tensor for _, batch in shards for name, tensor in batch.items()}
+
+
+def build_model(plan: Plan, tensors: Mapping[str, Tensor], records: Mapping[Site, SiteRecord]) -> PreTrainedModel:
+    """The converted model in memory, in eval mode."""
+    config = config_class(plan).from_dict(result_config(plan, records))
+    return model_class(plan).from_pretrained(None, config=config, state_dict=dict(tensors), dtype="auto").eval()
 
 
 def model_class(plan: Plan) -> type[PreTrainedModel]:

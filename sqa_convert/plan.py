@@ -17,8 +17,41 @@ from .errors import CheckpointError, RecipeError
 from .families import Config, Dimensions, Family, Site, family_of
 from .heads import Partition, get_method, variant_heads
 
+AUTO = "auto"
+"""the method that tries several on calibration text and takes the best; without text it is `BLIND_METHOD`"""
+BLIND_METHOD = "svd"
+REFINE_STEPS = 100
+PARTITIONS = ("searched", "contiguous")
 CASTS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DEFAULT_SHARD = "5GB"
+_LEAST_TOKENS = 65_536  # of calibration text
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is asked of calibration: fitting converted heads to what the source's do on text."""
+
+    text: str | None = None
+    """as `sqa_convert.data.documents` takes it; None: GPT-2 samples its own, T5 reads the built-in corpus"""
+    tokens: int | None = None
+    """of text; None: 20 for each unknown of a fit, and at least 65,536"""
+    refit: bool | None = None
+    """output projections by least squares; None: where the method uses statistics"""
+    refine_steps: int | None = None
+    """of layer-wise training; None: as many as pay, where the method uses statistics"""
+
+
+CALIBRATED = Calibration()
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A `Calibration` with its defaults filled in."""
+
+    text: str | None
+    tokens: int
+    refit: bool
+    refine_steps: int
 
 
 @dataclass(frozen=True)
@@ -31,8 +64,12 @@ class Request:
     """key/value heads to keep, a divisor of `q_groups`"""
     variant: str | None = None
     """instead of the two numbers, a name of `sqa_convert.VARIANTS`"""
-    method: str = "mean"
-    """a name of `sqa_convert.METHODS`"""
+    method: str = AUTO
+    """"auto", or a name of `sqa_convert.METHODS`"""
+    calibration: Calibration | None = CALIBRATED
+    """None: from the weights alone"""
+    partition: str | None = None
+    """which heads go together: "searched" or "contiguous"; None: as suits the method"""
     sites: Sequence[str] | None = None
     """kinds of attention to convert, by default all the model has"""
     dtype: str = "auto"
@@ -49,7 +86,9 @@ class Request:
         """
         family = family_of(config)
         heads = family.dimensions(config).heads
-        get_method(self.method)
+        self.fitting(1)
+        if self.partition not in (None, *PARTITIONS):
+            raise RecipeError(f"--partition {self.partition}: choose {' or '.join(PARTITIONS)}")
         parse_size(self.max_shard_size)
         if self.dtype != "auto" and self.dtype not in CASTS:
             raise RecipeError(f"--dtype {self.dtype}: choose auto, {', '.join(CASTS)}")
@@ -59,6 +98,37 @@ class Request:
                 raise RecipeError(f"--sites {kind}: this model has {', '.join(kinds)}")
         converted = Partition.contiguous(heads, *self.head_counts(heads))
         return {kind: converted if kind in (self.sites or kinds) else Partition.identity(heads) for kind in kinds}
+
+    @property
+    def resolved_method(self) -> str:
+        return BLIND_METHOD if self.method == AUTO and self.calibration is None else self.method
+
+    @property
+    def searched(self) -> bool:
+        """Whether the partition is searched for: where not told, with the methods that have something to search by."""
+        if self.partition is not None:
+            return self.partition == "searched"
+        return self.method == AUTO or get_method(self.method).needs_statistics
+
+    def fitting(self, unknowns: int) -> Fitting | None:
+        """What calibration will do, None for a conversion from the weights alone. Raises RecipeError.
+
+        Args:
+            unknowns: of one output projection's fit, a row of it: Hq d.
+        """
+        uses = self.method == AUTO or get_method(self.method).needs_statistics
+        asked = self.calibration
+        if asked is None:
+            return None
+        if asked.tokens is not None and asked.tokens < 1:
+            raise RecipeError(f"--calibration-tokens {asked.tokens}: give 1 or more, or --no-calibration")
+        if asked.refine_steps is not None and asked.refine_steps < 0:
+            raise RecipeError(f"--refine-steps {asked.refine_steps}: give 0 or more")
+        refit = uses if asked.refit is None else asked.refit
+        steps = (REFINE_STEPS if uses else 0) if asked.refine_steps is None else asked.refine_steps
+        if not (uses or refit or steps):
+            return None
+        return Fitting(asked.text, asked.tokens or max(_LEAST_TOKENS, 20 * unknowns), refit, steps)
 
     def head_counts(self, heads: int) -> tuple[int, int]:
         """Hq and Hkv for a source of `heads` heads. Raises RecipeError."""
@@ -112,18 +182,32 @@ class Plan:
     family: Family
     dimensions: Dimensions
     method: str
+    searched: bool
+    """whether the heads of a group are searched for, or neighbours"""
+    calibration: Fitting | None
+    """None: from the weights alone"""
     sites: tuple[Site, ...]
     """all of the model; `partitions` says which of them keep their heads"""
     partitions: dict[str, Partition]
     """by site kind"""
     shards: dict[str, tuple[OutputTensor, ...]]
     """file name -> its tensors, in the order they are computed"""
+    source_config: Config
     config: dict[str, Any]
     """config.json of the result"""
     source_names: dict[str, str]
     """canonical name -> name in the source"""
     before: Cost
     after: Cost
+
+    @property
+    def unknowns(self) -> int:
+        """Of a fit of the output projection, an output: Hq d of the largest converted site."""
+        return _unknowns(self.partitions, self.dimensions)
+
+    @property
+    def has_language_model_head(self) -> bool:
+        return self.family.has_language_model_head(self.source_config)
 
     @property
     def nbytes(self) -> int:
@@ -153,11 +237,11 @@ def make_plan(source: Source, request: Request) -> Plan:
         "source": source.name,
         "revision": source.revision,
         "source_heads": dimensions.heads,
-        "method": request.method,
-        "partition": {kind: p.groups for kind, p in partitions.items()},
+        "method": request.resolved_method,
         "sqa_convert": __version__,
     }
     sites = tuple(family.sites(source.config))
+    unknowns = _unknowns(partitions, dimensions)
     stored = source.index[names[family.consumed(sites[0])[0]]].dtype
     tied = family.tied(source.config)
     before = {name: source.index[stored_name].shape for name, stored_name in names.items()}
@@ -166,15 +250,22 @@ def make_plan(source: Source, request: Request) -> Plan:
     return Plan(
         family=family,
         dimensions=dimensions,
-        method=request.method,
+        method=request.resolved_method,
+        searched=request.searched,
+        calibration=None if all(p.is_identity for p in partitions.values()) else request.fitting(unknowns),
         sites=sites,
         partitions=partitions,
         shards=_shards(tensors, parse_size(request.max_shard_size)),
+        source_config=source.config,
         config=config,
         source_names=names,
         before=_cost(dimensions, sites, original, _parameters(before, tied), stored),
         after=_cost(dimensions, sites, counts, _parameters(after, tied), cast or stored),
     )
+
+
+def _unknowns(partitions: Mapping[str, Partition], dimensions: Dimensions) -> int:
+    return max((len(p.clusters) for p in partitions.values() if not p.is_identity), default=0) * dimensions.head_dim
 
 
 def parse_size(text: str) -> int:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .checkpoint import Source, read_json
 from .output import REPORT, write_json
+from .pictures import heads_picture, similarity_picture
 from .plan import Cost, Plan
+
+if TYPE_CHECKING:
+    from .execution import SiteRecord
+    from .families import Site
 
 SCHEMA = 1
 CARD = "README.md"
 PICTURE = "heads.svg"
+SIMILARITY = "similarity.svg"
 ROWS = ("source", "converted", "uptrained")
 _LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
 _AUTO_CLASSES = {
@@ -28,12 +35,23 @@ _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTextEncoding": "feature-extraction",
 }
-_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
 
 
-def conversion_report(plan: Plan, source: Source, output: Path | None, seconds: float, seed: int) -> dict[str, Any]:
-    """The report of a conversion, before anything is measured."""
-    return {
+def conversion_report(
+    plan: Plan,
+    source: Source,
+    output: Path | None,
+    sites: Mapping[Site, SiteRecord] | None = None,
+    calibration: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The report of a conversion, before anything is measured.
+
+    Args:
+        sites: how each was converted; None before any was.
+        calibration: what calibration reports of itself.
+    """
+    report = {
         "schema": SCHEMA,
         "sqa_convert": __version__,
         "source": {
@@ -45,12 +63,30 @@ def conversion_report(plan: Plan, source: Source, output: Path | None, seconds: 
         "architecture": plan.config["architectures"][0],
         "method": plan.method,
         "seed": seed,
-        "partition": {kind: partition.groups for kind, partition in plan.partitions.items()},
+        "sites": [_site(site, (sites or {}).get(site), plan) for site in plan.sites],
         "context_tokens": plan.dimensions.context,
         "cost": {"before": _cost(plan.before), "after": _cost(plan.after)},
-        "seconds": {"convert": round(seconds, 2)},
+        "seconds": {},
         "versions": {name: version(name) for name in _LIBRARIES},
     }
+    return report if calibration is None else report | {"calibration": calibration}
+
+
+def _site(site: Site, record: SiteRecord | None, plan: Plan) -> dict[str, Any]:
+    if record is None:
+        return {"kind": site.kind, "layer": site.layer, "partition": plan.partitions[site.kind].groups}
+    described: dict[str, Any] = {
+        "kind": site.kind,
+        "layer": site.layer,
+        "method": record.method,
+        "partition": record.partition.groups,
+    }
+    if record.errors:
+        described["output_error"] = {stage: round(error, 6) for stage, error in record.errors.items()}
+        described["kept"] = record.kept
+    if record.similarity:
+        described["similarity"] = record.similarity
+    return described
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
@@ -78,6 +114,12 @@ def recovered(quality: dict[str, Any], key: str) -> float | None:
     return None if damage <= 0 else (quality["converted"][key] - quality["uptrained"][key]) / damage
 
 
+def most_merged(report: dict[str, Any]) -> dict[str, Any]:
+    """The first site whose heads were merged, for a picture."""
+    sites = report["sites"]
+    return next((site for site in sites if any(len(c) > 1 for g in site["partition"] for c in g)), sites[0])
+
+
 def read_report(folder: Path) -> dict[str, Any]:
     """Raises CheckpointError when the folder was not made by sqa-convert."""
     return read_json(folder / REPORT, f"{folder} holds no {REPORT}: it was not made by sqa-convert")
@@ -86,49 +128,12 @@ def read_report(folder: Path) -> dict[str, Any]:
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """report.json, and the picture and the model card made from it."""
     write_json(folder / REPORT, report)
-    kind = next(iter(report["partition"]))
-    (folder / PICTURE).write_text(heads_picture(report["partition"][kind], kind), encoding="utf-8")
+    site = most_merged(report)
+    (folder / PICTURE).write_text(heads_picture(site["partition"], f"{site['kind']} {site['layer']}"), encoding="utf-8")
+    (folder / SIMILARITY).unlink(missing_ok=True)
+    if any("similarity" in site for site in report["sites"]):
+        (folder / SIMILARITY).write_text(similarity_picture(report["sites"]), encoding="utf-8")
     (folder / CARD).write_text(model_card(report), encoding="utf-8")
-
-
-def heads_picture(groups: Any, kind: str) -> str:
-    """The partition as SVG: source heads above, their query heads and key/value heads below, one colour a group."""
-    step, size, left = 44, 32, 96
-    clusters = [(g, cluster) for g, group in enumerate(groups) for cluster in group]
-    order = [(g, h) for g, cluster in clusters for h in cluster]
-    width, height = left + step * len(order) + 8, 230
-    at = {head: left + step * i + size / 2 for i, (_, head) in enumerate(order)}
-    lines, boxes = [], []
-
-    def box(x: float, y: float, text: str, group: int) -> None:
-        colour = _COLOURS[group % len(_COLOURS)]
-        boxes.append(f'<rect x="{x - size / 2:g}" y="{y:g}" width="{size}" height="{size}" rx="6" fill="{colour}"/>')
-        boxes.append(f'<text x="{x:g}" y="{y + 21:g}" fill="#fff" text-anchor="middle">{text}</text>')
-
-    def line(x1: float, y1: float, x2: float, y2: float) -> None:
-        lines.append(f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" stroke="#888" stroke-width="2"/>')
-
-    group_queries: dict[int, list[float]] = {}
-    for i, (g, cluster) in enumerate(clusters):
-        x = sum(at[h] for h in cluster) / len(cluster)
-        for h in cluster:
-            line(at[h], 40 + size, x, 110)
-            box(at[h], 40, f"{h}", g)
-        box(x, 110, f"q{i}", g)
-        group_queries.setdefault(g, []).append(x)
-    for g, queries in group_queries.items():
-        x = sum(queries) / len(queries)
-        for query in queries:
-            line(query, 110 + size, x, 180)
-        box(x, 180, f"kv{g}", g)
-    labels = [("source heads", 61), ("query heads", 131), ("key/value", 201)]
-    texts = [f'<text x="4" y="{y}" fill="#777">{text}</text>' for text, y in labels]
-    title = f"{len(order)} heads become {len(clusters)} query and {len(group_queries)} key/value heads ({kind})"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" role="img" aria-label="{title}" '
-        f'font-family="system-ui,sans-serif" font-size="13"><title>{title}</title>'
-        f'<text x="4" y="20" fill="#777">{title}</text>{"".join(texts + lines + boxes)}</svg>\n'
-    )
 
 
 def model_card(report: dict[str, Any]) -> str:
@@ -153,6 +158,7 @@ def model_card(report: dict[str, Any]) -> str:
         "",
         f"![heads]({PICTURE})",
         "",
+        *([f"![how alike the heads are]({SIMILARITY})", ""] if any("similarity" in s for s in report["sites"]) else []),
         *_markdown_table(*summary(report)),
         "",
     ]

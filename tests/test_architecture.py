@@ -9,8 +9,11 @@ PACKAGE = Path(__file__).parent.parent / "sqa_convert"
 LAYERS = [  # a module may import only from lines below its own; within a folder, freely
     {"cli"},
     {"conversion", "uptraining"},
+    {"calibrate"},
+    {"calibration_text"},
+    {"activations"},
     {"distill", "evaluation", "execution", "report"},
-    {"data", "output", "plan"},
+    {"data", "output", "pictures", "plan"},
     {"checkpoint", "families"},
     {"heads", "recipe"},
     {"errors", "models"},
@@ -26,8 +29,10 @@ LIGHT = [
     "families",
     "heads",
     "output",
+    "pictures",
     "report",
 ]
+MATHEMATICS = {"attention", "circuits", "refine", "refit", "search", "statistics"}  # loaded when a site is computed
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -77,7 +82,11 @@ def test_imports_point_one_way(path):
             assert level[target] > level[mine], f"{path.name} imports {target}"
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if unit(p) in LIGHT], ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path",
+    [p for p in SOURCES if unit(p) in LIGHT and p.stem not in MATHEMATICS],
+    ids=lambda p: str(p.relative_to(PACKAGE)),
+)
 def test_light_modules_load_no_heavy_library_at_their_top(path):
     assert not {outside for _, outside in imports(path, top_level_only=True)} & HEAVY
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import gpt2, logits, t5, tokens
+from helpers import plain_convert as convert
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -15,7 +16,6 @@ from transformers import (
     T5EncoderModel,
 )
 
-from sqa_convert import convert
 from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
 from sqa_convert.evaluation import load_model, load_tokenizer
 from sqa_convert.models import SQAT5EncoderModel

@@ -21,7 +21,7 @@ from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.cli.convert import main
 
 COMMAND = [sys.executable, "-m", "sqa_convert"]
-HEADS = ["--q-groups", "8", "--kv-groups", "4"]
+HEADS = ["--q-groups", "8", "--kv-groups", "4", "--method", "mean"]
 QUIET = ["--no-evaluate"]
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from sqa_convert.errors import RecipeError
 from sqa_convert.heads import METHODS, AttentionHeads, Partition, get_method
+from sqa_convert.heads.attention import Attention
+from sqa_convert.heads.statistics import collect, from_norms
 
 D, d, T, BUCKETS = 24, 5, 7, 8
 
@@ -28,6 +30,27 @@ def random_heads(q_heads, kv_heads, biases=True, table=True):
         output_bias=make(D) if biases else None,
         position_bias=make(q_heads, BUCKETS) if table else None,
     )
+
+
+ATTENTION = Attention(d**-0.5, causal=False, bucket=lambda distance: distance % BUCKETS)
+
+
+def statistics(heads, x=None):
+    """From data x (B, T, D), else from the weights of a norm."""
+    if x is None:
+        return from_norms(heads, ATTENTION, (torch.linspace(0.5, 2, D), None), (torch.linspace(0.5, 2, D), None))
+    return collect(heads, ATTENTION, [(part, None) for part in x.split(4)], x.shape[1], torch.Generator())
+
+
+def inputs(count=60):
+    """Correlated inputs (B, T, D) with a mean."""
+    mixing = torch.randn(D, D, dtype=torch.float64) * torch.logspace(0, -1.5, D, dtype=torch.float64)
+    return torch.randn(count, T, D, dtype=torch.float64) @ mixing.T + torch.randn(D, dtype=torch.float64)
+
+
+def converted(method, heads, partition, x=None):
+    needs = get_method(method).needs_statistics
+    return get_method(method).convert(heads, partition, statistics(heads, x) if needs else None)
 
 
 def attend(heads, x):
@@ -105,7 +128,7 @@ def test_expand_then_contract_is_lossless_for_a_partition_out_of_order():
 @pytest.mark.parametrize("heads", [1, 5])
 def test_one_head_groups_are_copied_verbatim(method, heads):
     source = random_heads(heads, heads)
-    result = get_method(method).convert(source, Partition.identity(heads), None)
+    result = converted(method, source, Partition.identity(heads))
     for field in dataclasses.fields(source):
         assert torch.equal(getattr(result, field.name), getattr(source, field.name)), field.name
 
@@ -117,7 +140,7 @@ def test_shapes_follow_the_partition(method, heads, data):
     kv_groups = data.draw(st.sampled_from([n for n in range(1, q_groups + 1) if q_groups % n == 0]))
     biases = data.draw(st.booleans())
     source = random_heads(heads, heads, biases, not biases)
-    result = get_method(method).convert(source, Partition.contiguous(heads, q_groups, kv_groups), None)
+    result = converted(method, source, Partition.contiguous(heads, q_groups, kv_groups))
     assert result.query.shape == result.output.shape == (q_groups, d, D)
     assert result.key.shape == result.value.shape == (kv_groups, d, D)
     assert (result.query_bias is None) == (result.key_bias is None) == (result.position_bias is not None)
@@ -164,5 +187,5 @@ def test_every_method_names_its_source():
 
 
 def test_unknown_method_is_refused():
-    with pytest.raises(RecipeError, match="choose one of mean, first, select"):
+    with pytest.raises(RecipeError, match="choose one of auto, svd, procrustes, mean, first, select"):
         get_method("median")

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 from helpers import gpt2, inputs_for, t5, tokens, use_attention
+from helpers import plain_convert as convert
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, MT5Config, T5Config
 
-from sqa_convert import convert
 from sqa_convert.checkpoint import Source, TensorInfo, torch_dtype
 from sqa_convert.errors import CheckpointError, RecipeError
 from sqa_convert.families import Site

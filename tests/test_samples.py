@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import logits
+from helpers import plain_convert as convert
 
-from sqa_convert import convert, evaluate
+from sqa_convert import evaluate
 from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.evaluation import load_model
 

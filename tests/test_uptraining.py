@@ -4,8 +4,9 @@ import os
 import pytest
 import torch
 from helpers import gpt2, t5, tokens
+from helpers import plain_convert as convert
 
-from sqa_convert import Recipe, convert, load_recipe, uptrain
+from sqa_convert import Recipe, load_recipe, uptrain
 from sqa_convert.distill import kl_divergence
 from sqa_convert.errors import CheckpointError, DataError, RecipeError
 from sqa_convert.evaluation import HeldOut, Predictions, evaluate, load_model, measure, predict

@@ -15,7 +15,7 @@ from ..errors import InterruptedByUserError, RecipeError
 from ..families import family_of
 from ..heads import METHODS, Partition
 from ..output import check_output
-from ..plan import Request, make_plan
+from ..plan import AUTO, REFINE_STEPS, Calibration, Request, make_plan
 from ..recipe import Recipe, load_recipe
 from ..report import auto_class, conversion_report, recovered, summary
 from .console import Out, run_app
@@ -27,7 +27,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-HEADS, SOURCE, OUTPUT, MEASURE, SAY = "Heads", "Source", "Output", "Measure and uptrain", "What is said"
+HEADS, CALIBRATE, SOURCE, OUTPUT, MEASURE, SAY = (
+    "Heads",
+    "Calibrate",
+    "Source",
+    "Output",
+    "Measure and uptrain",
+    "What is said",
+)
 
 
 def _version(wanted: bool) -> None:
@@ -74,12 +81,54 @@ def convert(
         typer.Option(rich_help_panel=HEADS, help="Instead of the two numbers: gqa, mqa, sqa, ssqa, xsqa, xsmqa, lsqa."),
     ] = None,
     method: Annotated[
-        str, typer.Option(rich_help_panel=HEADS, help="How heads are merged, see --list-methods.")
-    ] = "mean",
+        str,
+        typer.Option(
+            rich_help_panel=HEADS, help="How heads are merged: auto tries the best on text; or see --list-methods."
+        ),
+    ] = AUTO,
+    partition: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=HEADS, help="Which heads go together: searched or contiguous. Default: as suits the method."
+        ),
+    ] = None,
     sites: Annotated[
         str | None,
         typer.Option(rich_help_panel=HEADS, help="Attentions to convert, as encoder,decoder,cross. Default: all."),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            rich_help_panel=CALIBRATE,
+            help="Text to fit the heads on, as --data. Default: GPT-2 samples its own, T5 reads the built-in corpus.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", rich_help_panel=CALIBRATE, help="Default: 20 for each unknown of a fit, at least 65536."
+        ),
+    ] = None,
+    refit: Annotated[
+        bool | None,
+        typer.Option(
+            "--refit/--no-refit",
+            rich_help_panel=CALIBRATE,
+            help="Output projections by least squares. Default: for auto, svd and procrustes.",
+        ),
+    ] = None,
+    refine_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=CALIBRATE,
+            help=f"Steps of layer-wise training. Default: {REFINE_STEPS} for auto, svd and procrustes, else 0.",
+        ),
+    ] = None,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", rich_help_panel=CALIBRATE, help="From the weights alone, in seconds.")
+    ] = False,
     revision: Annotated[
         str | None, typer.Option(rich_help_panel=SOURCE, help="Branch, tag or commit on the hub.")
     ] = None,
@@ -156,7 +205,20 @@ def convert(
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
     chosen_sites = None if sites is None else [kind.strip() for kind in sites.split(",") if kind.strip()]
-    request = Request(q_groups, kv_groups, variant, method, chosen_sites, dtype, max_shard_size)
+    fitting = Calibration(calibration, calibration_tokens, refit, refine_steps)
+    if no_calibration and fitting != Calibration():
+        raise RecipeError("--no-calibration leaves no text for --calibration…, --refit and --refine-steps: drop one")
+    request = Request(
+        q_groups,
+        kv_groups,
+        variant,
+        method,
+        None if no_calibration else fitting,
+        partition,
+        chosen_sites,
+        dtype,
+        max_shard_size,
+    )
     recipe = None if uptrain is None else load_recipe(uptrain, data=data, seed=seed)
 
     def accept(config: dict[str, Any]) -> None:
@@ -171,10 +233,10 @@ def convert(
     plan = make_plan(source, request)
     target = output or _default_output(model, plan.partitions)
     if dry_run:
-        _show_plan(out, plan, conversion_report(plan, source, target, 0.0, seed or 0))
+        _show_plan(out, plan, conversion_report(plan, source, target, seed=seed or 0))
         return
 
-    from ..conversion import convert_to_folder
+    from ..conversion import Settings, convert_to_folder
     from ..data import check_data
     from ..evaluation import choose_device
 
@@ -182,6 +244,8 @@ def convert(
     choose_device(device)
     if recipe is not None or not no_evaluate:
         check_data(recipe.data if recipe is not None else data)
+    if calibration is not None:
+        check_data(calibration, "--calibration")
     with out.progress() as progress:
         if recipe is not None:
             from ..uptraining import training_blocks
@@ -193,14 +257,16 @@ def convert(
             plan,
             source,
             target,
-            overwrite=overwrite,
-            verify=not no_verify,
-            evaluate=not no_evaluate and recipe is None,
-            data=data,
-            device=device,
-            seed=seed or 0,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
+            Settings(
+                overwrite=overwrite,
+                verify=not no_verify,
+                evaluate=not no_evaluate and recipe is None,
+                data=data,
+                device=device,
+                seed=seed or 0,
+                trust_remote_code=trust_remote_code,
+            ),
+            progress,
         )
         report = conversion.report
         if recipe is not None:

@@ -16,6 +16,8 @@ from ..heads.layout import AttentionHeads
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..heads.attention import Attention
+
 _NOT_CARRIED = ("_name_or_path", "transformers_version", "auto_map", "custom_pipelines")
 """of config.json: what the source says of its own files and code"""
 
@@ -117,6 +119,14 @@ class Family(ABC):
     @abstractmethod
     def read(self, site: Site, get: Callable[[str], Tensor], dimensions: Dimensions) -> AttentionHeads:
         """The site's weights in the canonical layout; `get` takes a canonical name."""
+
+    @abstractmethod
+    def attention(self, site: Site, config: Config) -> Attention:
+        """How the site attends."""
+
+    @abstractmethod
+    def norms(self, site: Site) -> tuple[str, str]:
+        """Canonical prefixes of the norms that the inputs of queries, and of keys and values, come from."""
 
     @abstractmethod
     def write(self, site: Site, heads: AttentionHeads) -> dict[str, Tensor]:

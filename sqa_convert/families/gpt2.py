@@ -13,6 +13,8 @@ from .base import Config, Dimensions, Family, Shape, Site, Written, integers, jo
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..heads.attention import Attention
+
 _STALE = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")  # buffers of old releases
 _BASE = re.compile(r"(wte|wpe|ln_f|h\.\d+)\.")  # names without the prefix, as the original hub files have them
 
@@ -105,6 +107,18 @@ class GPT2(Family):
             value_bias=value_bias,
             output_bias=get(f"{site.prefix}.c_proj.bias"),
         )
+
+    def attention(self, site: Site, config: Config) -> Attention:
+        from ..heads.attention import Attention
+
+        scale = self.dimensions(config).head_dim ** -0.5 if config.get("scale_attn_weights", True) else 1.0
+        if config.get("scale_attn_by_inverse_layer_idx"):
+            scale /= site.layer + 1
+        return Attention(scale, causal=True)
+
+    def norms(self, site: Site) -> tuple[str, str]:
+        norm = site.prefix.removesuffix("attn") + "ln_1"
+        return norm, norm
 
     def write(self, site: Site, heads: AttentionHeads) -> dict[str, Tensor]:
         assert heads.query_bias is not None and heads.key_bias is not None and heads.value_bias is not None

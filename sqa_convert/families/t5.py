@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
@@ -11,6 +12,8 @@ from .base import Config, Dimensions, Family, Shape, Site, Written, integers, jo
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..heads.attention import Attention
 
 _TABLE = "relative_attention_bias.weight"  # (buckets, H), in the source only in layer 0 of a stack
 _STALE = "decoder.block.0.layer.1.EncDecAttention." + _TABLE  # old checkpoints carry it; it was never used
@@ -118,6 +121,25 @@ class T5(Family):
             output=split_heads(get(f"{site.prefix}.o.weight").t(), dimensions.head_dim),  # Linear (D, H * d)
             position_bias=None if site.kind == "cross" else get(self._table(site)).t(),
         )
+
+    def attention(self, site: Site, config: Config) -> Attention:
+        from transformers.models.t5.modeling_t5 import T5Attention
+
+        from ..heads.attention import Attention
+
+        if site.kind == "cross":
+            return Attention(1.0, causal=False)
+        bucket = partial(
+            T5Attention._relative_position_bucket,
+            bidirectional=site.kind == "encoder",
+            num_buckets=self._buckets(config),
+            max_distance=config.get("relative_attention_max_distance", 128),
+        )
+        return Attention(1.0, causal=site.kind == "decoder", bucket=bucket)
+
+    def norms(self, site: Site) -> tuple[str, str]:
+        own = site.prefix.rpartition(".")[0] + ".layer_norm"
+        return own, "encoder.final_layer_norm" if site.kind == "cross" else own
 
     def write(self, site: Site, heads: AttentionHeads) -> dict[str, Tensor]:
         tensors = {

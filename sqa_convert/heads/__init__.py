@@ -1,6 +1,6 @@
 """The mathematics: pure functions on the weights of one attention site, no files, no models."""
 
-from . import mean, first, select  # noqa: F401, I001 - registers the methods, the default first
+from . import svd, procrustes, mean, first, select  # noqa: F401, I001 - registers the methods, the best first
 from .layout import AttentionHeads
 from .methods import METHODS, Method, get_method
 from .partition import VARIANTS, Partition, check_head_counts, variant_heads

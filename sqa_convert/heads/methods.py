@@ -23,17 +23,19 @@ class Method:
     source: str
     """Where it was published."""
     convert: Convert
-    """(heads, partition, statistics or None) -> heads; a group of one head is copied verbatim"""
+    """(heads, partition, statistics) -> heads; a group of one head is copied verbatim"""
+    needs_statistics: bool = False
+    """of the site's inputs: from calibration text, or without it from the norms' weights; others are given None"""
 
 
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, *, summary: str, source: str) -> Callable[[Convert], Convert]:
+def method(name: str, *, summary: str, source: str, needs_statistics: bool = False) -> Callable[[Convert], Convert]:
     """Registers a function as a method under `name`."""
 
     def register(convert: Convert) -> Convert:
-        METHODS[name] = Method(name, summary, source, convert)
+        METHODS[name] = Method(name, summary, source, convert, needs_statistics)
         return convert
 
     return register
@@ -42,5 +44,5 @@ def method(name: str, *, summary: str, source: str) -> Callable[[Convert], Conve
 def get_method(name: str) -> Method:
     """Raises RecipeError when there is no such method."""
     if name not in METHODS:
-        raise RecipeError(f"--method {name}: choose one of {', '.join(METHODS)}")
+        raise RecipeError(f"--method {name}: choose one of auto, {', '.join(METHODS)}")
     return METHODS[name]

@@ -1,0 +1,208 @@
+"""Every method, as it converts, after refit and after refine, at many head counts: what is lost without any training.
+
+    python benchmarks/methods.py sample:gpt2 sample:t5
+    python benchmarks/methods.py --figure            (draws the figure from the committed results again)
+
+For each source the calibration text, the activations and the sensitivities are made once and shared by all rows, so
+the seconds of a row are those of its own fits. KL divergence to the source and loss are measured on the held-out part
+of the built-in corpus, which no fit has seen; `auto` chooses on held-out calibration text. Writes
+benchmarks/results/methods-NAME.json and methods.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sqa_convert.calibrate import CANDIDATES, MIX, Calibrator, SiteFitter, best_of_each, load_source
+from sqa_convert.checkpoint import open_source
+from sqa_convert.evaluation import measure, predict, prepare
+from sqa_convert.execution import ConvertedSite, SiteRecord, build_model, model_tensors
+from sqa_convert.families import Site
+from sqa_convert.plan import REFINE_STEPS, Plan, Request, make_plan
+
+RESULTS = Path(__file__).resolve().parent / "results"
+COUNTS = [(8, 4), (6, 3), (8, 8), (4, 4), (4, 1), (12, 4), (10, 5)]
+METHODS = {
+    "mean": ("mean", False),
+    "first": ("first", False),
+    "select": ("select", False),
+    "procrustes": ("procrustes", True),
+    "svd, contiguous": ("svd", False),
+    "svd": ("svd", True),
+}
+STAGES = ("converted", "refit", "refined")
+Made = dict[Site, ConvertedSite]
+
+
+class Bench:
+    """One source, and all that its rows share."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.source = open_source(name)
+        plan = self.plan(8, 4)
+        start = time.perf_counter()
+        model = load_source(plan, self.source)
+        self.calibrator = Calibrator(model, plan, self.source, torch.device("cpu"), seed)
+        self.fitters: dict[Site, SiteFitter] = dict(self.calibrator.fitters("fit"))
+        for fitter in self.fitters.values():
+            _ = fitter.statistics
+        self.seconds = time.perf_counter() - start
+        assert self.source.folder is not None
+        self.held_out = prepare(self.source.folder, device="cpu")
+        self.expected = predict(model, self.held_out)
+        self.baseline = measure(self.expected)
+
+    def plan(self, q: int, kv: int, **options: Any) -> Plan:
+        return make_plan(self.source, Request(q, kv, **options))
+
+    def rows(self, q: int, kv: int) -> Iterator[dict[str, Any]]:
+        plan = self.plan(q, kv)
+        by_stage: dict[str, dict[str, Made]] = {stage: {} for stage in STAGES}
+        yield self.row(self.plan(q, kv, calibration=None), {}, "svd, no text", "converted", 0.0)
+        for name, (method, searched) in METHODS.items():
+            made: Made = {}
+            for stage in STAGES:
+                start = time.perf_counter()
+                made = {
+                    site: self.step(stage, fitter, made, plan, site, method, searched) for site, fitter in self.all()
+                }
+                seconds = time.perf_counter() - start
+                by_stage[stage][name] = made
+                yield self.row(plan, made, name, stage, seconds)
+                if (q, kv) == COUNTS[0] and self.source.config.get("is_encoder_decoder"):
+                    part = self.plan(q, kv, sites=["decoder", "cross"])
+                    kept = {site: m for site, m in made.items() if site.kind != "encoder"}
+                    yield self.row(part, kept, name, stage, seconds) | {"sites": "decoder, cross"}
+        refit = {name: by_stage["refit"][name] for name in CANDIDATES}
+        mix = best_of_each(refit)
+        choices = {MIX: mix} | refit
+        kl = {name: self.calibrator.kl(plan, choice) for name, choice in choices.items()}
+        chosen = min(kl, key=kl.__getitem__)
+        refined = by_stage["refined"]
+        owner = {site: next(n for n in refit if refit[n][site] is mix[site]) for site in mix}
+        final = refined[chosen] if chosen != MIX else {site: refined[owner[site]][site] for site in mix}
+        note = {"chosen": chosen, "kl_on_calibration_text": kl}
+        yield self.row(plan, choices[chosen], "auto", "refit", 0.0) | note
+        yield self.row(plan, final, "auto", "refined", 0.0) | note
+
+    def all(self) -> list[tuple[Site, SiteFitter]]:
+        return list(self.fitters.items())
+
+    @staticmethod
+    def step(
+        stage: str, fitter: SiteFitter, made: Made, plan: Plan, site: Site, method: str, searched: bool
+    ) -> ConvertedSite:
+        if stage == "refined":
+            return fitter.refine(made[site], REFINE_STEPS)
+        return fitter.convert(method, plan.partitions[site.kind], searched, with_refit=stage == "refit")
+
+    def row(self, plan: Plan, made: Made, method: str, stage: str, seconds: float) -> dict[str, Any]:
+        records: dict[Site, SiteRecord] = {}
+        model = build_model(plan, model_tensors(plan, self.source, made, records), records).float()
+        quality = measure(predict(model, self.held_out), self.expected)
+        count = next(p for p in plan.partitions.values() if not p.is_identity)
+        return {
+            "q": len(count.clusters),
+            "kv": len(count.groups),
+            "sites": "all",
+            "method": method,
+            "stage": stage,
+            "kl": round(quality.kl or 0.0, 5),
+            "loss": round(quality.loss, 5),
+            "seconds": round(seconds, 2),
+        }
+
+
+def run(name: str, seed: int) -> None:
+    bench = Bench(name, seed)
+    print(f"{name}: prepared in {bench.seconds:.1f} s, loss {bench.baseline.loss:.4f}", flush=True)
+    rows = []
+    for q, kv in COUNTS:
+        for row in bench.rows(q, kv):
+            rows.append(row)
+            print(
+                "{q:>2}/{kv:<2} {sites:15} {method:16} {stage:10} KL {kl:.4f} loss {loss:.4f} {seconds:.1f} s".format(
+                    **row
+                )
+            )
+        print(flush=True)
+    result = {
+        "command": f"python benchmarks/methods.py {name} --seed {seed}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "repeats": 1,
+        "source_loss": round(bench.baseline.loss, 5),
+        "held_out_tokens": bench.held_out.tokens,
+        "calibration": bench.calibrator.report(bench.plan(8, 4)),
+        "refine_steps": REFINE_STEPS,
+        "seconds_prepare": round(bench.seconds, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "rows": rows,
+    }
+    path = RESULTS / f"methods-{name.removeprefix('sample:')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def figure() -> None:
+    """One panel a source: KL of every method at every head count, a mark a stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    files = sorted(RESULTS.glob("methods-*.json"))
+    shown = ["mean", "first", "select", "procrustes", "svd, contiguous", "svd", "auto"]
+    marks = {"converted": "o", "refit": "s", "refined": "*"}
+    pyplot.rcParams |= {"svg.hashsalt": "sqa", "font.size": 9}
+    figure, axes = pyplot.subplots(len(files), 1, figsize=(9, 3.4 * len(files)), squeeze=False)
+    for axis, file in zip(axes[:, 0], files, strict=True):
+        result = json.loads(file.read_text())
+        for m, method in enumerate(shown):
+            for stage, mark in marks.items():
+                found = [
+                    (COUNTS.index((r["q"], r["kv"])) + (m - 3) * 0.11, r["kl"])
+                    for r in result["rows"]
+                    if (r["method"], r["stage"], r["sites"]) == (method, stage, "all")
+                ]
+                if found:
+                    axis.plot(*zip(*found, strict=True), mark, color=f"C{m}", ms=7 if mark == "*" else 4)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(COUNTS)), [f"{q}/{kv}" for q, kv in COUNTS])
+        axis.set_title(f"sample:{file.stem.removeprefix('methods-')}", loc="left")
+        axis.set_ylabel("KL to the source, nats/token")
+        axis.grid(axis="y", alpha=0.3)
+    axes[-1, 0].set_xlabel("query / key-value heads kept, of 12 / 12")
+    colours = [pyplot.Line2D([], [], color=f"C{m}", marker="o", ls="", label=method) for m, method in enumerate(shown)]
+    stages = [pyplot.Line2D([], [], color="#555", marker=mark, ls="", label=stage) for stage, mark in marks.items()]
+    figure.legend(handles=colours + stages, loc="upper center", ncols=5, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.savefig(RESULTS / "methods.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source", nargs="*", help="sample:gpt2, sample:t5, or a folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--figure", action="store_true", help="draw the figure from the results there are")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in options.source:
+        run(name, options.seed)
+    if options.figure:
+        figure()
+
+
+if __name__ == "__main__":
+    main()

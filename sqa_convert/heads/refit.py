@@ -1,0 +1,74 @@
+"""The output projection by least squares, after any method (METHODS of pruning call it reconstruction)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .attention import Attention
+from .layout import AttentionHeads
+
+RIDGE = 1e-3
+"""of the mean squared feature: how strongly the fit is drawn to the unrefitted projection"""
+
+Batches = Iterable[tuple[Tensor, Tensor | None, Tensor]]
+"""inputs (B, T, D), memory (B, S, D) or None, wanted outputs (B, T, D)"""
+
+
+@torch.no_grad()
+def refit(heads: AttentionHeads, attention: Attention, batches: Batches) -> AttentionHeads:
+    """Output projection, and bias where there is one, that reproduce the wanted outputs best.
+
+    Ridge regression on what the heads read, shrunk towards the projection they have, so that few tokens do no harm and
+    features that never vary keep their weights. float64 Gram matrices accumulate in a stream.
+
+    Args:
+        heads: converted; all but their output projection and bias are kept.
+        attention: how the site attends.
+        batches: inputs and wanted outputs.
+
+    Source: least-squares reconstruction as in He et al., arXiv 1707.06168, and ZipLM, arXiv 2302.04089.
+    """
+    count, d, _ = heads.query.shape
+    has_bias = heads.output_bias is not None
+    gram: Tensor | float = 0.0
+    moment: Tensor | float = 0.0
+    tokens = 0
+    for x, memory, wanted in batches:
+        features = attention.outputs(heads, x, memory).flatten(-2).flatten(0, 1)  # (n, Hq d)
+        missing = (wanted - attention.layer(heads, x, memory)).flatten(0, 1).double()  # (n, D)
+        features = _with_one(features).double() if has_bias else features.double()
+        gram = gram + features.T @ features
+        moment = moment + features.T @ missing
+        tokens += len(features)
+    gram, moment = torch.as_tensor(gram) / tokens, torch.as_tensor(moment) / tokens
+    penalty = torch.full_like(gram.diagonal(), RIDGE * gram.diagonal()[: count * d].mean().item() + 1e-30)
+    if has_bias:
+        penalty[-1] = 0  # the intercept is free
+    change = torch.linalg.solve(gram + torch.diag(penalty), moment)  # (Hq d [+ 1], D)
+    output = heads.output + change[: count * d].view(count, d, -1).to(heads.output)
+    if heads.output_bias is None:
+        return dataclasses.replace(heads, output=output)
+    return dataclasses.replace(heads, output=output, output_bias=heads.output_bias + change[-1].to(heads.output))
+
+
+def _with_one(features: Tensor) -> Tensor:
+    return torch.cat([features, torch.ones_like(features[:, :1])], 1)
+
+
+def output_error(heads: AttentionHeads, attention: Attention, batches: Batches) -> float:
+    """Squared error of the outputs as a share of the wanted outputs' variance (with no bias slot: of their energy)."""
+    lost = energy = 0.0
+    total: Tensor | float = 0.0
+    count = 0
+    for x, memory, wanted in batches:
+        lost += (attention.layer(heads, x, memory) - wanted).double().square().sum().item()
+        energy += wanted.double().square().sum().item()
+        total = total + wanted.double().sum((0, 1))
+        count += wanted.shape[0] * wanted.shape[1]
+    if heads.output_bias is not None:
+        energy -= torch.as_tensor(total).square().sum().item() / count
+    return lost / max(energy, 1e-30)

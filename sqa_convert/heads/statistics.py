@@ -1,0 +1,256 @@
+"""What a method may know of a site's inputs: second moments, and what one head costs in another's place.
+
+Moments are accumulated in a stream, in float64, whatever the model computes in. Where there is no data the weights of
+the layer norm before the site stand in: a normalized input n times the norm's weight, plus its bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import Attention
+from .layout import AttentionHeads
+
+RIDGE = 1e-3  # share of an isotropic part in every metric: some models have a few huge directions
+_LEAST = 1e-8  # mean variance of inputs that is told from none; normalized inputs are of order one
+_BLIND_SPREAD = 0.1  # without data: sum of the squared weights of a pattern that is unknown
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Moments of a site's inputs, float64. H heads of the source, D model width."""
+
+    query: Tensor
+    """(D + 1, D + 1), E[x x^T] of query inputs with a one appended: a bias is one more input"""
+    key: Tensor
+    """(D, D), covariance of key inputs: their mean adds the same to all scores of a query"""
+    value: Tensor
+    """(H, D, D), of what each head reads, P x: covariance where there is an output bias to take the mean, else second
+    moment; (1, D, D) where it is the same for all"""
+    value_mean: Tensor
+    """(H, D), E[P x]; (1, D) likewise"""
+    attention_energy: Tensor
+    """(H,): output energy per squared error of a score, kappa"""
+    pattern_cost: Tensor
+    """(H, H): output energy lost when head i takes the pattern of head j, with the best values for it"""
+    adapted_value: Tensor | None
+    """(H, H, d, D): [i, j] are the values of head i that make up best for the pattern of head j; None without data,
+    where they are head i's own"""
+    tokens: int
+    """query positions behind the moments; 0 without data"""
+
+    def values_for(self, heads: AttentionHeads, head: int, pattern: int) -> Tensor:
+        """(d, D), float64: a head's values under the pattern of another."""
+        adapted = None if self.adapted_value is None or head == pattern else self.adapted_value[head, pattern]
+        return (heads.value[head] if adapted is None else adapted).double()
+
+    def value_metric(self, group: Iterable[int]) -> Tensor:
+        """(D, D), the mean over the heads of a group."""
+        return self.value[list(group)].mean(0) if len(self.value) > 1 else self.value[0]
+
+    def mean_read(self, head: int) -> Tensor:
+        """(D,), what a head reads on average."""
+        return self.value_mean[head if len(self.value_mean) > 1 else 0]
+
+
+def with_ridge(metric: Tensor, share: float = RIDGE) -> Tensor:
+    """(1 - a) S + a tr(S) / D I, positive definite even for S = 0."""
+    size = len(metric)
+    level = metric.diagonal().mean().clamp(min=_LEAST)
+    return (1 - share) * metric + share * level * torch.eye(size, dtype=metric.dtype, device=metric.device)
+
+
+class _Moment:
+    """Streamed mean and second moment of rows (..., n, D)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | float = 0.0
+        self.square: Tensor | float = 0.0
+
+    def add(self, rows: Tensor) -> None:
+        rows = rows.double()
+        self.count += rows.shape[-2]
+        self.total = self.total + rows.sum(-2)
+        self.square = self.square + rows.mT @ rows
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.as_tensor(self.total) / self.count
+
+    @property
+    def second(self) -> Tensor:
+        return torch.as_tensor(self.square) / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.second - self.mean[..., :, None] * self.mean[..., None, :]
+
+
+@torch.no_grad()
+def collect(
+    heads: AttentionHeads,
+    attention: Attention,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    rows: int,
+    generator: torch.Generator,
+) -> Statistics:
+    """Statistics of a site from its inputs.
+
+    Args:
+        heads: the source's.
+        attention: how the site attends.
+        batches: inputs (B, T, D), with the memory (B, S, D) that cross-attention reads, else None.
+        rows: query positions of each sequence that patterns are looked at for.
+        generator: draws them.
+    """
+    count, d, width = heads.query.shape
+    queries, keys, read = _Moment(), _Moment(), _Moment()
+    energy = torch.zeros(count, dtype=torch.float64)
+    made = _Moment()  # of what heads add, before their output projections
+    cross: Tensor | float = 0.0
+    output_gram = (heads.output @ heads.output.mT).double()  # (H, d, d)
+    for x, memory in batches:
+        source = x if memory is None else memory
+        queries.add(torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, 1))
+        keys.add(source.flatten(0, 1))
+        chosen = torch.randperm(x.shape[1], generator=generator)[:rows].sort().values.to(x.device)
+        pattern = attention.patterns(heads, x, chosen, memory)  # (B, H, n, S)
+        seen = (pattern @ source[:, None]).transpose(0, 1).flatten(1, 2)  # (H, B n, D)
+        value = source[:, None] @ heads.value.mT  # (B, H, S, d), without bias: it is folded away
+        energy += _attention_energy(pattern, value, output_gram).cpu()
+        read.add(seen)
+        made.add(seen @ heads.value.mT)
+        flat = (seen @ heads.value.mT).transpose(0, 1).flatten(1)  # (B n, H d)
+        cross = cross + seen.double().mT @ flat.double()  # (H, D, H d)
+    centred = heads.output_bias is not None
+    value_moment = (read.covariance if centred else read.second).cpu()
+    cross = torch.as_tensor(cross).cpu().view(count, width, count, d) / read.count
+    made_moment, mean = (made.covariance if centred else made.second).cpu(), read.mean.cpu()
+    if centred:
+        cross = cross - mean[:, :, None, None] * made.mean.cpu()
+    adapted, cost = _adapted(heads.value.cpu(), value_moment, cross, made_moment, output_gram.cpu())
+    return Statistics(
+        query=queries.second.cpu(),
+        key=keys.covariance.cpu(),
+        value=value_moment,
+        value_mean=mean,
+        attention_energy=attention.scale**2 * energy / read.count,
+        pattern_cost=cost,
+        adapted_value=adapted,
+        tokens=queries.count,
+    )
+
+
+def _adapted(
+    values: Tensor, moments: Tensor, cross: Tensor, made: Tensor, output_gram: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Least squares of what each head makes on what each other reads: values (H, H, d, D), and the energy left (H, H).
+
+    The ridge draws to the head's own values, so heads of one pattern keep them.
+
+    Args:
+        values: (H, d, D), each head's own.
+        moments: (H, D, D), of what each head reads.
+        cross: (H, D, H, d), of what each reads with what each makes.
+        made: (H, d, d), of what each makes.
+        output_gram: (H, d, d).
+    """
+    count, d, width = values.shape
+    own = values.double().permute(2, 0, 1).flatten(1)  # (D, H d)
+    adapted = values.new_empty(count, count, d, width)  # in the weights' dtype: the largest array there is
+    cost = torch.empty(count, count, dtype=torch.float64)
+    for j in range(count):
+        read = cross[j].flatten(1)  # (D, H d)
+        fit = own + torch.linalg.solve(with_ridge(moments[j]), read - moments[j] @ own)
+        explained = (2 * read - moments[j] @ fit).view(width, count, d)
+        fitted = fit.view(width, count, d)
+        left = made - torch.einsum("Dhd,Dhe->hde", fitted, explained)
+        cost[:, j] = ((left + left.mT) / 2 * output_gram).sum((1, 2)).clamp(min=0)
+        adapted[:, j] = fitted.permute(1, 2, 0).to(adapted)
+    return adapted, cost.fill_diagonal_(0)
+
+
+def _attention_energy(pattern: Tensor, value: Tensor, output_gram: Tensor) -> Tensor:
+    """Sum over positions of sum_j P_ij^2 |(v_j - v_i) Wo|^2, v_i what i reads: (H,); to first order in score noise."""
+    gram = output_gram.to(value.dtype)
+    read = pattern @ value  # (B, H, n, d)
+    squares = pattern**2
+    own = ((value @ gram) * value).sum(-1, keepdim=True)  # (B, H, S, 1)
+    energy = (squares @ own).squeeze(-1) - 2 * (((squares @ value) @ gram) * read).sum(-1)
+    energy = energy + squares.sum(-1) * ((read @ gram) * read).sum(-1)  # (B, H, n)
+    return energy.clamp(min=0).sum((0, 2)).double()
+
+
+def from_norms(
+    heads: AttentionHeads,
+    attention: Attention,
+    query_norm: tuple[Tensor, Tensor | None],
+    key_norm: tuple[Tensor, Tensor | None],
+) -> Statistics:
+    """Statistics without data, from weight (D,) and bias (D,) or None of the norms before queries and before keys.
+
+    Normalized inputs are taken as white. A pattern is taken to follow its scores: what head i pays for the pattern of
+    head j grows with the difference of their score forms, position bias included, up to what two unrelated patterns
+    cost.
+    """
+    query = torch.diag(torch.cat([query_norm[0], torch.zeros(1).to(query_norm[0])]).double() ** 2)
+    offset = torch.ones(len(query), dtype=torch.float64)
+    offset[:-1] = 0 if query_norm[1] is None else query_norm[1].double()
+    query += torch.outer(offset, offset)
+    key = torch.diag(key_norm[0].double() ** 2)
+    mean = torch.zeros(len(key), dtype=torch.float64) if key_norm[1] is None else key_norm[1].double()
+
+    value = heads.value.double()
+    output_gram = heads.output.double() @ heads.output.double().mT
+    strength = ((value @ key @ value.mT) * output_gram).sum((1, 2)).clamp(min=0)  # (H,), energy of each head's output
+    energy = attention.scale**2 * _BLIND_SPREAD * strength
+    difference = _form_distance(heads, query, key)
+    if heads.position_bias is not None:
+        table = heads.position_bias.double() / attention.scale
+        table = table - table.mean(1, keepdim=True)
+        difference = difference + (table[:, None] - table[None]).square().mean(-1)
+    cost = torch.minimum(energy[:, None] * difference, 2 * _BLIND_SPREAD * strength[:, None].expand_as(difference))
+    return Statistics(query, key, key[None], mean[None], energy, cost, None, 0)
+
+
+def _form_distance(heads: AttentionHeads, query: Tensor, key: Tensor) -> Tensor:
+    """|Sq^1/2 (M_i - M_j) Sk^1/2|^2 of the score forms M = Wq^T Wk: (H, H), from d x d products."""
+    from .circuits import query_with_bias
+
+    count, d, _ = heads.query.shape
+    q, k = query_with_bias(heads).flatten(0, 1), heads.key.double().flatten(0, 1)
+    q_gram = (q @ query @ q.T).view(count, d, count, d).transpose(1, 2)  # (H, H, d, d)
+    k_gram = (k @ key @ k.T).view(count, d, count, d).transpose(1, 2)
+    inner = (q_gram * k_gram).sum((2, 3))  # (H, H), inner products of the forms
+    own = inner.diagonal()
+    return (own[:, None] + own[None] - 2 * inner).clamp(min=0)
+
+
+def similarity(heads: AttentionHeads, statistics: Statistics) -> dict[str, list[list[float]]]:
+    """How alike the heads of a site are, for pictures: {"pattern", "output map"}, each (H, H) from 0 to 1.
+
+    Patterns by the output energy that taking another's costs, against the most it costs that head; output maps by their
+    cosine in the metric of what heads read.
+    """
+    cost = statistics.pattern_cost
+    share = cost / cost.amax(1, keepdim=True).clamp(min=1e-30)
+    value = heads.value.double().cpu()
+    root = torch.linalg.cholesky(with_ridge(statistics.value.mean(0)))
+    flat = (value @ root).flatten(0, 1)
+    output = heads.output.double().cpu().flatten(0, 1)
+    count, d, _ = value.shape
+    inner = ((flat @ flat.T) * (output @ output.T)).view(count, d, count, d).sum((1, 3))
+    norm = inner.diagonal().clamp(min=1e-30).sqrt()
+    return {
+        "pattern": _rounded(1 - (share + share.T) / 2),
+        "output map": _rounded((inner / norm[:, None] / norm).abs().clamp(max=1)),
+    }
+
+
+def _rounded(matrix: Tensor) -> list[list[float]]:
+    return [[round(value, 3) for value in row] for row in matrix.tolist()]

@@ -1,0 +1,239 @@
+"""Calibration: what is captured, what is chosen, and that nothing is made worse."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from helpers import SOURCES, gpt2, logits, t5, tokens
+from transformers import AutoConfig, GPT2Model, T5EncoderModel
+
+from sqa_convert import calibrate, calibration_text, convert
+from sqa_convert.activations import capture, sensitivity
+from sqa_convert.checkpoint import ModelSource, open_source
+from sqa_convert.errors import DataError, RecipeError
+from sqa_convert.execution import read_site
+from sqa_convert.heads import METHODS, Partition
+from sqa_convert.plan import Calibration, Request, make_plan
+
+CPU = torch.device("cpu")
+SHORT = Calibration(tokens=2048, refine_steps=8)
+
+
+def prepared(model, heads=(8, 4), **options):
+    source = ModelSource(model)
+    return source, make_plan(source, Request(*heads, calibration=SHORT, **options))
+
+
+def batches(model, count=3):
+    rows = [{"input_ids": tokens(2, 16)} for _ in range(count)]
+    return [r | {"labels": tokens(2, 9)} for r in rows] if model.config.is_encoder_decoder else rows
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_captured_inputs_explain_each_sites_output(kind):
+    model = SOURCES[kind]()
+    source, plan = prepared(model)
+    given = batches(model)
+    outputs = {site: [] for site in plan.sites}
+    hooks = [
+        model.get_submodule(site.prefix).register_forward_hook(lambda m, a, o, site=site: outputs[site].append(o[0]))
+        for site in plan.sites
+    ]
+    with torch.no_grad():
+        for batch in given:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    for sites in (plan.sites, plan.sites[1:2], plan.sites[-1:]):
+        for site, (x, memory) in capture(model, sites, given, CPU).items():
+            made = plan.family.attention(site, plan.source_config).layer(read_site(plan, source, site), x, memory)
+            torch.testing.assert_close(made, torch.cat(outputs[site]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [gpt2, t5])
+def test_sensitivity_tells_how_much_an_error_moves_the_predictions(make):
+    model = make()
+    _, plan = prepared(model)
+    given = batches(model, 24)
+    site = plan.sites[-1]
+    matrix = sensitivity(model, [site], given, CPU, torch.Generator().manual_seed(0))[site]
+    assert torch.equal(matrix, matrix.T) and torch.linalg.eigvalsh(matrix)[0] > -1e-9
+    vectors = torch.linalg.eigh(matrix).eigenvectors.float()
+
+    @torch.no_grad()
+    def moved(direction):
+        def push(module, arguments, output):
+            return (output[0] + 0.05 * direction, *output[1:])
+
+        expected = torch.cat([model(**b).logits.log_softmax(-1) for b in given])
+        hook = model.get_submodule(site.prefix).register_forward_hook(push)
+        got = torch.cat([model(**b).logits.log_softmax(-1) for b in given])
+        hook.remove()
+        return (expected.exp() * (expected - got)).sum(-1).mean().item()
+
+    assert moved(vectors[:, -1]) > 3 * moved(vectors[:, 0])
+
+
+@pytest.mark.parametrize("make", [gpt2, t5])
+def test_the_default_method_calibrates_a_model_in_memory(make):
+    source = make()
+    before = {name: t.clone() for name, t in source.state_dict().items()}
+    report = convert(source, 8, 4, calibration=SHORT).report
+    assert all(torch.equal(t, before[name]) for name, t in source.state_dict().items())
+    assert all(p.requires_grad for p in source.parameters())
+    for site in report["sites"]:
+        errors = site["output_error"]
+        assert list(errors) == ["converted", "refit", "refined"]
+        assert errors[site["kept"]] == min(errors.values()) and site["method"] in METHODS
+        partition = Partition(tuple(tuple(map(tuple, group)) for group in site["partition"]))
+        assert (partition.heads, len(partition.clusters), len(partition.groups)) == (12, 8, 4)
+    kl = report["calibration"]["kl_before_refine"]
+    assert kl[report["calibration"]["chosen"]] == min(kl.values())
+    assert set(kl) == {*calibrate.CANDIDATES, calibrate.MIX}
+
+
+def test_the_same_seed_gives_the_same_weights():
+    source = gpt2()
+    results = [convert(source, 8, 4, calibration=SHORT, seed=seed).model.state_dict() for seed in (0, 0, 1)]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert any(not torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("make", [gpt2, t5])
+@pytest.mark.parametrize("method", ["auto", *METHODS])
+def test_identity_changes_nothing_whatever_the_method(make, method):
+    source, ids = make(), tokens()
+    conversion = convert(source, 12, 12, method=method, calibration=SHORT)
+    torch.testing.assert_close(logits(conversion.model, ids), logits(source, ids), rtol=1e-5, atol=1e-5)
+    assert "calibration" not in conversion.report
+
+
+def test_what_refine_makes_worse_is_not_kept(monkeypatch):
+    source = gpt2()
+    plain = convert(source, 8, 4, calibration=dataclasses.replace(SHORT, refine_steps=0)).model.state_dict()
+
+    def spoil(heads, *arguments):
+        return dataclasses.replace(heads, output=heads.output + 1)
+
+    monkeypatch.setattr(calibrate, "refine", spoil)
+    conversion = convert(source, 8, 4, calibration=SHORT)
+    assert {site["kept"] for site in conversion.report["sites"]} == {"refit"}
+    assert all(torch.equal(plain[name], t) for name, t in conversion.model.state_dict().items())
+
+
+def test_what_refit_makes_worse_is_not_kept(monkeypatch):
+    monkeypatch.setattr(calibrate, "refit", lambda heads, *a: dataclasses.replace(heads, output=heads.output * 9))
+    report = convert(gpt2(), 8, 4, calibration=dataclasses.replace(SHORT, refine_steps=0)).report
+    assert {site["kept"] for site in report["sites"]} == {"converted"}
+
+
+def test_little_memory_gives_the_same_result_in_several_passes(monkeypatch):
+    source = t5()
+    whole = convert(source, 8, 4, calibration=SHORT).model.state_dict()
+    monkeypatch.setattr(calibrate, "MEMORY", 1)
+    passes = []
+    monkeypatch.setattr(
+        calibrate, "capture", lambda model, sites, *a: passes.append(sites) or capture(model, sites, *a)
+    )
+    parts = convert(source, 8, 4, calibration=SHORT).model.state_dict()
+    assert {len(sites) for sites in passes} == {1}
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_sites_left_out_keep_their_heads():
+    conversion = convert(t5(), 8, 4, sites=["cross"], calibration=SHORT)
+    for site in conversion.report["sites"]:
+        assert ("output_error" in site) == (site["kind"] == "cross")
+
+
+def test_few_tokens_are_warned_about():
+    source = gpt2()
+    report = convert(source, 8, 4, calibration=Calibration(tokens=20, refine_steps=0)).report
+    assert "fewer" not in report["calibration"].get("warning", "")
+    few = convert(gpt2(n_positions=8), 8, 4, calibration=Calibration(tokens=16, refine_steps=0)).report
+    assert "8 calibration tokens for 33 unknowns" in few["calibration"]["warning"]
+
+
+@pytest.mark.parametrize("make", [lambda: GPT2Model(gpt2().config), lambda: T5EncoderModel(t5().config)])
+def test_models_without_a_language_model_head_calibrate_on_random_tokens(make, tmp_path):
+    model = make().eval()
+    assert "random tokens" in convert(model, 8, 4, calibration=SHORT).report["calibration"]["text"]
+    model.save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", 8, 4, output=tmp_path / "out", calibration=SHORT).report
+    assert "kl_before_refine" not in report["calibration"]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_one_layer_is_enough(layers):
+    report = convert(gpt2(layers=layers), 6, 3, calibration=SHORT).report
+    assert len(report["sites"]) == layers
+
+
+def test_text_of_the_users_is_read(tmp_path):
+    text = "\n".join(f"def f{i}(x): return x + {i}" for i in range(3000))
+    (tmp_path / "own.txt").write_text(text)
+    options = {"method": "svd", "output": tmp_path / "out"}
+    report = convert(
+        "sample:gpt2", 8, 4, calibration=Calibration(str(tmp_path / "own.txt"), 4096, refine_steps=0), **options
+    ).report
+    assert report["calibration"]["text"] == f"{tmp_path / 'own.txt'}, training part"
+    with pytest.raises(DataError, match="--calibration"):
+        (tmp_path / "short.txt").write_text("x = 1\n" * 90)
+        convert("sample:gpt2", 8, 4, calibration=str(tmp_path / "short.txt"))
+    with pytest.raises(DataError, match="tokenizer"):
+        convert(gpt2(), 8, 4, calibration=str(tmp_path / "own.txt"))
+
+
+def test_sampled_text_starts_anywhere_in_a_document():
+    model = gpt2()
+    ids = calibration_text.sample(model, 40, 32, CPU, torch.Generator().manual_seed(0))
+    assert ids.shape == (40, 32)
+    starts = (ids == model.config.bos_token_id).nonzero()[:, 1]
+    assert len(starts.unique()) > 8
+
+
+def test_impossible_calibrations_are_refused():
+    for options in ({"tokens": 0}, {"refine_steps": -1}):
+        with pytest.raises(RecipeError, match="--"):
+            convert(gpt2(), 8, 4, calibration=Calibration(**options))
+    with pytest.raises(RecipeError, match="searched or contiguous"):
+        convert(gpt2(), 8, 4, partition="best")
+
+
+def test_published_methods_fit_only_when_told_to():
+    source = gpt2()
+    assert "calibration" not in convert(source, 8, 4, "mean").report
+    report = convert(source, 8, 4, "mean", calibration=Calibration(tokens=2048, refit=True)).report
+    assert list(report["sites"][0]["output_error"]) == ["converted", "refit"]
+    assert report["sites"][0]["partition"] == Partition.contiguous(12, 8, 4).groups
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_without_text_the_weights_alone_serve(name):
+    source = open_source(f"sample:{name}")
+    plan = make_plan(source, Request(8, 4, calibration=None))
+    assert plan.method == "svd" and plan.calibration is None and plan.searched
+
+
+def test_calibration_recovers_most_of_what_mean_loses(tmp_path):
+    measured = {}
+    for method, settings in (
+        ("mean", None),
+        ("svd", None),
+        ("svd", Calibration(tokens=16_384, refine_steps=0)),
+        ("auto", Calibration(tokens=16_384, refine_steps=20)),
+    ):
+        out = tmp_path / f"{method}{settings is None}"
+        report = convert("sample:t5", 8, 4, method, out, calibration=settings, evaluate=True).report
+        measured[method, settings is None] = report["quality"]["converted"]["kl"]
+    mean = measured["mean", True]
+    assert measured["svd", True] < mean / 5
+    assert measured["svd", False] < mean / 10
+    assert measured["auto", False] < mean / 25
+    config = json.loads((out / "config.json").read_text())
+    assert len(config["sqa"]["partition"]["cross"]) == 4
+    assert (out / "similarity.svg").read_text().startswith("<svg") and "similarity.svg" in (
+        out / "README.md"
+    ).read_text()
+    assert AutoConfig.from_pretrained(out, trust_remote_code=True).num_key_value_heads == 4
