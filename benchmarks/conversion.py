@@ -103,7 +103,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source, output = Path(scratch, "source"), Path(scratch, "out")
         size = write_source(source, GPT2_2GB, 5e8, sparse=False)
-        heads = ["--q-groups", "20", "--kv-groups", "5", "-o", output, "--overwrite", "--no-evaluate", "-q"]
+        heads = ["--q-groups", "20", "--kv-groups", "5", "--method", "mean"]
+        heads += ["-o", str(output), "--overwrite", "--no-evaluate", "-q"]
         for name, extra in (("verified", []), ("no-verify", ["--no-verify"])):
             runs = [run(source, *heads, "--max-shard-size", "300MB", *extra) for _ in range(options.repeats)]
             seconds, megabytes = zip(*runs, strict=True)

@@ -1,6 +1,6 @@
 """Every method, as it converts, after refit and after refine, at many head counts: what is lost without any training.
 
-    python benchmarks/methods.py sample:gpt2 sample:t5
+    python benchmarks/methods.py sample:gpt2 sample:t5 --figure
     python benchmarks/methods.py --figure            (draws the figure from the committed results again)
 
 For each source the calibration text, the activations and the sensitivities are made once and shared by all rows, so
@@ -124,11 +124,11 @@ class Bench:
         }
 
 
-def run(name: str, seed: int) -> None:
+def run(name: str, seed: int, counts: list[tuple[int, int]]) -> None:
     bench = Bench(name, seed)
     print(f"{name}: prepared in {bench.seconds:.1f} s, loss {bench.baseline.loss:.4f}", flush=True)
     rows = []
-    for q, kv in COUNTS:
+    for q, kv in counts:
         for row in bench.rows(q, kv):
             rows.append(row)
             print(
@@ -151,6 +151,10 @@ def run(name: str, seed: int) -> None:
         "rows": rows,
     }
     path = RESULTS / f"methods-{name.removeprefix('sample:')}.json"
+    if path.exists():
+        earlier = json.loads(path.read_text())["rows"]
+        rows += [row for row in earlier if (row["q"], row["kv"]) not in counts]
+        rows.sort(key=lambda row: COUNTS.index((row["q"], row["kv"])))
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -194,12 +198,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", nargs="*", help="sample:gpt2, sample:t5, or a folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--counts", help="such as 8/4,6/3; the other rows there are stay. Default: all")
     parser.add_argument("--figure", action="store_true", help="draw the figure from the results there are")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    counts = COUNTS
+    if options.counts:
+        counts = [(int(q), int(kv)) for q, kv in (pair.split("/") for pair in options.counts.split(","))]
     for name in options.source:
-        run(name, options.seed)
+        run(name, options.seed, counts)
     if options.figure:
         figure()
 

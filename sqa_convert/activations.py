@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .families import Site
 
 SENSITIVITY_TOKENS = 16_384
 """predictions whose gradients are looked at"""
+_LOGITS = 2**26  # held at once
 
 Batch = dict[str, Tensor]
 """inputs of a model"""
@@ -52,7 +53,7 @@ def capture(
         for hook in hooks:
             hook.remove()
     together = torch.cat(memory) if memory else None
-    return {site: (torch.cat(parts), together if site.kind == "cross" else None) for site, parts in seen.items()}
+    return {site: (torch.cat(seen.pop(site)), together if site.kind == "cross" else None) for site in sites}
 
 
 def _module(model: nn.Module, prefix: str) -> nn.Module:
@@ -60,6 +61,14 @@ def _module(model: nn.Module, prefix: str) -> nn.Module:
     base = getattr(model, "base_model_prefix", "")
     missing = base and not hasattr(model, base)
     return model.get_submodule(prefix.removeprefix(f"{base}.") if missing else prefix)
+
+
+def _rows(batch: Batch, vocabulary: int) -> Iterator[Batch]:
+    """Some sequences of a batch at a time, so that not too many logits are held."""
+    ids = batch.get("labels", batch["input_ids"])
+    size = max(1, _LOGITS // (ids.shape[1] * vocabulary))
+    for start in range(0, len(ids), size):
+        yield {name: tensor[start : start + size] for name, tensor in batch.items()}
 
 
 def sensitivity(
@@ -81,7 +90,8 @@ def sensitivity(
 
     def watch(site: Site) -> Callable[..., None]:
         def accumulate(gradient: Tensor) -> None:
-            rows = gradient.flatten(0, 1).double().cpu() if device.type == "mps" else gradient.flatten(0, 1).double()
+            rows = gradient.flatten(0, 1)
+            rows = (rows.cpu() if device.type == "mps" else rows).double()  # MPS has no float64
             square = (rows.T @ rows).cpu()
             found[site] = found[site] + square if site in found else square
 
@@ -92,17 +102,21 @@ def sensitivity(
 
     hooks = [_module(model, site.prefix).register_forward_hook(watch(site)) for site in sites]
     # Weights are frozen, so that gradients flow to activations alone; they start at the embeddings.
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    width = model.get_input_embeddings().embedding_dim
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.embedding_dim == width]
     hooks += [module.register_forward_hook(lambda m, args, output: output.requires_grad_()) for module in embeddings]
     tokens = 0
     try:
-        for batch in batches:
+        for row in (row for batch in batches for row in _rows(batch, model.config.vocab_size)):
             progress("measure sensitivity", min(tokens, SENSITIVITY_TOKENS), SENSITIVITY_TOKENS)
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            logits = model(**inputs, use_cache=False).logits  # (B, T, V)
-            drawn = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1).cpu(), 1, generator=generator)
-            nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten().to(device), reduction="sum").backward()
-            tokens += logits.shape[0] * logits.shape[1]
+            inputs = {name: tensor.to(device) for name, tensor in row.items()}
+            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)  # (n, V)
+            # Drawn from the model's prediction by its distribution function, the same on every device.
+            below = logits.detach().softmax(-1).cumsum(-1)
+            level = torch.rand(len(logits), 1, generator=generator).to(device) * below[:, -1:]
+            drawn = torch.searchsorted(below, level).clamp(max=logits.shape[1] - 1)
+            nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
+            tokens += len(logits)
             if tokens >= SENSITIVITY_TOKENS:
                 break
     finally:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .activations import capture, sensitivity
 from .calibration_text import Text, calibration_text
 from .checkpoint import ModelSource, Source
-from .errors import CheckpointError, one_line
+from .errors import CheckpointError, QualityError, one_line
 from .evaluation import HeldOut, Predictions, load_model, measure, predict
 from .execution import (
     Calibrated,
@@ -58,7 +58,13 @@ Part = tuple[Tensor, Tensor | None, Tensor]
 
 
 def calibrate(
-    model: Any, plan: Plan, source: Source, device: torch.device, seed: int = 0, progress: Progress = silent
+    model: Any,
+    plan: Plan,
+    source: Source,
+    device: torch.device,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> Calibrated:
     """Converts every attention site of a plan by what it does on text.
 
@@ -73,6 +79,7 @@ def calibrate(
         device: to compute on.
         seed: of sampled text, span corruption, sampled positions, searches and batches; the same seed gives the same
             result bit for bit on one CPU.
+        trust_remote_code: for a tokenizer that brings code along.
         progress: called as the work goes on.
 
     Raises:
@@ -80,8 +87,13 @@ def calibrate(
     """
     settings = plan.calibration
     assert settings is not None
-    calibrator = Calibrator(model, plan, source, device, seed, progress)
-    candidates = CANDIDATES if plan.method == AUTO else {plan.method: (plan.method, plan.searched)}
+    calibrator = Calibrator(model, plan, source, device, seed, trust_remote_code, progress)
+    candidates = {plan.method: (plan.method, plan.searched)}
+    if plan.method == AUTO:
+        fits = CANDIDATES.items()
+        candidates = {n: c for n, c in fits if not plan.partition_given or c[1] == plan.searched}
+        if plan.partition_given and not plan.searched:
+            candidates["procrustes"] = ("procrustes", False)
     tried: dict[str, dict[Site, ConvertedSite]] = {name: {} for name in candidates}
     for site, fitter in calibrator.fitters("fit heads"):
         for name, (method, searched) in candidates.items():
@@ -90,7 +102,7 @@ def calibrate(
     chosen = best_of_each(tried)
     if plan.method == AUTO and plan.has_language_model_head:
         choices = {MIX: chosen} | tried
-        kl = {name: calibrator.kl(plan, choice) for name, choice in choices.items()}
+        kl = {name: kl for name, choice in choices.items() if (kl := calibrator.kl(plan, choice)) is not None}
         report["kl_before_refine"] = kl
         report["chosen"] = min(kl, key=kl.__getitem__)
         chosen = choices[report["chosen"]]
@@ -112,12 +124,21 @@ class Calibrator:
     """A source model on calibration text: all that does not depend on how many heads are kept."""
 
     def __init__(
-        self, model: Any, plan: Plan, source: Source, device: torch.device, seed: int, progress: Progress = silent
+        self,
+        model: Any,
+        plan: Plan,
+        source: Source,
+        device: torch.device,
+        seed: int,
+        trust_remote_code: bool = False,
+        progress: Progress = silent,
     ) -> None:
         self.model, self.plan, self.source, self.device = model, plan, source, device
         self.seed, self.progress = seed, progress
         model.to(device).requires_grad_(False)
-        self.text: Text = calibration_text(model, plan, source, device, self._generator("text"), progress)
+        self.text: Text = calibration_text(
+            model, plan, source, device, self._generator("text"), trust_remote_code, progress
+        )
         self.sites = [site for site in plan.sites if not plan.partitions[site.kind].is_identity]
         self.metrics: dict[Site, Tensor] = {}
         if plan.has_language_model_head:
@@ -155,13 +176,14 @@ class Calibrator:
         for start in range(0, len(self.sites), size):
             yield self.sites[start : start + size]
 
-    def kl(self, plan: Plan, choice: Mapping[Site, ConvertedSite]) -> float:
-        """KL of the whole converted model to the source on the held-out sequences, nats a token."""
+    def kl(self, plan: Plan, choice: Mapping[Site, ConvertedSite]) -> float | None:
+        """KL of the whole converted model to the source on the held-out sequences, nats a token; None if not finite."""
         records: dict[Site, SiteRecord] = {}
         student = build_model(plan, model_tensors(plan, self.source, choice, records), records).float()
-        kl = measure(predict(student, self._held_out), self._expected).kl
-        assert kl is not None
-        return kl
+        try:
+            return measure(predict(student, self._held_out), self._expected).kl
+        except QualityError:
+            return None
 
     @cached_property
     def _held_out(self) -> HeldOut:
@@ -174,11 +196,14 @@ class Calibrator:
 
     def report(self, plan: Plan) -> dict[str, Any]:
         """What text there was."""
-        batches = self.text.batches + self.text.held_out
+        settings = plan.calibration
+        assert settings is not None
         report: dict[str, Any] = {
             "text": self.text.name,
-            "tokens": sum(batch["input_ids"].numel() for batch in batches),
+            "tokens": sum(batch["input_ids"].numel() for batch in self.text.batches),
             "held_out_sequences": sum(len(batch["input_ids"]) for batch in self.text.held_out),
+            "refit": settings.refit,
+            "refine_steps": settings.refine_steps,
         }
         unknowns = plan.unknowns + 1
         names = ("input_ids", "labels")
@@ -303,4 +328,6 @@ def load_source(plan: Plan, source: Source, trust_remote_code: bool = False) -> 
     try:
         return architecture.from_pretrained(source.folder, dtype="float32").eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise CheckpointError(f"{source.name} cannot be loaded: {one_line(error)}") from error

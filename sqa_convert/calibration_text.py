@@ -22,7 +22,8 @@ LONGEST = 1024
 HELD_OUT = 0.1
 """of the sequences, for the choices"""
 _BATCH_TOKENS = 4096
-_SAMPLED_SEQUENCES = 128
+_SAMPLED_SEQUENCES = 128  # at a time, at most
+_CACHE = 2e9  # bytes of keys and values held while sampling
 _DROPPED = 0.25  # of a sampled text's end, at most
 
 
@@ -46,6 +47,7 @@ def calibration_text(
     source: Source,
     device: torch.device,
     generator: torch.Generator,
+    trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Text:
     """Text to calibrate on: what the user names; else a causal model's own samples, span-corrupted text for T5.
@@ -59,36 +61,62 @@ def calibration_text(
     settings = plan.calibration
     assert settings is not None
     length = min(plan.dimensions.context, LONGEST)
-    tokens = settings.tokens
-    count = max(2, tokens // length)
-    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    count = max(2, settings.tokens // length)
+    is_t5 = "encoder" in plan.partitions
     rows: list[Batch]
-    if settings.text is not None or (encoder_decoder and _has_tokenizer(source)):
-        rows, name = _from_documents(plan, source, settings.text, length, tokens, encoder_decoder, generator)
-    elif encoder_decoder:
-        rows, name = (
-            _random_and_answer(model, count, length, device, generator),
-            "random tokens and the model's answers",
-        )
-    elif plan.has_language_model_head:
-        ids = sample(model, count, length, device, generator, progress)
-        rows, name = [{"input_ids": row[None]} for row in ids], "sampled from the model"
+    if settings.text is not None or (is_t5 and _reads_spans(source, trust_remote_code)):
+        tokenizer = _tokenizer(source, trust_remote_code)
+        rows, name = _from_documents(plan, tokenizer, settings.text, length, settings.tokens, is_t5, generator)
+    elif not is_t5 and plan.has_language_model_head:
+        each = 2 * len(plan.sites) * plan.dimensions.width * 4 * length  # bytes of keys and values
+        at_once = max(1, min(_SAMPLED_SEQUENCES, int(_CACHE // each)))
+        rows = _split(input_ids=sample(model, count, length, device, generator, at_once, progress))
+        name = "sampled from the model"
     else:
         ids = torch.randint(model.config.vocab_size, (count, length), generator=generator)
-        rows, name = [{"input_ids": row[None]} for row in ids], "random tokens"
+        rows, name = _split(input_ids=ids), "random tokens"
+        if is_t5 and plan.has_language_model_head:
+            rows = _split(input_ids=ids, labels=_answers(model, ids, device, generator))
+            name = "random tokens and the model's answers"
+        elif "decoder" in plan.partitions and is_t5:
+            rows = _split(input_ids=ids, labels=ids)
+    if is_t5 and not plan.has_language_model_head:
+        rows = [_without_labels(model, row) for row in rows]
     held = max(1, round(HELD_OUT * len(rows)))
     size = max(1, _BATCH_TOKENS // length)
     return Text(_stacked(rows[:-held], size), _stacked(rows[-held:], size), name)
 
 
-def _has_tokenizer(source: Source) -> bool:
+def _split(**tensors: Tensor) -> list[Batch]:
+    """A batch of one sequence for each row."""
+    count = len(next(iter(tensors.values())))
+    return [{name: tensor[i : i + 1] for name, tensor in tensors.items()} for i in range(count)]
+
+
+def _without_labels(model: Any, row: Batch) -> Batch:
+    """Inputs of a T5 that predicts nothing: its decoder, where it has one, reads what it would have to predict."""
+    labels = row.pop("labels", None)
+    if labels is None or not model.config.is_encoder_decoder:
+        return row
+    return row | {"decoder_input_ids": model._shift_right(labels)}
+
+
+def _reads_spans(source: Source, trust_remote_code: bool) -> bool:
+    """Whether there is a tokenizer with sentinels, and a built-in corpus to use it on."""
     if source.folder is None:
         return False
     try:
-        SpanCorruption.of(load_tokenizer(source.folder))
+        SpanCorruption.of(load_tokenizer(source.folder, trust_remote_code))
+        next(documents(None, "train"))
     except Exception:  # whatever keeps it from loading, there is another way
         return False
     return True
+
+
+def _tokenizer(source: Source, trust_remote_code: bool) -> Any:
+    if source.folder is None:
+        raise DataError("calibration text needs a tokenizer: give a folder or a hub id, not a model in memory")
+    return load_tokenizer(source.folder, trust_remote_code, without="leave out --calibration")
 
 
 def _stacked(rows: list[Batch], size: int) -> list[Batch]:
@@ -100,76 +128,85 @@ def _stacked(rows: list[Batch], size: int) -> list[Batch]:
 
 def _from_documents(
     plan: Plan,
-    source: Source,
+    tokenizer: Any,
     text: str | None,
     length: int,
     tokens: int,
-    encoder_decoder: bool,
+    spans: bool,
     generator: torch.Generator,
 ) -> tuple[list[Batch], str]:
-    if source.folder is None:
-        raise DataError("calibration text needs a tokenizer: give a folder or a hub id, not a model in memory")
-    tokenizer = load_tokenizer(source.folder)
     name = f"{text or 'stdlib'}, training part"
-    blocks = token_blocks(documents(text, "train"), tokenizer, length, max(tokens, 2 * length), name)
+    blocks = token_blocks(
+        documents(text, "train", flag="--calibration"),
+        tokenizer,
+        length,
+        max(tokens, 2 * length),
+        name,
+        "--calibration",
+    )
     if len(blocks) < 2:
         raise DataError(f"{name} holds fewer than two blocks of {length} tokens: give more with --calibration")
-    corrupt = SpanCorruption.of(tokenizer) if encoder_decoder else None
+    corrupt = SpanCorruption.of(tokenizer) if spans else None
     check_vocabulary(blocks, plan.source_config["vocab_size"], corrupt)
     if corrupt is None:
-        return [{"input_ids": row[None]} for row in blocks], name
+        return _split(input_ids=blocks), name
     inputs, labels = corrupt(blocks, generator)
-    rows = [{"input_ids": i[None], "labels": t[None]} for i, t in zip(inputs, labels, strict=True)]
-    return rows, f"{name}, span corruption"
+    return _split(input_ids=inputs, labels=labels), f"{name}, span corruption"
 
 
-@torch.no_grad()
 def sample(
-    model: Any, count: int, length: int, device: torch.device, generator: torch.Generator, progress: Progress = silent
+    model: Any,
+    count: int,
+    length: int,
+    device: torch.device,
+    generator: torch.Generator,
+    at_once: int = _SAMPLED_SEQUENCES,
+    progress: Progress = silent,
 ) -> Tensor:
     """A causal model's own text, from its first token at temperature 1, packed as training data are: (count, length).
 
     Of each text a random part of the end is dropped and the rest put one after the other, so that a sequence starts
     anywhere in a text. (Where all start with the first token, fits rely on what heads read there.)
     """
-    from transformers import GenerationConfig
-
-    start = next((t for t in (model.config.bos_token_id, model.config.eos_token_id) if t is not None), 0)
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, min_length=length,
-        bos_token_id=start, pad_token_id=start, eos_token_id=None,
-    )  # fmt: skip
+    known = (getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id"))
+    start = next((token for token in known if token is not None), 0)
     rows: list[Tensor] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        kept = 0
-        while kept < count * length:
-            progress("sample text", kept, count * length)
-            missing = math.ceil((count * length - kept) / (length * (1 - _DROPPED / 2)))
-            begin = torch.full((min(_SAMPLED_SEQUENCES, missing), 1), start, device=device)
-            ids = model.generate(begin, attention_mask=torch.ones_like(begin), generation_config=settings).cpu()
-            ends = torch.randint(length - int(_DROPPED * length), length + 1, (len(ids),), generator=generator)
-            rows += [row[:end] for row, end in zip(ids, ends.tolist(), strict=True)]
-            kept += int(ends.sum())
+    kept = 0
+    while kept < count * length:
+        progress("sample text", kept, count * length)
+        missing = math.ceil((count * length - kept) / (length * (1 - _DROPPED / 2)))
+        begin = torch.full((min(at_once, missing), 1), start)
+        ids = _generate(model, begin, length - 1, device, generator)
+        ends = torch.randint(length - int(_DROPPED * length), length + 1, (len(ids),), generator=generator)
+        rows += [row[:end] for row, end in zip(ids, ends.tolist(), strict=True)]
+        kept += int(ends.sum())
     progress("sample text", count * length, count * length)
     return torch.cat(rows)[: count * length].view(count, length)
 
 
+def _answers(model: Any, inputs: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
+    """What an encoder-decoder samples for its inputs, a quarter of their length: (N, T / 4)."""
+    wanted = max(2, inputs.shape[1] // 4)
+    parts = [_generate(model, part, wanted, device, generator) for part in inputs.split(_SAMPLED_SEQUENCES)]
+    return torch.cat(parts)[:, 1:]  # without the start token
+
+
 @torch.no_grad()
-def _random_and_answer(
-    model: Any, count: int, length: int, device: torch.device, generator: torch.Generator
-) -> list[Batch]:
-    """Random encoder inputs, and what the model samples for them a token at a time."""
-    inputs = torch.randint(model.config.vocab_size, (count, length), generator=generator)
-    answer_length = max(2, length // 4)
-    rows: list[Batch] = []
-    for part in inputs.split(_SAMPLED_SEQUENCES):
-        encoded = model.get_encoder()(part.to(device)).last_hidden_state if hasattr(model, "get_encoder") else None
-        labels = torch.full((len(part), 1), model.config.decoder_start_token_id or 0)
-        for _ in range(answer_length):
-            logits = model(encoder_outputs=(encoded,), decoder_input_ids=labels.to(device), use_cache=False).logits[
-                :, -1
-            ]
-            labels = torch.cat([labels, torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)], 1)
-        rows += [{"input_ids": i[None], "labels": t[None, 1:]} for i, t in zip(part, labels, strict=True)]
-    return rows
+def _generate(model: Any, inputs: Tensor, new_tokens: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Samples at temperature 1, going on at end-of-text tokens; on the CPU."""
+    from transformers import GenerationConfig
+
+    bos, pad, start = (getattr(model.config, f"{n}_token_id", None) for n in ("bos", "pad", "decoder_start"))
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        bos_token_id=bos, pad_token_id=pad or 0, eos_token_id=None,
+        decoder_start_token_id=pad if start is None else start,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        inputs = inputs.to(device)
+        kept, model.generation_config = model.generation_config, GenerationConfig()  # its defaults would be mixed in
+        try:
+            return model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings).cpu()
+        finally:
+            model.generation_config = kept

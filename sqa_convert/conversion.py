@@ -186,12 +186,19 @@ def convert_to_folder(
 def _calibrated(plan: Plan, source: Source, settings: Settings, progress: Progress) -> Calibrated:
     if plan.calibration is None:
         return Calibrated({}, None)
+    import torch
+
     from .calibrate import calibrate, load_source
     from .evaluation import choose_device
 
     device = choose_device(settings.device)
-    model = load_source(plan, source, settings.trust_remote_code)
-    return calibrate(model, plan, source, device, settings.seed, progress)
+    try:
+        model = load_source(plan, source, settings.trust_remote_code)
+        return calibrate(model, plan, source, device, settings.seed, settings.trust_remote_code, progress)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RecipeError(
+            f"calibration does not fit on {device}: --device cpu, fewer --calibration-tokens, or --no-calibration"
+        ) from error
 
 
 def _refuse_overlap(source: Source, output: Path) -> None:

@@ -24,7 +24,7 @@ HELD_OUT_EVERY = 20  # one document in 20 is held out; of fewer than 20 document
 NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0  # T5's span corruption (Raffel et al., arXiv 1910.10683, section 3.3.4)
 
 
-def documents(data: str | None, split: Split, *, tests: bool = False) -> Iterator[str]:
+def documents(data: str | None, split: Split, *, tests: bool = False, flag: str = "--data") -> Iterator[str]:
     """The documents of one split of `data`; the two splits of the same data never share a document.
 
     Args:
@@ -33,6 +33,7 @@ def documents(data: str | None, split: Split, *, tests: bool = False) -> Iterato
             "ID[:CONFIG]" of a data set on the hub, streamed.
         split: "train" or "heldout".
         tests: of the built-in corpus, also the library's own tests (not every interpreter ships them).
+        flag: that `data` came from, for messages.
 
     Raises:
         DataError: nothing is found under `data`.
@@ -40,14 +41,14 @@ def documents(data: str | None, split: Split, *, tests: bool = False) -> Iterato
     if data in (None, BUILT_IN):
         return _stdlib(split, tests)
     paths = _files(str(data))
-    return _from_files(paths, split) if paths else _from_hub(str(data), split)
+    return _from_files(paths, split, flag) if paths else _from_hub(str(data), split, flag)
 
 
 def check_data(data: str | None, flag: str = "--data") -> None:
     """Raises DataError when `documents` would find nothing, before any work is done for it."""
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
-        if next(documents(data, split), None) is None:
+        if next(documents(data, split, flag=flag), None) is None:
             raise DataError(f"{flag} {data}: no text in its {split} part")
 
 
@@ -81,26 +82,26 @@ def _files(data: str) -> list[str]:
     return []
 
 
-def _from_files(paths: list[str], split: Split) -> Iterator[str]:
+def _from_files(paths: list[str], split: Split, flag: str) -> Iterator[str]:
     from datasets import load_dataset
 
     suffixes = {Path(p).suffix for p in paths}
     loaders = {LOADERS.get(s, "text") for s in suffixes}
     if len(loaders) > 1:
-        raise DataError(f"--data names files of several kinds ({', '.join(sorted(suffixes))}); give one kind")
+        raise DataError(f"{flag} names files of several kinds ({', '.join(sorted(suffixes))}); give one kind")
     loader = loaders.pop()
     options = {"sample_by": "document"} if loader == "text" else {}
     try:
         rows: Any = load_dataset(loader, data_files=paths, split="train", streaming=True, **options)
-        total = sum(1 for _ in islice(_texts(rows, paths[0]), HELD_OUT_EVERY))
-        yield from _split(_texts(rows, paths[0]), split, few=total < HELD_OUT_EVERY)
+        total = sum(1 for _ in islice(_texts(rows, f"{flag} {paths[0]}"), HELD_OUT_EVERY))
+        yield from _split(_texts(rows, f"{flag} {paths[0]}"), split, few=total < HELD_OUT_EVERY)
     except DataError:
         raise
     except Exception as error:  # pyarrow, JSON and decoding errors share no base class
-        raise DataError(f"--data {paths[0]} cannot be read: {one_line(error, 200)}") from error
+        raise DataError(f"{flag} {paths[0]} cannot be read: {one_line(error, 200)}") from error
 
 
-def _from_hub(data: str, split: Split) -> Iterator[str]:
+def _from_hub(data: str, split: Split, flag: str) -> Iterator[str]:
     from datasets import get_dataset_split_names, load_dataset
 
     name, _, config = data.partition(":")
@@ -109,13 +110,13 @@ def _from_hub(data: str, split: Split) -> Iterator[str]:
         held_out = next((s for s in ("validation", "test") if s in splits), None)
         source = held_out if split == "heldout" and held_out else "train"
         rows: Any = load_dataset(name, config or None, split=source, streaming=True)
-        texts = _texts(rows, data)
+        texts = _texts(rows, f"{flag} {data}")
         yield from texts if held_out else _split(texts, split, few=False)
     except DataError:
         raise
     except Exception as error:  # the hub client raises many kinds; each means: not readable
         raise DataError(
-            f"--data {data} is no file, folder or glob here, and not readable as a data set on the hub: "
+            f"{flag} {data} is no file, folder or glob here, and not readable as a data set on the hub: "
             f"{one_line(error, 200)}"
         ) from error
 
@@ -123,7 +124,7 @@ def _from_hub(data: str, split: Split) -> Iterator[str]:
 def _texts(rows: Iterable[dict], name: str) -> Iterator[str]:
     for row in rows:
         if not isinstance(row.get("text"), str):
-            raise DataError(f'--data {name} has no column "text" (columns: {", ".join(row)})')
+            raise DataError(f'{name} has no column "text" (columns: {", ".join(row)})')
         if row["text"].strip():
             yield row["text"]
 
@@ -138,7 +139,12 @@ def _split(texts: Iterable[str], split: Split, *, few: bool) -> Iterator[str]:
 
 
 def token_blocks(
-    texts: Iterable[str], tokenizer: Any, length: int, max_tokens: int | None = None, name: str = "the data"
+    texts: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    max_tokens: int | None = None,
+    name: str = "the data",
+    flag: str = "--data",
 ) -> Tensor:
     """Documents, each closed by the end-of-text token, packed into (n, length) int64 blocks; a rest is dropped.
 
@@ -154,7 +160,7 @@ def token_blocks(
             break
     count = (len(tokens) if max_tokens is None else min(len(tokens), max_tokens)) // length
     if count == 0:
-        raise DataError(f"{name} holds {len(tokens)} tokens, fewer than one block of {length}: give more with --data")
+        raise DataError(f"{name} holds {len(tokens)} tokens, fewer than one block of {length}: give more with {flag}")
     return torch.tensor(tokens[: count * length]).view(count, length)
 
 

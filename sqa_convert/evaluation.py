@@ -95,19 +95,19 @@ def load_model(
         raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error
 
 
-def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer. Raises CheckpointError when it has none."""
+def load_tokenizer(
+    folder: str | Path, trust_remote_code: bool = False, without: str = "--no-evaluate converts without one"
+) -> Any:
+    """The folder's tokenizer. Raises CheckpointError when it has none, saying what goes `without` one."""
     from transformers import AutoTokenizer
 
     # Without any file transformers would make up an empty one. ByT5 needs no vocabulary, its config names the class.
     if not any((Path(folder) / name).is_file() for name in (*TOKENIZER_FILES, TOKENIZER_CONFIG)):
-        raise CheckpointError(f"{folder} holds no tokenizer; --no-evaluate converts without one")
+        raise CheckpointError(f"{folder} holds no tokenizer; {without}")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # every tokenizer library fails in its own way
-        raise CheckpointError(
-            f"{folder}: its tokenizer does not load ({one_line(error, 200)}); --no-evaluate converts without it"
-        ) from error
+        raise CheckpointError(f"{folder}: its tokenizer does not load ({one_line(error, 200)}); {without}") from error
 
 
 @dataclass(frozen=True)

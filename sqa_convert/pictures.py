@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
+_MOST_SHOWN = 12  # sites in the picture of similarities, evenly chosen
 
 
 def heads_picture(groups: Any, kind: str) -> str:
@@ -54,6 +55,7 @@ def similarity_picture(sites: list[dict[str, Any]]) -> str:
     cluster.
     """
     shown = [site for site in sites if "similarity" in site]
+    shown = shown[:: -(-len(shown) // _MOST_SHOWN)]
     heads = sum(len(cluster) for group in shown[0]["partition"] for cluster in group)
     cell = max(6, min(18, 260 // heads))
     side, left, top, gap = cell * heads, 96, 48, 28
@@ -82,8 +84,7 @@ def _heat_map(matrix: list[list[float]], groups: Any, x: float, y: float, cell: 
             shade = max(0.0, min(1.0, matrix[a][b]))
             colour = f"rgb({247 - 239 * shade:.0f},{251 - 203 * shade:.0f},{255 - 148 * shade:.0f})"
             parts.append(
-                f'<rect x="{x + j * cell:g}" y="{y + i * cell:g}" width="{cell}" height="{cell}" fill="{colour}">'
-                f"<title>heads {a} and {b}: {shade:.2f}</title></rect>"
+                f'<rect x="{x + j * cell:g}" y="{y + i * cell:g}" width="{cell}" height="{cell}" fill="{colour}"/>'
             )
     start = 0
     for group in groups:

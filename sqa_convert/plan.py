@@ -25,6 +25,7 @@ PARTITIONS = ("searched", "contiguous")
 CASTS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DEFAULT_SHARD = "5GB"
 _LEAST_TOKENS = 65_536  # of calibration text
+_TEXT_PER_TARGET = 5  # tokens of span-corrupted text for each that a decoder predicts
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Request:
         """What calibration will do, None for a conversion from the weights alone. Raises RecipeError.
 
         Args:
-            unknowns: of one output projection's fit, a row of it: Hq d.
+            unknowns: of one output projection's fit, for each output: Hq d, times the text a position of it needs.
         """
         uses = self.method == AUTO or get_method(self.method).needs_statistics
         asked = self.calibration
@@ -127,6 +128,8 @@ class Request:
         refit = uses if asked.refit is None else asked.refit
         steps = (REFINE_STEPS if uses else 0) if asked.refine_steps is None else asked.refine_steps
         if not (uses or refit or steps):
+            if asked.text is not None or asked.tokens is not None:
+                raise RecipeError(f"--calibration: {self.method} fits nothing; add --refit or --refine-steps")
             return None
         return Fitting(asked.text, asked.tokens or max(_LEAST_TOKENS, 20 * unknowns), refit, steps)
 
@@ -184,6 +187,8 @@ class Plan:
     method: str
     searched: bool
     """whether the heads of a group are searched for, or neighbours"""
+    partition_given: bool
+    """whether that was asked for; else `auto` may try both"""
     calibration: Fitting | None
     """None: from the weights alone"""
     sites: tuple[Site, ...]
@@ -252,7 +257,10 @@ def make_plan(source: Source, request: Request) -> Plan:
         dimensions=dimensions,
         method=request.resolved_method,
         searched=request.searched,
-        calibration=None if all(p.is_identity for p in partitions.values()) else request.fitting(unknowns),
+        partition_given=request.partition is not None,
+        calibration=None
+        if all(p.is_identity for p in partitions.values())
+        else request.fitting(unknowns * (_TEXT_PER_TARGET if "cross" in partitions else 1)),
         sites=sites,
         partitions=partitions,
         shards=_shards(tensors, parse_size(request.max_shard_size)),

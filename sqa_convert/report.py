@@ -114,6 +114,29 @@ def recovered(quality: dict[str, Any], key: str) -> float | None:
     return None if damage <= 0 else (quality["converted"][key] - quality["uptrained"][key]) / damage
 
 
+def calibration_lines(report: dict[str, Any]) -> list[str]:
+    """What calibration did, in sentences; none where there was none."""
+    done = report.get("calibration")
+    if done is None:
+        return []
+    lines = [f"fitted on {done['tokens']:,} tokens: {done['text']}"]
+    if "kl_before_refine" in done:
+        kl = sorted(done["kl_before_refine"].items(), key=lambda item: item[1])
+        tried = ", ".join(f"{name} {value:.4f}" for name, value in kl)
+        lines.append(f"chosen: {done['chosen']}; KL of the whole model before refining: {tried}")
+    for site in report["sites"]:
+        errors = site.get("output_error", {})
+        last = next(reversed(errors), None)
+        if last is not None and site["kept"] != last:
+            lines.append(
+                f"{site['kind']} {site['layer']}: {last} would be worse on held-out text "
+                f"({errors[last]:.4f}), kept as {site['kept']} ({errors[site['kept']]:.4f})"
+            )
+    if "warning" in done:
+        lines.append(f"warning: {done['warning']}")
+    return lines
+
+
 def most_merged(report: dict[str, Any]) -> dict[str, Any]:
     """The first site whose heads were merged, for a picture."""
     sites = report["sites"]
@@ -162,6 +185,7 @@ def model_card(report: dict[str, Any]) -> str:
         *_markdown_table(*summary(report)),
         "",
     ]
+    lines += [*(f"- {line}" for line in calibration_lines(report)), ""]
     if quality:
         lines += [
             f"Measured on {quality['tokens']:,} tokens of {quality['data']}. Loss above the source's is what it cost.",

@@ -49,6 +49,52 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
+FITTED = ["--q-groups", "8", "--kv-groups", "4", "--calibration-tokens", "2048", "--refine-steps", "4"]
+
+
+def test_the_default_says_what_it_was_fitted_on_and_what_it_chose(run):
+    code, out, err = run("sample:gpt2", *FITTED)
+    assert (code, err) == (0, "")
+    assert "fitted on 2,048 tokens: sampled from the model" in out
+    assert "chosen: " in out and "procrustes" in out
+    report = json.loads(Path("gpt2-sqa-q8kv4/report.json").read_text())
+    assert report["calibration"]["chosen"] in out
+    assert report["quality"]["converted"]["kl"] < 0.5
+    assert "fitted on 2,048 tokens" in Path("gpt2-sqa-q8kv4/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--no-calibration", "--refine-steps", "3"], "--no-calibration"),
+        (["--no-calibration", "--calibration", "stdlib"], "--no-calibration"),
+        (["--calibration-tokens", "0"], "--calibration-tokens 0"),
+        (["--refine-steps", "-1"], "--refine-steps -1"),
+        (["--calibration", "nowhere.txt"], "--calibration nowhere.txt"),
+        (["--partition", "best"], "searched or contiguous"),
+    ],
+)
+def test_impossible_calibration_is_refused_before_anything_is_written(run, flags, said):
+    code, out, err = run("sample:gpt2", "--q-groups", "8", "--kv-groups", "4", *flags)
+    assert code == 2 and out == "" and said in err and len(err.splitlines()) == 1
+    assert os.listdir() == []
+
+
+def test_the_weights_alone_serve_without_text(run):
+    code, out, err = run("sample:t5", "--q-groups", "8", "--kv-groups", "4", "--no-calibration", "--json")
+    report = json.loads(out)
+    assert (code, err) == (0, "") and report["method"] == "svd" and "calibration" not in report
+    assert report["quality"]["converted"]["kl"] < 0.2
+
+
+def test_every_method_is_listed_with_its_source(run):
+    code, out, _ = run("--list-methods")
+    assert code == 0
+    for name in ("auto", "svd", "procrustes", "mean", "first", "select"):
+        assert f"\n{name} " in f"\n{out}"
+    assert out.count("arXiv") >= 5
+
+
 def edit_weights(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)

@@ -17,7 +17,7 @@ from ..heads import METHODS, Partition
 from ..output import check_output
 from ..plan import AUTO, REFINE_STEPS, Calibration, Request, make_plan
 from ..recipe import Recipe, load_recipe
-from ..report import auto_class, conversion_report, recovered, summary
+from ..report import auto_class, calibration_lines, conversion_report, recovered, summary
 from .console import Out, run_app
 
 app = typer.Typer(
@@ -45,8 +45,9 @@ def _version(wanted: bool) -> None:
 
 def _list_methods(wanted: bool) -> None:
     if wanted:
+        print(f"{AUTO:10} try the best of these on calibration text, take what leaves the model nearest to the source")
         for method in METHODS.values():
-            print(f"{method.name:8} {method.summary}\n{'':8} {method.source}")
+            print(f"{method.name:10} {method.summary}\n{'':10} {method.source}")
         raise typer.Exit
 
 
@@ -127,7 +128,10 @@ def convert(
         ),
     ] = None,
     no_calibration: Annotated[
-        bool, typer.Option("--no-calibration", rich_help_panel=CALIBRATE, help="From the weights alone, in seconds.")
+        bool,
+        typer.Option(
+            "--no-calibration", rich_help_panel=CALIBRATE, help="From the weights alone; the model is not run."
+        ),
     ] = False,
     revision: Annotated[
         str | None, typer.Option(rich_help_panel=SOURCE, help="Branch, tag or commit on the hub.")
@@ -149,7 +153,11 @@ def convert(
         typer.Option(rich_help_panel=OUTPUT, help="auto keeps the source's; float32, bfloat16, float16."),
     ] = "auto",
     max_shard_size: Annotated[
-        str, typer.Option(rich_help_panel=OUTPUT, help="Largest weight file; about the memory a conversion needs.")
+        str,
+        typer.Option(
+            rich_help_panel=OUTPUT,
+            help="Largest weight file; with --no-calibration about the memory a conversion needs.",
+        ),
     ] = "5GB",
     no_verify: Annotated[
         bool, typer.Option("--no-verify", rich_help_panel=OUTPUT, help="Do not read the written weights again.")
@@ -173,10 +181,14 @@ def convert(
     no_evaluate: Annotated[
         bool,
         typer.Option(
-            "--no-evaluate", rich_help_panel=MEASURE, help="Do not measure loss and KL (models that do not fit)."
+            "--no-evaluate",
+            rich_help_panel=MEASURE,
+            help="Do not measure loss and KL (for models that do not fit, with --no-calibration).",
         ),
     ] = False,
-    device: Annotated[str, typer.Option(rich_help_panel=MEASURE, help="auto, cpu, cuda, mps.")] = "auto",
+    device: Annotated[
+        str, typer.Option(rich_help_panel=MEASURE, help="To calibrate, measure and train on: auto, cpu, cuda, mps.")
+    ] = "auto",
     seed: Annotated[
         int | None, typer.Option(rich_help_panel=MEASURE, help="Of everything random. Default: the recipe's, or 0.")
     ] = None,
@@ -320,6 +332,8 @@ def _show_plan(out: Out, plan: Any, report: dict[str, Any]) -> None:
 def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> None:
     out.json(report)
     out.table(f"{report['source']['name']} → {target}", *summary(report))
+    for line in calibration_lines(report):
+        out.result(line)
     quality = report.get("quality")
     if quality:
         out.result(f"measured on {quality['tokens']:,} tokens of {quality['data']}")

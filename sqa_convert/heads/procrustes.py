@@ -65,11 +65,14 @@ def _aligned(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Both factors (t, d, m), (t, d, n) of every head's form left^T right, balanced and rotated onto their mean."""
     import torch
 
+    rank = left.shape[1]
     basis, upper = torch.linalg.qr(left.mT)  # (t, m, d), (t, d, d)
     other_basis, other_upper = torch.linalg.qr(right.mT)
-    u, energies, vh = torch.linalg.svd(upper @ other_upper.mT)
+    u, energies, vh = torch.linalg.svd(upper @ other_upper.mT, full_matrices=False)
     level = energies.sqrt()[:, :, None]
-    left, right = level * (basis @ u).mT, level * (other_basis @ vh.mT).mT
+    missing = (0, 0, 0, rank - energies.shape[1])  # heads wider than the model have rows that do nothing
+    left = torch.nn.functional.pad(level * (basis @ u).mT, missing)
+    right = torch.nn.functional.pad(level * (other_basis @ vh.mT).mT, missing)
     both = torch.cat([left, right], -1)  # (t, d, m + n)
     target = both[both.square().sum((1, 2)).argmax()]
     rotation = torch.eye(both.shape[1], dtype=both.dtype).expand(len(both), -1, -1)

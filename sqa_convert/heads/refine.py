@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,7 +29,6 @@ def refine(
     wanted: Tensor,
     steps: int,
     generator: torch.Generator,
-    step: Callable[[], None] = lambda: None,
 ) -> AttentionHeads:
     """Adam on all weights of a converted site, cosine to zero, on the squared error of its output.
 
@@ -44,7 +42,6 @@ def refine(
         wanted: outputs (N, T, D).
         steps: of about `BATCH_TOKENS` positions.
         generator: draws the batches.
-        step: called after each step.
 
     Source: layer-wise reconstruction before distillation, as in LoLCATs, arXiv 2410.10254.
     """
@@ -75,5 +72,4 @@ def refine(
         loss.backward()
         optimizer.step()
         schedule.step()
-        step()
     return dataclasses.replace(heads, **{name: weights.detach() for name, weights in trained.items()})

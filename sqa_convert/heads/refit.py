@@ -1,4 +1,4 @@
-"""The output projection by least squares, after any method (METHODS of pruning call it reconstruction)."""
+"""The output projection by least squares, after any method; work on pruning calls it reconstruction."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def refit(heads: AttentionHeads, attention: Attention, batches: Batches) -> Atte
     tokens = 0
     for x, memory, wanted in batches:
         features = attention.outputs(heads, x, memory).flatten(-2).flatten(0, 1)  # (n, Hq d)
-        missing = (wanted - attention.layer(heads, x, memory)).flatten(0, 1).double()  # (n, D)
+        made = features @ heads.output.flatten(0, 1)
+        made = made if heads.output_bias is None else made + heads.output_bias
+        missing = (wanted.flatten(0, 1) - made).double()  # (n, D)
         features = _with_one(features).double() if has_bias else features.double()
         gram = gram + features.T @ features
         moment = moment + features.T @ missing

@@ -22,7 +22,8 @@ from .statistics import Statistics, with_ridge
 _MOST_SPLITS = 12  # of one group into clusters, that are compared by their whole cost; more are compared by patterns
 _MOST_COSTS = 10_000  # splits of groups whose cost is found, and
 _MOST_WORK = 2e11  # multiplications for that; beyond either, swaps
-_MOST_SETS = 20_000  # sets of one size, to find the clusters of a group exactly
+_MOST_MEMBERS = 16  # to be arranged exactly
+_COMPARED_SPLITS = 2  # in a search by swaps, the cheapest by patterns
 _STARTS = 2  # of a search by swaps
 
 Group = tuple[int, ...]
@@ -34,9 +35,14 @@ class GroupCost:
     """Energy lost by a group of heads, its best split into clusters included."""
 
     def __init__(
-        self, heads: AttentionHeads, statistics: Statistics, clusters: int, generator: torch.Generator
+        self,
+        heads: AttentionHeads,
+        statistics: Statistics,
+        clusters: int,
+        generator: torch.Generator,
+        exact: bool = True,
     ) -> None:
-        self.clusters = clusters
+        self.clusters, self.exact = clusters, exact
         self.generator = generator
         self.statistics = statistics
         self.d = heads.key.shape[1]
@@ -59,8 +65,10 @@ class GroupCost:
     def _best(self, group: Group) -> tuple[float, Clusters]:
         splits = list(islice(_even_partitions(group, self.clusters), _MOST_SPLITS + 1))
         if len(splits) > _MOST_SPLITS:
-            exact = math.comb(len(group), math.ceil(len(group) / self.clusters)) <= _MOST_SETS
-            splits = [arrange(group, self.clusters, lambda c: self.pattern_cost(c)[0], self.generator, exact)]
+            splits = [arrange(group, self.clusters, lambda c: self.pattern_cost(c)[0], self.generator, exact=True)]
+        elif not self.exact:
+            by_pattern = sorted(splits, key=lambda split: sum(self.pattern_cost(c)[0] for c in split))
+            splits = by_pattern[:_COMPARED_SPLITS]
         return min((self.cost(split), split) for split in splits)
 
     def pattern_cost(self, cluster: Group) -> tuple[float, int]:
@@ -75,9 +83,8 @@ class GroupCost:
             return 0.0
         lost, chosen = zip(*map(self.pattern_cost, clusters), strict=True)
         scale = torch.stack([self.statistics.attention_energy[list(c)].sum().sqrt() for c in clusters])
-        key = (
-            _blocks(self.key_gram, chosen) * scale.repeat_interleave(self.d) * scale.repeat_interleave(self.d)[:, None]
-        )
+        scale = scale.repeat_interleave(self.d)
+        key = _blocks(self.key_gram, chosen) * scale * scale[:, None]
         members = [h for cluster in clusters for h in cluster]
         root = torch.block_diag(*map(self._root, clusters))
         value = root.T @ _blocks(self.value_gram, members) @ root
@@ -108,15 +115,15 @@ def search(
     if q_groups == kv_groups == count:
         return Partition.identity(count)
     clusters = q_groups // kv_groups
-    cost = GroupCost(heads, statistics, clusters, generator)
     exact = _affordable(count, kv_groups, clusters, d)
+    cost = GroupCost(heads, statistics, clusters, generator, exact)
     groups = arrange(tuple(range(count)), kv_groups, cost, generator, exact)
     return Partition(tuple(cost.split(group) for group in sorted(groups)))
 
 
 def arrange(members: Group, parts: int, cost: Cost, generator: torch.Generator, exact: bool) -> Clusters:
     """The partition of `members` into `parts` sets of even sizes with the least total cost, or a good one by swaps."""
-    if exact:
+    if exact and len(members) <= _MOST_MEMBERS:
         return _exact(members, parts, cost)
     return min((_swap(start, cost) for start in _starts(members, parts, generator)), key=lambda g: sum(map(cost, g)))
 

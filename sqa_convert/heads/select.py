@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 def select(heads: AttentionHeads, partition: Partition, statistics: Any = None) -> AttentionHeads:
     """The query and output projection of the strongest head of each cluster, key and value of the strongest of a group.
 
+    Calibration hands in heads whose output projections are in the metric of what matters to the model's predictions, so
+    that strength is measured in it.
+
     Args, Returns: as `mean`.
     """
     strength = output_map_norm(heads)

@@ -110,7 +110,7 @@ def collect(
     """
     count, d, width = heads.query.shape
     queries, keys, read = _Moment(), _Moment(), _Moment()
-    energy = torch.zeros(count, dtype=torch.float64)
+    energy: Tensor | float = 0.0
     made = _Moment()  # of what heads add, before their output projections
     cross: Tensor | float = 0.0
     output_gram = (heads.output @ heads.output.mT).double()  # (H, d, d)
@@ -122,26 +122,26 @@ def collect(
         pattern = attention.patterns(heads, x, chosen, memory)  # (B, H, n, S)
         seen = (pattern @ source[:, None]).transpose(0, 1).flatten(1, 2)  # (H, B n, D)
         value = source[:, None] @ heads.value.mT  # (B, H, S, d), without bias: it is folded away
-        energy += _attention_energy(pattern, value, output_gram).cpu()
+        energy = energy + _attention_energy(pattern, value, output_gram)
         read.add(seen)
-        made.add(seen @ heads.value.mT)
-        flat = (seen @ heads.value.mT).transpose(0, 1).flatten(1)  # (B n, H d)
-        cross = cross + seen.double().mT @ flat.double()  # (H, D, H d)
+        contribution = seen @ heads.value.mT  # (H, B n, d)
+        made.add(contribution)
+        cross = cross + seen.double().mT @ contribution.transpose(0, 1).flatten(1).double()  # (H, D, H d)
     centred = heads.output_bias is not None
-    value_moment = (read.covariance if centred else read.second).cpu()
-    cross = torch.as_tensor(cross).cpu().view(count, width, count, d) / read.count
-    made_moment, mean = (made.covariance if centred else made.second).cpu(), read.mean.cpu()
+    value_moment = read.covariance if centred else read.second
+    made_moment = made.covariance if centred else made.second
+    cross = torch.as_tensor(cross).view(count, width, count, d) / read.count
     if centred:
-        cross = cross - mean[:, :, None, None] * made.mean.cpu()
-    adapted, cost = _adapted(heads.value.cpu(), value_moment, cross, made_moment, output_gram.cpu())
+        cross = cross - read.mean[:, :, None, None] * made.mean
+    adapted, cost = _adapted(heads.value, value_moment, cross, made_moment, output_gram)
     return Statistics(
         query=queries.second.cpu(),
         key=keys.covariance.cpu(),
-        value=value_moment,
-        value_mean=mean,
-        attention_energy=attention.scale**2 * energy / read.count,
-        pattern_cost=cost,
-        adapted_value=adapted,
+        value=value_moment.cpu(),
+        value_mean=read.mean.cpu(),
+        attention_energy=(attention.scale**2 * torch.as_tensor(energy) / read.count).cpu(),
+        pattern_cost=cost.cpu(),
+        adapted_value=adapted.cpu(),
         tokens=queries.count,
     )
 
@@ -163,7 +163,7 @@ def _adapted(
     count, d, width = values.shape
     own = values.double().permute(2, 0, 1).flatten(1)  # (D, H d)
     adapted = values.new_empty(count, count, d, width)  # in the weights' dtype: the largest array there is
-    cost = torch.empty(count, count, dtype=torch.float64)
+    cost = torch.empty(count, count, dtype=torch.float64, device=values.device)
     for j in range(count):
         read = cross[j].flatten(1)  # (D, H d)
         fit = own + torch.linalg.solve(with_ridge(moments[j]), read - moments[j] @ own)
