@@ -200,7 +200,7 @@ def test_sampled_text_starts_anywhere_in_a_document():
     assert len(starts.unique()) > 8
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"repetition_penalty": 9.0}, {"num_return_sequences": 2}])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"repetition_penalty": 9.0}, {"return_dict_in_generate": True}])
 def test_samples_follow_the_models_distribution_whatever_its_generation_config(settings):
     model = gpt2()
     with torch.no_grad():  # two tokens of one probability, one of them the end of text
