@@ -1,7 +1,7 @@
 """Every method, as it converts, after refit and after refine, at many head counts: what is lost without any training.
 
     python benchmarks/methods.py sample:gpt2 sample:t5 --figure
-    python benchmarks/methods.py --figure            (draws the figure from the committed results again)
+    python benchmarks/methods.py --figure            (draws the figure, writes README's tables, from committed results)
 
 For each source the calibration text, the activations and the sensitivities are made once and shared by all rows, so
 the seconds of a row are those of its own fits. KL divergence to the source and loss are measured on the held-out part
@@ -32,6 +32,8 @@ from sqa_convert.families import Site
 from sqa_convert.plan import REFINE_STEPS, Plan, Request, make_plan
 
 RESULTS = Path(__file__).resolve().parent / "results"
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- written by benchmarks/methods.py -->", "<!-- end -->"
 COUNTS = [(8, 4), (6, 3), (8, 8), (4, 4), (4, 1), (12, 4), (10, 5)]
 METHODS = {
     "mean": ("mean", False),
@@ -86,7 +88,7 @@ class Bench:
                     yield self.row(part, kept, name, stage, seconds) | {"sites": "decoder, cross"}
         refit = {name: by_stage["refit"][name] for name in CANDIDATES}
         mix = best_of_each(refit)
-        choices = {MIX: mix} | refit
+        choices = refit | {MIX: mix}
         kl = {name: self.calibrator.kl(plan, choice) for name, choice in choices.items()}
         chosen = min(kl, key=kl.__getitem__)
         refined = by_stage["refined"]
@@ -194,12 +196,49 @@ def figure() -> None:
     figure.savefig(RESULTS / "methods.svg", metadata={"Date": None})
 
 
+def tables() -> str:
+    """README's two tables, from the committed results."""
+    results = {
+        f.stem.removeprefix("methods-"): json.loads(f.read_text()) for f in sorted(RESULTS.glob("methods-*.json"))
+    }
+
+    def cells(columns: list[tuple[str, str, str, tuple[int, int]]]) -> str:
+        found = []
+        for name, method, stage, counts in columns:
+            key = (*counts, method, stage, "all")
+            rows = results[name]["rows"]
+            kl = [r["kl"] for r in rows if (r["q"], r["kv"], r["method"], r["stage"], r["sites"]) == key]
+            found.append(f"{kl[0]:.3f}" if kl else "")
+        return " | ".join(found)
+
+    lines = ["| KL to the source, 12 → 8/4 heads | " + " | ".join(f"{n}: {s}" for n in results for s in STAGES) + " |"]
+    lines.append("|---" * (1 + len(results) * len(STAGES)) + "|")
+    for method in [*METHODS, "auto"]:
+        lines.append(f"| {method} | {cells([(n, method, s, COUNTS[0]) for n in results for s in STAGES])} |")
+    order = sorted(COUNTS, reverse=True)
+    lines += ["", "| KL to the source, heads kept | " + " | ".join(f"{q}/{kv}" for q, kv in order) + " |"]
+    lines.append("|---" * (1 + len(order)) + "|")
+    shown = [("mean", "converted"), ("svd, no text", "converted"), ("auto", "refit"), ("auto", "refined")]
+    for name in results:
+        for method, stage in shown:
+            lines.append(f"| {name}, {method}, {stage} | {cells([(name, method, stage, c) for c in order])} |")
+    return "\n".join(lines)
+
+
+def write_tables() -> None:
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", nargs="*", help="sample:gpt2, sample:t5, or a folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--counts", help="such as 8/4,6/3; the other rows there are stay. Default: all")
-    parser.add_argument("--figure", action="store_true", help="draw the figure from the results there are")
+    parser.add_argument(
+        "--figure", action="store_true", help="draw the figure, and write README's tables, from the results there are"
+    )
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -210,6 +249,7 @@ def main() -> None:
         run(name, options.seed, counts)
     if options.figure:
         figure()
+        write_tables()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from .heads.refine import refine
 from .heads.refit import output_error, refit
 from .heads.search import search
 from .heads.statistics import Statistics, collect, similarity, with_ridge
-from .plan import AUTO, Plan
+from .plan import AUTO, TOKENS_PER_UNKNOWN, Plan
 
 CANDIDATES = {"svd": ("svd", True), "svd, contiguous": ("svd", False), "procrustes": ("procrustes", True)}
 """what `auto` chooses from: method, and whether the partition is searched"""
@@ -101,7 +101,7 @@ def calibrate(
     report = calibrator.report(plan)
     chosen = best_of_each(tried)
     if plan.method == AUTO and plan.has_language_model_head:
-        choices = {MIX: chosen} | tried
+        choices = tried | {MIX: chosen}  # of equals the first, so a mix that is none has the plainer name
         kl = {name: kl for name, choice in choices.items() if (kl := calibrator.kl(plan, choice)) is not None}
         report["kl_before_refine"] = kl
         report["chosen"] = min(kl, key=kl.__getitem__)
@@ -201,17 +201,17 @@ class Calibrator:
         report: dict[str, Any] = {
             "text": self.text.name,
             "tokens": sum(batch["input_ids"].numel() for batch in self.text.batches),
-            "held_out_sequences": sum(len(batch["input_ids"]) for batch in self.text.held_out),
+            "held_out_tokens": sum(batch["input_ids"].numel() for batch in self.text.held_out),
             "refit": settings.refit,
             "refine_steps": settings.refine_steps,
         }
         unknowns = plan.unknowns + 1
         names = ("input_ids", "labels")
         least = min(sum(b.get(name, b["input_ids"]).numel() for b in self.text.batches) for name in names)
-        if least < unknowns:
+        if least < TOKENS_PER_UNKNOWN * unknowns:
             report["warning"] = (
-                f"{least} calibration tokens for {unknowns} unknowns of a fit: the fits lean on their starts; "
-                "give more with --calibration-tokens"
+                f"{least:,} calibration tokens for {unknowns:,} unknowns of a fit, {TOKENS_PER_UNKNOWN} for each are "
+                "advised: the result may be worse than --no-calibration"
             )
         return report
 

@@ -24,6 +24,7 @@ REFINE_STEPS = 100
 PARTITIONS = ("searched", "contiguous")
 CASTS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DEFAULT_SHARD = "5GB"
+TOKENS_PER_UNKNOWN = 20
 _LEAST_TOKENS = 65_536  # of calibration text
 _TEXT_PER_TARGET = 5  # tokens of span-corrupted text for each that a decoder predicts
 
@@ -131,7 +132,7 @@ class Request:
             if asked.text is not None or asked.tokens is not None:
                 raise RecipeError(f"--calibration: {self.method} fits nothing; add --refit or --refine-steps")
             return None
-        return Fitting(asked.text, asked.tokens or max(_LEAST_TOKENS, 20 * unknowns), refit, steps)
+        return Fitting(asked.text, asked.tokens or max(_LEAST_TOKENS, TOKENS_PER_UNKNOWN * unknowns), refit, steps)
 
     def head_counts(self, heads: int) -> tuple[int, int]:
         """Hq and Hkv for a source of `heads` heads. Raises RecipeError."""

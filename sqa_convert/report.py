@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .checkpoint import Source, read_json
+from .heads import METHODS
 from .output import REPORT, write_json
 from .pictures import heads_picture, similarity_picture
 from .plan import Cost, Plan
@@ -118,12 +119,13 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
     """What calibration did, in sentences; none where there was none."""
     done = report.get("calibration")
     if done is None:
-        return []
-    lines = [f"fitted on {done['tokens']:,} tokens: {done['text']}"]
+        blind = report["method"] in METHODS and METHODS[report["method"]].needs_statistics
+        return ["converted from the weights alone, fitted to no text"] if blind else []
+    lines = [f"fitted on {done['tokens']:,} tokens, chosen on {done['held_out_tokens']:,} more: {done['text']}"]
     if "kl_before_refine" in done:
         kl = sorted(done["kl_before_refine"].items(), key=lambda item: item[1])
-        tried = ", ".join(f"{name} {value:.4f}" for name, value in kl)
-        lines.append(f"chosen: {done['chosen']}; KL of the whole model before refining: {tried}")
+        tried = " · ".join(f"{name} {value:.4f}" for name, value in kl)
+        lines.append(f"chosen: {done['chosen']}; KL on the tokens to choose by, before refining: {tried}")
     for site in report["sites"]:
         errors = site.get("output_error", {})
         last = next(reversed(errors), None)
@@ -164,7 +166,7 @@ def model_card(report: dict[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     source, quality = report["source"]["name"], report.get("quality")
-    auto = auto_class(report)
+    auto, folder = auto_class(report), Path(report["output"] or source).name
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=_PIPELINES.get(auto),
@@ -195,8 +197,8 @@ def model_card(report: dict[str, Any]) -> str:
         "```python",
         f"from transformers import {auto}, AutoTokenizer",
         "",
-        f'model = {auto}.from_pretrained(".", trust_remote_code=True)  # or `import sqa_convert.models` first',
-        'tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)',
+        f'model = {auto}.from_pretrained("{folder}", trust_remote_code=True)  # or `import sqa_convert.models` first',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)',
         "```",
         "",
     ]

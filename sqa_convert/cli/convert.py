@@ -219,7 +219,10 @@ def convert(
     chosen_sites = None if sites is None else [kind.strip() for kind in sites.split(",") if kind.strip()]
     fitting = Calibration(calibration, calibration_tokens, refit, refine_steps)
     if no_calibration and fitting != Calibration():
-        raise RecipeError("--no-calibration leaves no text for --calibration…, --refit and --refine-steps: drop one")
+        raise RecipeError(
+            "--no-calibration leaves no text for --calibration, --calibration-tokens, --refit or --refine-steps: "
+            "leave out the one or the other"
+        )
     request = Request(
         q_groups,
         kv_groups,
