@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from sqa_convert.calibrate import CANDIDATES, MIX, Calibrator, SiteFitter, best_of_each, load_source
+from sqa_convert.calibrate import CANDIDATES, MIX, Calibrator, SiteFitter, best_of_each, choose, load_source
 from sqa_convert.checkpoint import open_source
 from sqa_convert.evaluation import measure, predict, prepare
 from sqa_convert.execution import ConvertedSite, SiteRecord, build_model, model_tensors
@@ -89,8 +89,8 @@ class Bench:
         refit = {name: by_stage["refit"][name] for name in CANDIDATES}
         mix = best_of_each(refit)
         choices = refit | {MIX: mix}
-        kl = {name: self.calibrator.kl(plan, choice) for name, choice in choices.items()}
-        chosen = min(kl, key=kl.__getitem__)
+        kl = {name: kl for name, choice in choices.items() if (kl := self.calibrator.kl(plan, choice)) is not None}
+        chosen = choose(kl)
         refined = by_stage["refined"]
         owner = {site: next(n for n in refit if refit[n][site] is mix[site]) for site in mix}
         final = refined[chosen] if chosen != MIX else {site: refined[owner[site]][site] for site in mix}

@@ -45,6 +45,8 @@ from .plan import AUTO, TOKENS_PER_UNKNOWN, Plan
 CANDIDATES = {"svd": ("svd", True), "svd, contiguous": ("svd", False), "procrustes": ("procrustes", True)}
 """what `auto` chooses from: method, and whether the partition is searched"""
 MIX = "best of each site"
+MARGIN = 0.03
+"""by which a mix, which picks by many small differences, must beat the best candidate"""
 PATTERN_ROWS = 8192
 """query positions that patterns are compared on"""
 METRIC_RIDGE = 1e-2
@@ -104,7 +106,7 @@ def calibrate(
         choices = tried | {MIX: chosen}  # of equals the first, so a mix that is none has the plainer name
         kl = {name: kl for name, choice in choices.items() if (kl := calibrator.kl(plan, choice)) is not None}
         report["kl_before_refine"] = kl
-        report["chosen"] = min(kl, key=kl.__getitem__)
+        report["chosen"] = choose(kl)
         chosen = choices[report["chosen"]]
     if settings.refine_steps:
         chosen = {
@@ -112,6 +114,13 @@ def calibrate(
             for site, fitter in calibrator.fitters("refine heads")
         }
     return Calibrated(chosen, report)
+
+
+def choose(kl: Mapping[str, float]) -> str:
+    """The candidate of the least KL divergence; the mix only where it is better by more than chance."""
+    uniform = {name: value for name, value in kl.items() if name != MIX}
+    best = min(uniform or kl, key=kl.__getitem__)
+    return MIX if MIX in kl and kl[MIX] < (1 - MARGIN) * kl[best] else best
 
 
 def best_of_each(tried: Mapping[str, Mapping[Site, ConvertedSite]]) -> dict[Site, ConvertedSite]:
