@@ -165,8 +165,6 @@ def write_model(
     plan: Plan, source: Source, folder: Path, calibrated: Sites, verify: bool, progress: Progress
 ) -> dict[Site, SiteRecord]:
     """Weights, config, modeling files and what is carried over, into an existing folder; returns each site's record."""
-    if verify:
-        check_loads(plan)
     weight_map: dict[str, str] = {}
     records: dict[Site, SiteRecord] = {}
     for file, batch in run(plan, source, calibrated, records, progress):

@@ -15,7 +15,6 @@ from sqa_convert.heads.refine import refine
 from sqa_convert.heads.refit import output_error, refit
 from sqa_convert.heads.search import GroupCost, arrange, search
 from sqa_convert.heads.statistics import collect, similarity
-from sqa_convert.heads.svd import representative
 
 
 def generator():
@@ -194,7 +193,7 @@ def test_position_bias_follows_the_pattern_that_is_kept():
     x, partition = inputs(), Partition.contiguous(6, 4, 2)
     result = converted("svd", heads, partition, x)
     for column, cluster in zip(result.position_bias, partition.clusters, strict=True):
-        assert torch.equal(column, heads.position_bias[representative(cluster, statistics(heads, x))])
+        assert torch.equal(column, heads.position_bias[statistics(heads, x).representative(cluster)[0]])
     mean = converted("mean", heads, partition)
     for column, cluster in zip(mean.position_bias, partition.clusters, strict=True):
         close(column, heads.position_bias[list(cluster)].mean(0))

@@ -65,23 +65,20 @@ class GroupCost:
     def _best(self, group: Group) -> tuple[float, Clusters]:
         splits = list(islice(_even_partitions(group, self.clusters), _MOST_SPLITS + 1))
         if len(splits) > _MOST_SPLITS:
-            splits = [arrange(group, self.clusters, lambda c: self.pattern_cost(c)[0], self.generator, exact=True)]
+            splits = [arrange(group, self.clusters, self.pattern_cost, self.generator, exact=True)]
         elif not self.exact:
-            by_pattern = sorted(splits, key=lambda split: sum(self.pattern_cost(c)[0] for c in split))
+            by_pattern = sorted(splits, key=lambda split: sum(map(self.pattern_cost, split)))
             splits = by_pattern[:_COMPARED_SPLITS]
         return min((self.cost(split), split) for split in splits)
 
-    def pattern_cost(self, cluster: Group) -> tuple[float, int]:
-        members = list(cluster)
-        cost = self.statistics.pattern_cost[members][:, members].sum(0)
-        best = int(cost.argmin())
-        return cost[best].item(), cluster[best]
+    def pattern_cost(self, cluster: Group) -> float:
+        return self.statistics.representative(cluster)[1]
 
     def cost(self, clusters: Clusters) -> float:
         """Of one split: shared key, shared value, patterns given up."""
         if len(clusters) == 1 and len(clusters[0]) == 1:
             return 0.0
-        lost, chosen = zip(*map(self.pattern_cost, clusters), strict=True)
+        chosen, lost = zip(*map(self.statistics.representative, clusters), strict=True)
         scale = torch.stack([self.statistics.attention_energy[list(c)].sum().sqrt() for c in clusters])
         scale = scale.repeat_interleave(self.d)
         key = _blocks(self.key_gram, chosen) * scale * scale[:, None]

@@ -6,7 +6,7 @@ the layer norm before the site stand in: a normalized input n times the norm's w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,13 +40,18 @@ class Statistics:
     adapted_value: Tensor | None
     """(H, H, d, D): [i, j] are the values of head i that make up best for the pattern of head j; None without data,
     where they are head i's own"""
-    tokens: int
-    """query positions behind the moments; 0 without data"""
 
     def values_for(self, heads: AttentionHeads, head: int, pattern: int) -> Tensor:
         """(d, D), float64: a head's values under the pattern of another."""
         adapted = None if self.adapted_value is None or head == pattern else self.adapted_value[head, pattern]
         return (heads.value[head] if adapted is None else adapted).double()
+
+    def representative(self, cluster: Sequence[int]) -> tuple[int, float]:
+        """The head whose pattern the heads of a cluster can take at the least cost, and that cost."""
+        members = list(cluster)
+        cost = self.pattern_cost[members][:, members].sum(0)
+        best = int(cost.argmin())
+        return cluster[best], cost[best].item()
 
     def value_metric(self, group: Iterable[int]) -> Tensor:
         """(D, D), the mean over the heads of a group."""
@@ -142,7 +147,6 @@ def collect(
         attention_energy=(attention.scale**2 * torch.as_tensor(energy) / read.count).cpu(),
         pattern_cost=cost.cpu(),
         adapted_value=adapted.cpu(),
-        tokens=queries.count,
     )
 
 
@@ -215,7 +219,7 @@ def from_norms(
         table = table - table.mean(1, keepdim=True)
         difference = difference + (table[:, None] - table[None]).square().mean(-1)
     cost = torch.minimum(energy[:, None] * difference, 2 * _BLIND_SPREAD * strength[:, None].expand_as(difference))
-    return Statistics(query, key, key[None], mean[None], energy, cost, None, 0)
+    return Statistics(query, key, key[None], mean[None], energy, cost, None)
 
 
 def _form_distance(heads: AttentionHeads, query: Tensor, key: Tensor) -> Tensor:

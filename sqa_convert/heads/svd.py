@@ -46,7 +46,7 @@ def svd(heads: AttentionHeads, partition: Partition, statistics: Statistics) -> 
     root = torch.linalg.cholesky(with_ridge(statistics.key))
     patterns, merged = [], []
     for clusters in partition.groups:
-        chosen = [representative(cluster, statistics) for cluster in clusters]
+        chosen = [statistics.representative(cluster)[0] for cluster in clusters]
         energies = [statistics.attention_energy[list(c)].sum() for c in clusters]
         weights = [e * query[h] @ statistics.query @ query[h].T for e, h in zip(energies, chosen, strict=True)]
         basis = shared_factor([key[h] for h in chosen], weights, root, rank)
@@ -65,9 +65,3 @@ def svd(heads: AttentionHeads, partition: Partition, statistics: Statistics) -> 
         merged.append(Merged(new_key, new_value, queries, outputs))
         patterns += [{h: 1.0} for h in chosen]
     return assemble(heads, partition, statistics, patterns, merged)
-
-
-def representative(cluster: tuple[int, ...], statistics: Statistics) -> int:
-    """The head whose pattern the heads of a cluster can take at the least cost."""
-    cost = statistics.pattern_cost[list(cluster)][:, list(cluster)].sum(0)
-    return cluster[int(cost.argmin())]
