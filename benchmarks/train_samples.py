@@ -35,7 +35,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from sqa_convert.data import SpanCorruption, collator, documents, token_blocks
+from sqa_convert.batches import SpanCorruption, token_blocks
+from sqa_convert.data import documents
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 2048
@@ -122,6 +123,14 @@ def held_out_loss(model, blocks: torch.Tensor, collate) -> float:
     return torch.stack(total).mean().item()
 
 
+def collator(tokenizer, name: str):
+    """What makes a batch of blocks: next tokens, or span corruption."""
+    if name == "gpt2":
+        return lambda rows: {"input_ids": torch.stack(rows), "labels": torch.stack(rows)}
+    corrupt = SpanCorruption.of(tokenizer)
+    return lambda rows: dict(zip(("input_ids", "labels"), corrupt(torch.stack(rows)), strict=True))
+
+
 def cross(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Each row's labels with another row's input: how much of the prediction comes from the encoder."""
     return batch | {"input_ids": batch["input_ids"].roll(1, 0)}
@@ -173,7 +182,7 @@ def main() -> None:
     train = token_blocks(texts, tokenizer, LENGTH[options.name])
     held_out = token_blocks(documents(None, "heldout"), tokenizer, LENGTH[options.name])
     model = make_model(options.name)
-    collate = collator(tokenizer, model.config.is_encoder_decoder)
+    collate = collator(tokenizer, options.name)
     targets = [collate(list(b))["labels"] for b in (train, held_out)]
     baselines = ngram_baselines(*targets)
     print(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .activations import Batch
+from .batches import SpanCorruption, token_blocks
 from .checkpoint import Source
-from .data import SpanCorruption, documents, token_blocks
+from .data import documents
 from .errors import DataError
 from .evaluation import check_vocabulary, load_tokenizer
 from .execution import Progress, silent
@@ -199,6 +200,7 @@ def _generate(model: Any, inputs: Tensor, new_tokens: int, device: torch.device,
     bos, pad, start = (getattr(model.config, f"{n}_token_id", None) for n in ("bos", "pad", "decoder_start"))
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        cache_implementation="static", disable_compile=True,  # a growing cache is copied at every token
         bos_token_id=bos, pad_token_id=pad or 0, eos_token_id=None,
         decoder_start_token_id=pad if start is None else start,
     )  # fmt: skip

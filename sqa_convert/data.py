@@ -1,27 +1,22 @@
-"""Text in, token blocks out: the built-in corpus, files and hub data sets, packing, T5 span corruption."""
+"""Text from the built-in corpus, from files, and from data sets on the hub."""
 
 from __future__ import annotations
 
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from .errors import DataError, one_line
 
 Split = Literal["train", "heldout"]
+Row = tuple[str, ...]
 
 BUILT_IN = "stdlib"
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # every other ending is read as plain text
 HELD_OUT_EVERY = 20  # one document in 20 is held out; of fewer than 20 documents, the last tenth of each
-NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0  # T5's span corruption (Raffel et al., arXiv 1910.10683, section 3.3.4)
 
 
 def documents(data: str | None, split: Split, *, tests: bool = False, flag: str = "--data") -> Iterator[str]:
@@ -40,8 +35,18 @@ def documents(data: str | None, split: Split, *, tests: bool = False, flag: str 
     """
     if data in (None, BUILT_IN):
         return _stdlib(split, tests)
-    paths = _files(str(data))
-    return _from_files(paths, split, flag) if paths else _from_hub(str(data), split, flag)
+    return (text for (text,) in _table(str(data), ("text",), split, flag))
+
+
+def pairs(data: str, source: str, target: str, split: Split, flag: str = "--data") -> Iterator[tuple[str, str]]:
+    """Two columns of one split of `data`, which is as for `documents` but not the built-in corpus.
+
+    Raises:
+        DataError: nothing is found under `data`, or it lacks a column.
+    """
+    if data == BUILT_IN:
+        raise DataError(f"{flag} {data} holds no pairs: give JSON lines, Parquet or a data set on the hub")
+    return ((a, b) for a, b in _table(data, (source, target), split, flag))
 
 
 def check_data(data: str | None, flag: str = "--data") -> None:
@@ -50,6 +55,11 @@ def check_data(data: str | None, flag: str = "--data") -> None:
     for split in splits:
         if next(documents(data, split, flag=flag), None) is None:
             raise DataError(f"{flag} {data}: no text in its {split} part")
+
+
+def _table(data: str, columns: tuple[str, ...], split: Split, flag: str) -> Iterator[Row]:
+    paths = _files(data)
+    return _from_files(paths, columns, split, flag) if paths else _from_hub(data, columns, split, flag)
 
 
 def _stdlib(split: Split, tests: bool) -> Iterator[str]:
@@ -82,7 +92,7 @@ def _files(data: str) -> list[str]:
     return []
 
 
-def _from_files(paths: list[str], split: Split, flag: str) -> Iterator[str]:
+def _from_files(paths: list[str], columns: tuple[str, ...], split: Split, flag: str) -> Iterator[Row]:
     from datasets import load_dataset
 
     suffixes = {Path(p).suffix for p in paths}
@@ -92,16 +102,17 @@ def _from_files(paths: list[str], split: Split, flag: str) -> Iterator[str]:
     loader = loaders.pop()
     options = {"sample_by": "document"} if loader == "text" else {}
     try:
-        rows: Any = load_dataset(loader, data_files=paths, split="train", streaming=True, **options)
-        total = sum(1 for _ in islice(_texts(rows, f"{flag} {paths[0]}"), HELD_OUT_EVERY))
-        yield from _split(_texts(rows, f"{flag} {paths[0]}"), split, few=total < HELD_OUT_EVERY)
+        table: Any = load_dataset(loader, data_files=paths, split="train", streaming=True, **options)
+        name = f"{flag} {paths[0]}"
+        total = sum(1 for _ in islice(_rows(table, columns, name), HELD_OUT_EVERY))
+        yield from _split(_rows(table, columns, name), split, few=total < HELD_OUT_EVERY)
     except DataError:
         raise
     except Exception as error:  # pyarrow, JSON and decoding errors share no base class
         raise DataError(f"{flag} {paths[0]} cannot be read: {one_line(error, 200)}") from error
 
 
-def _from_hub(data: str, split: Split, flag: str) -> Iterator[str]:
+def _from_hub(data: str, columns: tuple[str, ...], split: Split, flag: str) -> Iterator[Row]:
     from datasets import get_dataset_split_names, load_dataset
 
     name, _, config = data.partition(":")
@@ -109,9 +120,9 @@ def _from_hub(data: str, split: Split, flag: str) -> Iterator[str]:
         splits = get_dataset_split_names(name, config or None)
         held_out = next((s for s in ("validation", "test") if s in splits), None)
         source = held_out if split == "heldout" and held_out else "train"
-        rows: Any = load_dataset(name, config or None, split=source, streaming=True)
-        texts = _texts(rows, f"{flag} {data}")
-        yield from texts if held_out else _split(texts, split, few=False)
+        table: Any = load_dataset(name, config or None, split=source, streaming=True)
+        rows = _rows(table, columns, f"{flag} {data}")
+        yield from rows if held_out else _split(rows, split, few=False)
     except DataError:
         raise
     except Exception as error:  # the hub client raises many kinds; each means: not readable
@@ -121,117 +132,22 @@ def _from_hub(data: str, split: Split, flag: str) -> Iterator[str]:
         ) from error
 
 
-def _texts(rows: Iterable[dict], name: str) -> Iterator[str]:
-    for row in rows:
-        if not isinstance(row.get("text"), str):
-            raise DataError(f'{name} has no column "text" (columns: {", ".join(row)})')
-        if row["text"].strip():
-            yield row["text"]
+def _rows(table: Iterable[dict], columns: tuple[str, ...], name: str) -> Iterator[Row]:
+    """The columns of a table, of the rows where none is blank."""
+    for row in table:
+        missing = next((column for column in columns if not isinstance(row.get(column), str)), None)
+        if missing is not None:
+            raise DataError(f'{name} has no column "{missing}" of text (columns: {", ".join(row)})')
+        if all(row[column].strip() for column in columns):
+            yield tuple(row[column] for column in columns)
 
 
-def _split(texts: Iterable[str], split: Split, *, few: bool) -> Iterator[str]:
-    for i, text in enumerate(texts):
-        if few:
+def _split(rows: Iterable[Row], split: Split, *, few: bool) -> Iterator[Row]:
+    """One row in HELD_OUT_EVERY is held out; of a few whole documents, the last tenth of each."""
+    for i, row in enumerate(rows):
+        if few and len(row) == 1:
+            text = row[0]
             cut = text.rfind("\n", 0, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
-            yield text[cut:] if split == "heldout" else text[:cut]
+            yield (text[cut:] if split == "heldout" else text[:cut],)
         elif (i % HELD_OUT_EVERY == 0) == (split == "heldout"):
-            yield text
-
-
-def token_blocks(
-    texts: Iterable[str],
-    tokenizer: Any,
-    length: int,
-    max_tokens: int | None = None,
-    name: str = "the data",
-    flag: str = "--data",
-) -> Tensor:
-    """Documents, each closed by the end-of-text token, packed into (n, length) int64 blocks; a rest is dropped.
-
-    Raises:
-        DataError: the documents do not fill one block.
-    """
-    tokens: list[int] = []
-    for text in texts:
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            tokens.append(tokenizer.eos_token_id)
-        if max_tokens is not None and len(tokens) >= max_tokens:
-            break
-    count = (len(tokens) if max_tokens is None else min(len(tokens), max_tokens)) // length
-    if count == 0:
-        raise DataError(f"{name} holds {len(tokens)} tokens, fewer than one block of {length}: give more with {flag}")
-    return torch.tensor(tokens[: count * length]).view(count, length)
-
-
-@dataclass(frozen=True)
-class SpanCorruption:
-    """T5's objective: spans of tokens replaced by sentinels, the target being the spans (arXiv 1910.10683, 3.1.4).
-
-    All rows of one call have equal length, so nothing is ever padded.
-    """
-
-    sentinels: tuple[int, ...]
-    eos: int
-    noise_density: float = NOISE_DENSITY
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> SpanCorruption:
-        """Raises DataError when the tokenizer has no `<extra_id_0>` … sentinels."""
-        known = tokenizer.get_vocab()
-        names = ("<extra_id_{}>", "▁<extra_id_{}>")  # T5; mT5's sentencepiece model
-        for pattern in names:
-            sentinels = tuple(known[pattern.format(i)] for i in range(100) if pattern.format(i) in known)
-            if sentinels:
-                return cls(sentinels, tokenizer.eos_token_id)
-        raise DataError("the tokenizer has no <extra_id_0> … sentinel tokens, which span corruption needs")
-
-    def __call__(self, tokens: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Corrupts (B, T) tokens; returns encoder inputs (B, T - noise + spans + 1), labels (B, noise + spans + 1)."""
-        batch, length = tokens.shape
-        noise = min(max(round(length * self.noise_density), 1), length - 1)
-        spans = min(max(round(noise / MEAN_SPAN), 1), length - noise, len(self.sentinels))
-        kept_lengths = _random_partition(batch, length - noise, spans, generator)  # (B, spans), kept before each span
-        span_lengths = _random_partition(batch, noise, spans, generator)
-        starts = (kept_lengths + span_lengths).cumsum(1) - span_lengths  # (B, spans), where each span begins
-        position = torch.arange(length).expand(batch, -1)
-        is_start = torch.zeros(batch, length, dtype=torch.long).scatter_(1, starts, 1)
-        span_of = is_start.cumsum(1) - 1  # (B, T), the last span begun
-        in_span = (span_of >= 0) & (position < (starts + span_lengths).gather(1, span_of.clamp(min=0)))
-
-        sentinel = torch.tensor(self.sentinels)[:spans]
-        eos = torch.full((batch, 1), self.eos)
-        corrupted = torch.where(is_start.bool(), sentinel[span_of.clamp(min=0)], tokens)
-        inputs = corrupted[~in_span | is_start.bool()].view(batch, -1)
-        # In the target each span's tokens follow its sentinel: span s shifts its tokens right by s + 1.
-        labels = torch.empty(batch, noise + spans, dtype=tokens.dtype)
-        before = span_lengths.cumsum(1) - span_lengths + torch.arange(spans)
-        labels.scatter_(1, before, sentinel.expand(batch, -1))
-        is_token = torch.ones_like(labels, dtype=torch.bool).scatter_(1, before, False)
-        labels[is_token] = tokens[in_span]
-        return torch.cat([inputs, eos], 1), torch.cat([labels, eos], 1)
-
-
-def _random_partition(batch: int, total: int, parts: int, generator: torch.Generator | None) -> Tensor:
-    """(batch, parts) positive integers, each row summing to `total`, uniform over all such rows."""
-    cuts = torch.rand(batch, total - 1, generator=generator).argsort(1)[:, : parts - 1].sort(1).values + 1
-    edge = torch.zeros(batch, 1, dtype=torch.long)
-    return torch.cat([edge, cuts, edge + total], 1).diff(dim=1)
-
-
-def collate_causal(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Blocks to a batch for a causal model; labels are the inputs, shifted by the model's own loss."""
-    batch = torch.stack(rows)
-    return {"input_ids": batch, "labels": batch}
-
-
-def _collate_span_corruption(rows: list[Tensor], corrupt: SpanCorruption) -> dict[str, Tensor]:
-    inputs, labels = corrupt(torch.stack(rows))
-    return {"input_ids": inputs, "labels": labels}
-
-
-def collator(tokenizer: Any, is_encoder_decoder: bool) -> Any:
-    """What makes a training batch of token blocks: next tokens, or span corruption for an encoder-decoder."""
-    if not is_encoder_decoder:
-        return collate_causal
-    return partial(_collate_span_corruption, corrupt=SpanCorruption.of(tokenizer))
+            yield row

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .batches import SpanCorruption, token_blocks
 from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES
-from .data import BUILT_IN, SpanCorruption, documents, token_blocks
+from .data import BUILT_IN, documents
+from .distill import IGNORED
 from .errors import CheckpointError, DataError, QualityError, RecipeError, one_line
 
 if TYPE_CHECKING:
@@ -178,23 +180,31 @@ def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] 
     model.to(device).eval()
     head = model.get_output_embeddings()
     caught: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    weight: list[Tensor] = []
+
+    def catch(module: Any, inputs: tuple[Tensor]) -> None:
+        caught.append(inputs[0])
+        if not weight:  # here it is whole, also when its storage is shared out among processes
+            weight.append(module.weight.detach().float().clone())
+
+    hook = head.register_forward_pre_hook(catch)
     hidden, labels = [], []
     shift = not model.config.is_encoder_decoder
     try:
         for batch in held_out.batches:
             # Only an encoder-decoder needs the labels, to make its decoder's inputs of.
-            names = ("input_ids",) if shift else ("input_ids", "labels")
-            model(**{name: batch[name].to(device) for name in names}, use_cache=False)
+            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels" or not shift}
+            model(**inputs, use_cache=False)
             states, targets = caught.pop(), batch["labels"]
             if shift:
                 states, targets = states[:, :-1], targets[:, 1:]
-            hidden.append(states.flatten(0, 1).float())
-            labels.append(targets.flatten())
+            kept = (targets != IGNORED).flatten().to(device)
+            hidden.append(states.flatten(0, 1)[kept].float())
+            labels.append(targets.flatten().to(device)[kept])
             step()
     finally:
         hook.remove()
-    return Predictions(torch.cat(hidden), head.weight.detach().float(), torch.cat(labels).to(device))
+    return Predictions(torch.cat(hidden), weight[0], torch.cat(labels))
 
 
 @torch.no_grad()
@@ -221,13 +231,17 @@ def measure(model: Predictions, source: Predictions | None = None) -> Quality:
 
 
 def compare(
-    models: Mapping[str, str | Path],
+    models: Mapping[str, Any],
     held_out: HeldOut,
     *,
     trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    also: Callable[[Any], dict[str, float]] = lambda model: {},
 ) -> dict[str, Any]:
-    """Measures folders one after the other on the same text; the first is the source the others are held against.
+    """Measures folders, or models, one after the other on the same text; the first is what the others are held against.
+
+    Args:
+        also: what else to find out about each, for its row.
 
     Returns:
         {"data", "tokens", "device", and per model its `Quality` as a dict}.
@@ -247,8 +261,11 @@ def compare(
             progress(stage, done, total)
 
         try:
-            predictions = predict(load_model(folder, trust_remote_code=trust_remote_code), held_out, step)
-            result[name] = asdict(measure(predictions, source))
+            model = folder
+            if isinstance(folder, (str, Path)):
+                model = load_model(folder, trust_remote_code=trust_remote_code)
+            predictions = predict(model, held_out, step)
+            result[name] = asdict(measure(predictions, source)) | also(model)
         except torch.OutOfMemoryError as error:
             raise RecipeError(f"the {name} model does not fit on {device}: --device cpu or --no-evaluate") from error
         source = source or predictions

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkpoint import ModelSource, Source, torch_dtype
 from .errors import CheckpointError, one_line
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Progress = Callable[[str, int, int], None]
-"""(what is being done, how much of it is done, how much there is)"""
+
+class Progress(Protocol):
+    """Is told how the work goes on: what is being done, how much of it is done, how much there is, and any news."""
+
+    def __call__(self, stage: str, done: int, total: int, news: str = "") -> None: ...
+
 
 MODELS = Path(__file__).parent / "models"
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int, news: str = "") -> None:
     """A Progress that shows nothing."""
 
 

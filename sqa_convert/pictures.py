@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
@@ -102,3 +103,30 @@ def _frame(x: float, y: float, start: int, size: int, cell: int, stroke: float) 
         f'<rect x="{x + at:g}" y="{y + at:g}" width="{side}" height="{side}" fill="none" '
         f'stroke="#dd8452" stroke-width="{stroke}"/>'
     )
+
+
+def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
+    """Held-out loss and KL against tokens of uptraining, with source and control, as "svg" or "png"."""
+    from matplotlib.figure import Figure
+
+    curve, quality = report["uptraining"]["curve"], report.get("quality", {})
+    keys = {"loss": "held-out loss, nats/token", "kl": "held-out KL to the source, nats/token"}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, (key, label) in zip(panels, keys.items(), strict=True):
+        points = [(point["tokens"], point[key]) for point in curve if key in point]
+        panel.plot(*zip(*points, strict=True), marker="o", markersize=3, color=_COLOURS[0], label="uptrained")
+        lines = {"source": ("--", "#555555"), "control": (":", _COLOURS[3])}
+        for name, (style, colour) in lines.items():
+            value = quality.get(name, {}).get(key)
+            if value:
+                panel.axhline(value, linestyle=style, color=colour, label=f"{name} {value:.4f}")
+        panel.set(xlabel="tokens", ylabel=label)
+        if key == "kl":
+            panel.set_yscale("log")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(f"{report['source']['name']}: what uptraining took back")
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
+    return content.getvalue()

@@ -11,7 +11,10 @@ from typing import Any
 
 from .errors import RecipeError
 
-LOSSES = ("kl", "ce")
+LOSSES = ("kl", "ce", "mix")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+TRAINED = ("all", "attention")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -20,20 +23,56 @@ class Recipe:
 
     data: str = "stdlib"
     """Text to train on: "stdlib", a file, folder or glob, or a data set on the hub (ID[:CONFIG])."""
+    source_column: str = ""
+    """Of `data`: with target_column, train on pairs instead of plain text (T5 only)."""
+    target_column: str = ""
+    """Of `data`: what the model shall answer to source_column."""
+    prefix: str = ""
+    """Put before each source of a pair, such as "summarize: "."""
     tokens: int = 400_000
-    """Tokens of text to train on, repeated when the data hold fewer."""
+    """Tokens of text to train on, repeated when the data hold fewer; of pairs, source tokens with padding."""
     sequence_length: int = 256
-    """Tokens in one sequence."""
+    """Tokens in one sequence; sources and targets of pairs are cut to it."""
     batch_size: int = 8
-    """Sequences in one optimizer step."""
+    """Sequences in one optimizer step, over all devices."""
+    micro_batch: int = 0
+    """Sequences a device computes at once; gradients are accumulated. 0: all of a step."""
     learning_rate: float = 1e-3
-    """AdamW's peak rate; cosine decay to zero."""
+    """AdamW's peak rate."""
+    schedule: str = "cosine"
+    """"cosine", "linear": decay to zero; "constant"; "wsd": constant, then linear to zero in the last fifth."""
     warmup: float = 0.05
     """Share of the steps over which the rate rises from zero."""
     weight_decay: float = 0.0
     """AdamW's decoupled decay."""
     loss: str = "kl"
-    """"kl": divergence from the source's predictions (arXiv 2407.14679); "ce": cross-entropy on the text."""
+    """"kl": divergence from the source's predictions (arXiv 2407.14679); "ce": cross-entropy on the text; "mix"."""
+    ce_weight: float = 0.5
+    """Share of the cross-entropy in "mix"."""
+    train: str = "all"
+    """"all" weights, or only those of "attention"."""
+    lora_rank: int = 0
+    """Rank of LoRA on the attention's projections (needs the extra `lora`); 0: whole weights."""
+    separate_documents: bool = True
+    """Whether documents packed into one sequence are kept from attending to each other, where the model allows it."""
+    precision: str = "auto"
+    """Of the arithmetic; weights are trained in float32. "auto": bfloat16 on GPUs that have it."""
+    compile: bool = False
+    """torch.compile."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer over the processes of a torchrun."""
+    evaluations: int = 8
+    """Measurements on held-out text during the run; a checkpoint to resume from goes with each."""
+    patience: int = 0
+    """Stop after so many measurements without a better held-out KL, and keep the best; 0: never."""
+    report_to: str = "none"
+    """Trackers, comma-separated: tensorboard, wandb, trackio."""
+    method: str = ""
+    """How sqa-convert merges heads, where --method is not given; sqa-uptrain ignores it."""
+    control: bool = False
+    """Also train the source on the same tokens, by cross-entropy: what the text alone teaches."""
     seed: int = 0
     """Of data order and span corruption."""
 
@@ -44,15 +83,27 @@ class Recipe:
                 ("tokens", "at least sequence_length × batch_size", self.tokens >= self.tokens_per_step),
                 ("sequence_length", "at least 8", self.sequence_length >= 8),
                 ("batch_size", "at least 1", self.batch_size >= 1),
-                ("learning_rate", "above 0", self.learning_rate > 0),
+                ("micro_batch", "0, or a divisor of batch_size", self._divides(self.micro_batch)),
+                ("learning_rate", "above 0", 0 < self.learning_rate < float("inf")),
+                ("schedule", " or ".join(SCHEDULES), self.schedule in SCHEDULES),
                 ("warmup", "between 0 and 1", 0 <= self.warmup < 1),
-                ("weight_decay", "at least 0", self.weight_decay >= 0),
+                ("weight_decay", "at least 0", 0 <= self.weight_decay < float("inf")),
                 ("loss", " or ".join(LOSSES), self.loss in LOSSES),
+                ("ce_weight", "between 0 and 1", 0 <= self.ce_weight <= 1),
+                ("train", " or ".join(TRAINED), self.train in TRAINED),
+                ("lora_rank", "at least 0", self.lora_rank >= 0),
+                ("precision", " or ".join(PRECISIONS), self.precision in PRECISIONS),
+                ("evaluations", "at least 1", self.evaluations >= 1),
+                ("patience", "at least 0", self.patience >= 0),
+                ("target_column", "given with source_column", bool(self.source_column) == bool(self.target_column)),
             )
             if not holds
         ]
         if faults:
             raise RecipeError("; ".join(faults))
+
+    def _divides(self, micro_batch: int) -> bool:
+        return micro_batch == 0 or (0 < micro_batch <= self.batch_size and self.batch_size % micro_batch == 0)
 
     @property
     def tokens_per_step(self) -> int:
@@ -61,6 +112,15 @@ class Recipe:
     @property
     def steps(self) -> int:
         return self.tokens // self.tokens_per_step
+
+    @property
+    def ce(self) -> float:
+        """Weight of the cross-entropy in the loss, 0 … 1; the rest is the divergence's."""
+        return {"kl": 0.0, "ce": 1.0, "mix": self.ce_weight}[self.loss]
+
+    @property
+    def pairs(self) -> bool:
+        return bool(self.source_column)
 
 
 def recipe_folder() -> Path:
@@ -86,12 +146,30 @@ def load_recipe(name: str, **overrides: Any) -> Recipe:
 
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--uptrain {name}: no such file or recipe ({', '.join(recipe_names())})") from error
+        raise RecipeError(f"{name}: no such file or recipe ({', '.join(recipe_names())})") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise RecipeError(f"{path} must hold a table of settings")
     return _recipe({**content, **{k: v for k, v in overrides.items() if v is not None}}, str(path))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """As YAML, every setting named; `load_recipe` reads it back."""
+    import yaml
+
+    return str(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True))
+
+
+def summary(name: str) -> str:
+    """The first line of a packaged recipe: what it is for."""
+    return (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _recipe(content: Mapping[str, Any], where: str) -> Recipe:
@@ -102,7 +180,7 @@ def _recipe(content: Mapping[str, Any], where: str) -> Recipe:
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, 1)
             faults.append(f"{key}: no such setting" + (f", did you mean {close[0]}?" if close else ""))
-        elif isinstance(value, bool) or not isinstance(value, (int, float) if fields[key] is float else fields[key]):
+        elif not _is_a(value, fields[key]):
             faults.append(f"{key}: {value!r} is no {fields[key].__name__}")
         else:
             values[key] = fields[key](value)

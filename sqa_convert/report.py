@@ -11,7 +11,7 @@ from . import __version__
 from .checkpoint import Source, read_json
 from .heads import METHODS
 from .output import REPORT, write_json
-from .pictures import heads_picture, similarity_picture
+from .pictures import heads_picture, recovery_picture, similarity_picture
 from .plan import Cost, Plan
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ SCHEMA = 1
 CARD = "README.md"
 PICTURE = "heads.svg"
 SIMILARITY = "similarity.svg"
-ROWS = ("source", "converted", "uptrained")
+RECOVERY = "recovery"
+ROWS = ("source", "converted", "uptrained", "control")
 _LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
 _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -151,13 +152,16 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """report.json, and the picture and the model card made from it."""
+    """report.json, and the pictures and the model card made from it."""
     write_json(folder / REPORT, report)
     site = most_merged(report)
     (folder / PICTURE).write_text(heads_picture(site["partition"], f"{site['kind']} {site['layer']}"), encoding="utf-8")
     (folder / SIMILARITY).unlink(missing_ok=True)
     if any("similarity" in site for site in report["sites"]):
         (folder / SIMILARITY).write_text(similarity_picture(report["sites"]), encoding="utf-8")
+    if report.get("uptraining", {}).get("curve"):
+        for kind in ("svg", "png"):
+            (folder / f"{RECOVERY}.{kind}").write_bytes(recovery_picture(report, kind))
     (folder / CARD).write_text(model_card(report), encoding="utf-8")
 
 
@@ -184,11 +188,15 @@ def model_card(report: dict[str, Any]) -> str:
         f"![heads]({PICTURE})",
         "",
         *([f"![how alike the heads are]({SIMILARITY})", ""] if any("similarity" in s for s in report["sites"]) else []),
-        *_markdown_table(*summary(report)),
+        *_markdown_table(*costs(report)),
         "",
     ]
     lines += [*(f"- {line}" for line in calibration_lines(report)), ""]
     if quality:
+        lines += [*_markdown_table(*quality_table(report)), ""]
+        if report.get("uptraining"):
+            lines += [f"![loss and KL while it was uptrained]({RECOVERY}.svg)", ""]
+        lines += [*(f"- {line}" for line in uptraining_lines(report)), ""]
         lines += [
             f"Measured on {quality['tokens']:,} tokens of {quality['data']}. Loss above the source's is what it cost.",
             "",
@@ -209,24 +217,38 @@ def _markdown_table(columns: list[str], rows: list[tuple[str, ...]]) -> list[str
     return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
-def summary(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
-    """The one table of a report: a column a model, a row a quantity. Returns column heads and rows."""
-    quality = report.get("quality", {})
-    names = [name for name in ROWS if name in quality] or list(ROWS[:2])
+def uptraining_lines(report: dict[str, Any]) -> list[str]:
+    """What uptraining did, in sentences; none where there was none."""
+    done, quality = report.get("uptraining"), report.get("quality", {})
+    if done is None:
+        return []
+    speed = f"{done['tokens']:,} tokens in {report['seconds']['uptrain']:g} s on {done['device']}"
+    lines = [f"uptrained by {done['loss']} on {speed}, {done['tokens_per_second']:,} tokens/s"]
+    if "mfu" in done:
+        lines[0] += f", MFU {done['mfu']:.1%}"
+    shares = [f"{share:.1%} of the {name}" for name in ("loss", "KL") if (share := recovered(quality, name.lower()))]
+    if shares:
+        lines.append(f"uptraining took back {' and '.join(shares)} that conversion had cost")
+    if "control" in quality:
+        above = {name: quality["uptrained"]["loss"] - quality[name]["loss"] for name in ("source", "control")}
+        lines.append(
+            f"loss against the source's {above['source']:+.4f}, against the control's {above['control']:+.4f} "
+            "(control: the source trained on the same tokens)"
+        )
+    return lines
+
+
+def costs(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """What the model needs, before and after: column heads and rows."""
     before, after = report["cost"]["before"], report["cost"]["after"]
-    sides = [before, *[after] * (len(names) - 1)]
     context = report["context_tokens"]
 
     def heads(key: str) -> list[str]:
-        return [_one_or_by_site(side[key]) for side in sides]
+        return [_one_or_by_site(side[key]) for side in (before, after)]
 
     def amount(key: str, unit: str, scale: float) -> list[str]:
-        cells = [f"{before[key] / scale:,.4g} {unit}"]
         ratio = f" ({after[key] / before[key]:.2f}×)" if before[key] else ""
-        return cells + [f"{side[key] / scale:,.4g} {unit}{ratio}" for side in sides[1:]]
-
-    def measured(key: str, style: str) -> list[str]:
-        return ["" if quality[name][key] is None else format(quality[name][key], style) for name in names]
+        return [f"{before[key] / scale:,.4g} {unit}", f"{after[key] / scale:,.4g} {unit}{ratio}"]
 
     rows: list[tuple[str, ...]] = [
         ("query heads", *heads("query_heads")),
@@ -236,14 +258,34 @@ def summary(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
         (f"attention at {context:,} tokens", *amount("attention_flops", "GFLOP", 1e9)),
         ("  of which the T² products", *amount("score_flops", "GFLOP", 1e9)),
     ]
-    if quality:
-        rows += [
-            ("loss, nats/token", *measured("loss", ".4f")),
-            ("perplexity", *measured("perplexity", ",.2f")),
-            ("KL to source, nats/token", *measured("kl", ".4f")),
-            ("top-1 agreement", *measured("top1", ".1%")),
-        ]
-    return ["", *names], rows
+    return ["", "source", "converted"], rows
+
+
+def quality_table(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """How well each model of a report predicts: column heads, and a row a model; none where nothing was measured."""
+    quality = report.get("quality", {})
+    return quality_rows({name: quality[name] for name in ROWS if name in quality})
+
+
+def quality_rows(measured: Mapping[str, Mapping[str, float | None]]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """How well models predict: column heads, and a row a model."""
+    columns = {
+        "loss": ("loss, nats/token", ".4f"),
+        "perplexity": ("perplexity", ",.2f"),
+        "kl": ("KL to source", ".4f"),
+        "top1": ("top-1 as source", ".1%"),
+        "exact_match": ("exact match", ".1%"),
+        "rougeL": ("ROUGE-L", ".1%"),
+    }
+    shown = {key: how for key, how in columns.items() if any(key in found for found in measured.values())}
+
+    def cell(value: float | None, style: str) -> str:
+        return "" if value is None else format(value, style)
+
+    rows = [
+        (name, *(cell(found.get(key), style) for key, (_, style) in shown.items())) for name, found in measured.items()
+    ]
+    return ["", *(head for head, _ in shown.values())], rows
 
 
 def _one_or_by_site(counts: dict[str, int]) -> str:

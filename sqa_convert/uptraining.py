@@ -1,43 +1,34 @@
-"""A short training run that takes a converted model the rest of the way, with `transformers.Trainer`."""
+"""A short training run that takes a converted model the rest of the way, and a control beside it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import errno
 import shutil
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from safetensors import SafetensorError, safe_open
 
-from .checkpoint import resolve
-from .data import SpanCorruption, collator, documents, token_blocks
-from .distill import DistillationTrainer
-from .errors import DataError
-from .evaluation import (
-    check_vocabulary,
-    choose_device,
-    compare,
-    device_name,
-    load_config,
-    load_model,
-    load_tokenizer,
-    prepare,
-)
+from .checkpoint import read_config, resolve
+from .errors import CheckpointError, InterruptedByUserError, OutputError, QualityError, RecipeError, one_line
+from .evaluation import choose_device, compare, device_name, load_model
 from .execution import Progress, silent
+from .families import family_of
+from .generation import answer_scores
 from .output import staged_output, write_shard
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, dump_recipe, load_recipe
 from .report import read_report, write_report
+from .trainer import COMPLETE
+from .training import is_first, local_batch, step_of, train
+from .training_data import training_data
 
-_NO_DROPOUT: dict[str, dict[str, Any]] = {
-    "sqa_gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "sqa_t5": {"dropout_rate": 0.0},
-}
+RECIPE = "recipe.yaml"
 
 
 def uptrain(
@@ -49,77 +40,116 @@ def uptrain(
     device: str = "auto",
     seed: int | None = None,
     evaluate: bool = True,
+    control: bool | None = None,
+    resume: bool = False,
+    restart: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Uptrains a folder made by `convert`, in place: it stays as it was until the new weights are complete.
 
+    While it runs, checkpoints are kept in FOLDER.uptraining beside it. Under `torchrun` or `accelerate launch` all
+    processes train and the first one writes.
+
     Args:
         folder: the converted model.
         recipe: a packaged recipe's name, a YAML file, or a Recipe.
         source: the unconverted model, by default the one named in the report.
-        data: text to train on instead of the recipe's; its held-out part is evaluated on.
+        data: text to train on instead of the recipe's; its held-out part is measured on.
         device: "auto", "cpu", "cuda", "mps".
         seed: instead of the recipe's.
-        evaluate: measure source, converted and uptrained on held-out text.
+        evaluate: measure source, converted and uptrained on held-out text, and the model as it learns.
+        control: also train the source on the same tokens; instead of the recipe's.
+        resume: go on with a run that was stopped, by its own recipe.
+        restart: throw such a run away.
         trust_remote_code: let code that the source brings along run.
         progress: called as the work goes on.
 
     Returns:
-        The report, with the column "uptrained".
+        The report, with "uptraining" and the new rows of "quality".
 
     Raises:
-        RecipeError, CheckpointError, DataError: see `sqa_convert.errors`.
+        RecipeError, CheckpointError, DataError: see `sqa_convert.errors`; nothing was written.
+        InterruptedByUserError: by Ctrl-C, after a checkpoint.
+        QualityError: the loss was no number.
+        OutputError: the disk is full.
     """
     folder = Path(folder)
-    settings = override(recipe, data=data, seed=seed)
     report = read_report(folder)
-    origin = resolve(source) if source else resolve(report["source"]["name"], report["source"]["revision"])
-    blocks, collate = training_blocks(folder, settings, trust_remote_code=trust_remote_code)
-    held_out = None
-    if evaluate:
-        held_out = prepare(
-            folder, settings.data, device=device, seed=settings.seed, trust_remote_code=trust_remote_code
-        )
-
-    set_seed(settings.seed)
-    start = time.perf_counter()
+    run = folder.resolve().parent / f"{folder.resolve().name}.uptraining"
+    settings = _settings(run, recipe, resume, restart, data=data, seed=seed, control=control)
+    origin = _origin(report, source)
     chosen = choose_device(device)
-    config_text = (folder / "config.json").read_text(encoding="utf-8")
-    model = load_model(folder, dtype="float32", **_NO_DROPOUT[json.loads(config_text)["model_type"]])
-    _freeze_key_biases(model)
-    teacher = None
-    if settings.loss == "kl":
-        teacher = load_model(origin, dtype="float32", trust_remote_code=trust_remote_code)
+    local_batch(settings)
+    if settings.control and not evaluate:
+        raise RecipeError("the control is measured beside the model: leave out --control, or --no-evaluate")
+    text = training_data(folder, settings, trust_remote_code=trust_remote_code)
+    held_out = text.held_out(chosen) if evaluate else None
+    if restart and is_first():
+        shutil.rmtree(run, ignore_errors=True)
+
+    start = time.perf_counter()
+    trained = {"uptrained": ("uptrain", folder, settings)}
+    if settings.control:
+        trained["control"] = ("control", origin, dataclasses.replace(settings, loss="ce"))
+    results: dict[str, Any] = {}
+    models: dict[str, Any] = {}
+    for name, (stage, path, how) in trained.items():
+        teacher = None
+        if held_out is not None or how.ce < 1:
+            teacher = load_model(origin, dtype="float32", trust_remote_code=trust_remote_code)
+        with _recoverable(run, folder):
+            _begin(run, settings)
+            models[name], results[name] = train(
+                path,
+                teacher,
+                how,
+                text,
+                held_out,
+                run / stage,
+                chosen,
+                trust_remote_code,
+                partial(progress, stage),
+            )
+        report["seconds"][stage] = round(time.perf_counter() - start, 2)
+        start = time.perf_counter()
+    if not is_first():
+        return report
 
     size = sum(path.stat().st_size for path in folder.iterdir())
     with staged_output(folder, overwrite=True, size=size) as staging:
-        with tempfile.TemporaryDirectory() as scratch:
-            trainer = DistillationTrainer(
-                model=model,
-                teacher=teacher,
-                args=_arguments(settings, scratch, chosen),
-                train_dataset=list(blocks),
-                data_collator=collate,
-                callbacks=[_Report(lambda done, total: progress("uptrain", done, total))],
-            )
-            trainer.remove_callback(PrinterCallback)
-            result = trainer.train()
-        _save(model, folder, staging)
-        report["uptraining"] = dataclasses.asdict(settings) | {
-            "steps": result.global_step,
-            "tokens": result.global_step * settings.tokens_per_step,
-            "device": device_name(chosen),
-        }
-        report["seconds"]["uptrain"] = round(time.perf_counter() - start, 2)
+        _save(models.pop("uptrained"), folder, staging)
+        (staging / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
+        report["uptraining"] = dataclasses.asdict(settings) | results["uptrained"] | {"device": device_name(chosen)}
+        if settings.control:
+            report["uptraining"]["control_curve"] = results["control"]["curve"]
         if held_out is not None:
-            del model, teacher, trainer
-            start = time.perf_counter()
-            rows = {"source": origin, "converted": folder, "uptrained": staging}
-            report["quality"] = compare(rows, held_out, trust_remote_code=trust_remote_code, progress=progress)
+            rows = {"source": origin, "converted": folder, "uptrained": staging, **models}
+            also: Any = {"also": partial(answer_scores, tokenizer=text.tokenizer, held_out=held_out)}
+            report["quality"] = compare(
+                rows,
+                held_out,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+                **(also if settings.pairs else {}),
+            )
             report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(staging, report)
+    shutil.rmtree(run, ignore_errors=True)
     return report
+
+
+def _settings(run: Path, recipe: str | Recipe, resume: bool, restart: bool, **overrides: Any) -> Recipe:
+    """The recipe of a run: of one to go on with its own. Raises RecipeError."""
+    unfinished = run / RECIPE
+    if resume:
+        if not unfinished.is_file():
+            raise RecipeError(f"--resume: there is no {run}, so no run that was stopped")
+        return load_recipe(str(unfinished))
+    settings = override(recipe, **overrides)
+    if not restart and any(run.glob(f"*/checkpoint-*/{COMPLETE}")):
+        raise RecipeError(f"{run} holds a run that was stopped: --resume goes on with it, --restart throws it away")
+    return settings
 
 
 def override(recipe: str | Recipe, **settings: Any) -> Recipe:
@@ -129,67 +159,61 @@ def override(recipe: str | Recipe, **settings: Any) -> Recipe:
     return dataclasses.replace(recipe, **{key: value for key, value in settings.items() if value is not None})
 
 
-def training_blocks(
-    folder: str | Path, settings: Recipe, *, tokens: int | None = None, trust_remote_code: bool = False
-) -> tuple[torch.Tensor, Any]:
-    """The text of a recipe as (n, sequence_length) token blocks, and what makes batches of them.
-
-    Args:
-        folder: source or result; they share tokenizer and vocabulary.
-        tokens: read no more than this, to see whether a recipe can be run at all.
-
-    Raises:
-        CheckpointError, DataError: the tokenizer does not load, the text is too short, or they do not fit the model.
-    """
-    config = load_config(folder, trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    longest = settings.sequence_length if config.is_encoder_decoder else config.n_positions
-    if settings.sequence_length > longest:
-        raise DataError(f"sequence_length {settings.sequence_length} is more than the model's {longest} positions")
-    texts = documents(settings.data, "train")
-    blocks = token_blocks(texts, tokenizer, settings.sequence_length, tokens or settings.tokens, settings.data)
-    check_vocabulary(blocks, config.vocab_size, SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None)
-    return blocks, collator(tokenizer, config.is_encoder_decoder)
+def _origin(report: dict[str, Any], source: str | None) -> Path:
+    """The folder of the unconverted model. Raises CheckpointError when it is not there, or is not that."""
+    try:
+        origin = resolve(source) if source else resolve(report["source"]["name"], report["source"]["revision"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{one_line(error)} (the unconverted model; --source names it)") from error
+    config = read_config(str(origin), origin)
+    if "sqa" in config:
+        raise CheckpointError(f"--source {origin} is a converted model; it takes the unconverted one")
+    architecture = family_of(config).source_architecture(config)
+    if architecture != report["source"]["architecture"]:
+        raise CheckpointError(
+            f"--source {origin} is a {architecture}, this model was made from a {report['source']['architecture']}"
+        )
+    return origin
 
 
-def _freeze_key_biases(model: torch.nn.Module) -> None:
-    """A key bias adds a constant over keys, which softmax ignores: its gradient is rounding noise."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("k_proj.bias"):
-            parameter.requires_grad_(False)
+@contextlib.contextmanager
+def _recoverable(run: Path, folder: Path) -> Iterator[None]:
+    """What stops a training is said in one line, with what was kept of it."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedByUserError(f"interrupted; {_kept(run, folder)}") from error
+    except QualityError as error:
+        raise QualityError(f"{one_line(error)}; {_kept(run, folder)}") from error
+    except torch.OutOfMemoryError as error:
+        raise RecipeError(
+            f"out of memory on the device: lower micro_batch or sequence_length, or set gradient_checkpointing "
+            f"({_kept(run, folder)})"
+        ) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, (CheckpointError, OutputError)):
+            raise
+        number = error.errno if isinstance(error, OSError) else None
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "PytorchStreamWriter" in str(error)
+        if full or any(text in str(error) for text in ("No space left", "File too large", "Disk quota exceeded")):
+            raise OutputError(f"{run} cannot be written, the disk is full; {_kept(run, folder)}") from error
+        if isinstance(error, OSError):
+            raise OutputError(f"{run} cannot be written: {one_line(error)}; {_kept(run, folder)}") from error
+        raise
 
 
-def _arguments(settings: Recipe, scratch: str, device: torch.device) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=scratch,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(settings.warmup * settings.steps),
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=settings.seed,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # several GPUs in one process would each get a whole batch
-    return arguments
+def _kept(run: Path, folder: Path) -> str:
+    last = max((step_of(path) for path in run.glob(f"*/checkpoint-*/{COMPLETE}")), default=None)
+    if last is None:
+        shutil.rmtree(run, ignore_errors=True)
+        return f"{folder} is still the converted model"
+    return f"{folder} is still the converted model; go on from step {last} with: sqa-uptrain {folder} --resume"
 
 
-class _Report(TrainerCallback):
-    def __init__(self, step: Callable[[int, int], None]) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step(state.global_step, state.max_steps)
+def _begin(run: Path, settings: Recipe) -> None:
+    if is_first():
+        run.mkdir(exist_ok=True)
+        (run / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
 
 
 def _save(model: Any, folder: Path, staging: Path) -> None:

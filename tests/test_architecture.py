@@ -9,13 +9,14 @@ PACKAGE = Path(__file__).parent.parent / "sqa_convert"
 LAYERS = [  # a module may import only from lines below its own; within a folder, freely
     {"cli"},
     {"conversion", "uptraining"},
-    {"calibrate"},
-    {"calibration_text"},
-    {"activations"},
-    {"distill", "evaluation", "execution", "report"},
-    {"data", "output", "pictures", "plan"},
+    {"calibrate", "training"},
+    {"calibration_text", "trainer", "training_data"},
+    {"activations", "generation"},
+    {"evaluation", "execution", "report"},
+    {"batches", "data", "output", "pictures", "plan"},
     {"checkpoint", "families"},
     {"heads", "recipe"},
+    {"distill", "flops", "tasks"},
     {"errors", "models"},
 ]
 LIGHT = [

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sqa_convert.batches import SpanCorruption, token_blocks
 from sqa_convert.checkpoint import SAMPLES
-from sqa_convert.data import SpanCorruption, check_data, documents, token_blocks
+from sqa_convert.data import check_data, documents
 from sqa_convert.errors import DataError
 from sqa_convert.evaluation import load_tokenizer, prepare
 
@@ -86,7 +87,7 @@ def test_blocks_hold_the_documents_in_order_each_closed_by_the_end_token():
     blocks = token_blocks(["abc", "de"], Characters(), 3)
     assert blocks.tolist() == [[97, 98, 99], [0, 100, 101]]
     assert token_blocks(["abcdefgh"] * 9, Characters(), 4, max_tokens=11).shape == (2, 4)
-    with pytest.raises(DataError, match="3 tokens, fewer than one block of 4"):
+    with pytest.raises(DataError, match="less than one block of 4 tokens"):
         token_blocks(["ab"], Characters(), 4)
 
 

@@ -1,19 +1,25 @@
+import dataclasses
+import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from helpers import gpt2, t5, tokens
 from helpers import plain_convert as convert
+from safetensors.torch import load_file
 
 from sqa_convert import Recipe, load_recipe, uptrain
-from sqa_convert.distill import kl_divergence
-from sqa_convert.errors import CheckpointError, DataError, RecipeError
+from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.errors import CheckpointError, DataError, OutputError, QualityError, RecipeError
 from sqa_convert.evaluation import HeldOut, Predictions, evaluate, load_model, measure, predict
-from sqa_convert.recipe import recipe_names
-from sqa_convert.report import recovered
+from sqa_convert.recipe import dump_recipe, recipe_folder, recipe_names, summary
+from sqa_convert.report import quality_table, recovered, uptraining_lines
+from sqa_convert.trainer import UptrainingTrainer
 
 SHORT = Recipe(tokens=40 * 1024, sequence_length=128, batch_size=8, learning_rate=1e-3)
+FEW = Recipe(tokens=8 * 256, sequence_length=32, batch_size=8, learning_rate=1e-3, evaluations=2)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
@@ -33,11 +39,160 @@ def test_a_short_run_recovers_part_of_the_damage_and_says_so(name, loss, tmp_pat
     # measured again from the folder: the numbers in the report are this model's
     again = evaluate(out, f"sample:{name}")
     assert again["model"]["kl"] == pytest.approx(quality["uptrained"]["kl"], rel=1e-4)
+    curve = report["uptraining"]["curve"]
+    assert [point["tokens"] for point in curve] == [i * 5120 for i in range(9)]
+    assert curve[0]["kl"] == pytest.approx(quality["converted"]["kl"], rel=1e-3)
+    assert curve[-1]["kl"] == pytest.approx(quality["uptrained"]["kl"], rel=1e-3)
+    assert load_recipe(str(out / "recipe.yaml")).loss == loss
+    assert "polyline" in (out / "recovery.svg").read_text() or "<path" in (out / "recovery.svg").read_text()
+    assert (out / "recovery.png").read_bytes().startswith(b"\x89PNG")
     after = load_model(out).state_dict()
     frozen = {n for n in before if n.endswith("k_proj.bias")}
     assert {n for n in before if torch.equal(before[n], after[n])} == frozen
     assert os.listdir(tmp_path) == ["out"]
     assert json.loads((out / "config.json").read_text())["sqa"]["source"] == f"sample:{name}"
+
+
+@pytest.fixture
+def converted(tmp_path):
+    """A folder for each sample, converted once a test."""
+
+    def make(name):
+        convert(f"sample:{name}", 6, 2, output=tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_control_is_the_source_trained_on_the_same_tokens(converted):
+    out = converted("gpt2")
+    source = {path.name: path.read_bytes() for path in (SAMPLES / "gpt2").iterdir()}
+    report = uptrain(out, FEW, control=True)
+    assert list(report["quality"])[3:] == ["source", "converted", "uptrained", "control"]
+    assert report["quality"]["control"]["kl"] > 1e-4  # it moved
+    assert report["uptraining"]["control_curve"][0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert {path.name: path.read_bytes() for path in (SAMPLES / "gpt2").iterdir()} == source
+    lines = uptraining_lines(report)
+    assert any("against the control's" in line for line in lines)
+    card = (out / "README.md").read_text()
+    assert "recovery.svg" in card and "| control |" in card
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_accumulated_gradients_are_those_of_one_batch(name, converted, tmp_path):
+    out = converted(name)
+    shutil.copytree(out, tmp_path / "again")
+    reports = [
+        uptrain(out, dataclasses.replace(FEW, loss="mix")),
+        uptrain(tmp_path / "again", dataclasses.replace(FEW, loss="mix", micro_batch=2)),
+    ]
+    for key in ("loss", "kl"):
+        values = [report["quality"]["uptrained"][key] for report in reports]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+    one, other = weights(out), weights(tmp_path / "again")
+    assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=2e-5) for name in one)
+
+
+def test_only_attention_is_trained_when_asked(converted):
+    out = converted("gpt2")
+    before = weights(out)
+    uptrain(out, dataclasses.replace(FEW, train="attention"), evaluate=False)
+    changed = {name for name, tensor in weights(out).items() if not torch.equal(tensor, before[name])}
+    assert changed and all(".attn." in name for name in changed)
+
+
+def test_lora_changes_only_projections_and_is_merged_into_them(converted):
+    pytest.importorskip("peft")
+    out = converted("t5")
+    before = weights(out)
+    report = uptrain(out, dataclasses.replace(FEW, lora_rank=2, learning_rate=1e-2))
+    after = weights(out)
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("Attention." in name for name in changed)
+    assert evaluate(out, "sample:t5")["model"]["kl"] == pytest.approx(report["quality"]["uptrained"]["kl"], rel=1e-4)
+
+
+def test_training_stops_early_and_keeps_the_best(converted):
+    out = converted("gpt2")
+    recipe = dataclasses.replace(FEW, tokens=24 * 256, evaluations=12, patience=2, learning_rate=0.3, warmup=0.0)
+    report = uptrain(out, recipe)
+    done = report["uptraining"]
+    assert done["steps"] < recipe.steps
+    assert report["quality"]["uptrained"]["kl"] == pytest.approx(min(p["kl"] for p in done["curve"][1:]), rel=1e-3)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_changes_nothing(converted):
+    out = converted("gpt2")
+    before = weights(out)
+    with pytest.raises(QualityError, match=r"not finite at step \d+.*learning_rate.*still the converted model"):
+        uptrain(out, dataclasses.replace(FEW, learning_rate=1e30, warmup=0.0))
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())
+
+
+def test_a_full_disk_while_a_checkpoint_is_saved_loses_nothing(converted, monkeypatch):
+    out = converted("gpt2")
+    before = weights(out)
+    save, calls = UptrainingTrainer._save_optimizer_and_scheduler, []
+
+    def full(self, folder):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, folder)
+
+    monkeypatch.setattr(UptrainingTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OutputError, match=r"disk is full.*go on from step 4 with: sqa-uptrain .* --resume"):
+        uptrain(out, FEW)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())
+    with pytest.raises(RecipeError, match="--resume goes on with it, --restart throws it away"):
+        uptrain(out, FEW)
+    report = uptrain(out, resume=True)
+    assert report["uptraining"]["steps"] == 8 and len(report["uptraining"]["curve"]) == 3
+    assert sorted(os.listdir(out.parent)) == ["gpt2"]
+
+
+def test_a_t5_learns_pairs_and_is_measured_by_its_answers(converted, tmp_path):
+    rows = [{"q": f"name {word}", "a": word} for word in ("import", "return", "class", "while") * 20]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe(
+        data=str(tmp_path / "pairs.jsonl"), source_column="q", target_column="a", prefix="say: ", tokens=16 * 8 * 60,
+        sequence_length=16, batch_size=8, learning_rate=3e-3, loss="ce", evaluations=2,
+    )  # fmt: skip
+    out = converted("t5")
+    quality = uptrain(out, recipe)["quality"]
+    assert quality["data"].endswith("held-out part, 4 pairs")
+    assert quality["uptrained"]["exact_match"] > quality["converted"]["exact_match"] == 0
+    assert quality["uptrained"]["loss"] < 0.5 < quality["converted"]["loss"]
+    table = quality_table({"quality": quality})
+    assert "exact match" in table[0]
+
+
+def test_of_pairs_both_columns_are_asked_for(tmp_path):
+    with pytest.raises(RecipeError, match="target_column"):
+        Recipe(source_column="q")
+    (tmp_path / "rows.jsonl").write_text('{"q": "a"}\n')
+    convert("sample:t5", 6, 2, output=tmp_path / "out")
+    with pytest.raises(DataError, match='no column "a"'):
+        uptrain(tmp_path / "out", Recipe(data=str(tmp_path / "rows.jsonl"), source_column="q", target_column="a"))
+
+
+@pytest.mark.parametrize(
+    ("prepare_source", "says"),
+    [
+        (lambda out: {"source": str(out)}, "is a converted model"),
+        (lambda out: {"source": "sample:t5"}, "T5ForConditionalGeneration"),
+        (lambda out: {"source": str(out.parent / "gone")}, "--source names it"),
+    ],
+)
+def test_a_wrong_source_is_named(prepare_source, says, converted):
+    out = converted("gpt2")
+    with pytest.raises(CheckpointError, match=says):
+        uptrain(out, FEW, **prepare_source(out))
 
 
 def test_failed_training_leaves_the_converted_model(tmp_path):
@@ -63,14 +218,6 @@ def test_half_precision_weights_are_trained_in_float32_and_stored_as_they_were(t
     assert {t.dtype for t in load_model(tmp_path / "out").state_dict().values()} == {torch.bfloat16}
 
 
-def test_kl_divergence_is_the_definition():
-    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 5, 7, dtype=torch.float64)
-    p, q = teacher.softmax(-1), student.softmax(-1)
-    expected = (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(kl_divergence(student, teacher).double(), expected, rtol=1e-5, atol=1e-6)
-    assert kl_divergence(teacher, teacher).abs() < 1e-6
-
-
 @pytest.mark.parametrize("make", [gpt2, t5])
 def test_measured_loss_is_the_models_own(make):
     model = make()
@@ -94,10 +241,15 @@ def test_kl_and_agreement_against_another_model():
     assert quality.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
 
 
-def test_every_packaged_recipe_loads():
-    assert "quick" in recipe_names()
-    for name in recipe_names():
-        assert load_recipe(name).steps > 0
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_loads_says_what_it_is_for_and_comes_back_from_its_dump(name, tmp_path):
+    recipe = load_recipe(name)
+    assert recipe.steps > 0
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(str(tmp_path / "again.yaml")) == recipe
+    lines = (recipe_folder() / f"{name}.yaml").read_text().splitlines()
+    assert lines[0].startswith("# ") and summary(name) == lines[0][2:]
+    assert any(f"{name}" in line for line in lines if line.startswith("#   sqa-") or "torchrun" in line)
 
 
 def test_flags_win_over_the_recipe(tmp_path):
@@ -115,7 +267,12 @@ def test_all_faults_of_a_recipe_are_named_at_once(tmp_path):
     path.write_text("tokns: 5\nbatch_size: many\nloss: mse\nwarmup: 2\n")
     with pytest.raises(RecipeError) as error:
         load_recipe(str(path))
-    for part in ("did you mean tokens", "batch_size: 'many' is no int", "loss: 'mse' must be kl or ce", "warmup: 2"):
+    for part in (
+        "did you mean tokens",
+        "batch_size: 'many' is no int",
+        "loss: 'mse' must be kl or ce or mix",
+        "warmup: 2",
+    ):
         assert part in str(error.value)
 
 

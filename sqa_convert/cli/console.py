@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.table import Table
 
 from ..errors import RecipeError, SQAError
+from ..report import RECOVERY, auto_class, quality_table, uptraining_lines
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -48,8 +50,8 @@ class Out:
             disable_progress_bars()
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A callback (stage, done, total) behind a bar a stage; silent when nobody watches."""
+    def progress(self) -> Iterator[Callable[..., None]]:
+        """A callback (stage, done, total, news) behind a bar a stage; where nobody watches, a line for each news."""
         watched = self.stderr.is_terminal and not self.quiet and not self.as_json
         columns = (
             SpinnerColumn(),
@@ -57,14 +59,19 @@ class Out:
             BarColumn(),
             TaskProgressColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"),
         )
         with Progress(*columns, console=self.stderr, disable=not watched) as bars:
             tasks: dict[str, Any] = {}
 
-            def step(stage: str, done: int, total: int) -> None:
+            def step(stage: str, done: int, total: int, news: str = "") -> None:
                 if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=total)
+                    tasks[stage] = bars.add_task(stage, total=total, news="")
                 bars.update(tasks[stage], completed=done)
+                if news:
+                    bars.update(tasks[stage], news=news)
+                if news and not watched and not self.quiet and not self.as_json:
+                    print(f"{stage} {done}/{total}: {news}", file=sys.stderr, flush=True)
 
             yield step
 
@@ -85,6 +92,23 @@ class Out:
     def json(self, content: dict[str, Any]) -> None:
         if self.as_json:
             print(json.dumps(content, allow_nan=False))
+
+
+def show_quality(out: Out, report: dict[str, Any]) -> None:
+    """What was measured, and what uptraining did."""
+    quality = report.get("quality")
+    if quality:
+        out.table(f"on {quality['tokens']:,} tokens of {quality['data']}", *quality_table(report))
+    for line in uptraining_lines(report):
+        out.result(line)
+    out.result(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in report['seconds'].items())}")
+
+
+def show_loading(out: Out, report: dict[str, Any], folder: Path) -> None:
+    """Where to look, and how to go on."""
+    if report["uptraining"]["curve"]:
+        out.result(f"plot: {folder / RECOVERY}.png")
+    out.result(f'next: {auto_class(report)}.from_pretrained("{folder}", trust_remote_code=True)')
 
 
 def run_app(app: Any, name: str) -> NoReturn:

@@ -3,58 +3,34 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .. import __version__
-from ..checkpoint import Source, open_source
-from ..errors import InterruptedByUserError, RecipeError
+from ..checkpoint import open_source
+from ..errors import RecipeError
 from ..families import family_of
 from ..heads import METHODS, Partition
 from ..output import check_output
 from ..plan import AUTO, REFINE_STEPS, Calibration, Request, make_plan
-from ..recipe import Recipe, load_recipe
-from ..report import auto_class, calibration_lines, conversion_report, recovered, summary
-from .console import Out, run_app
+from ..recipe import load_recipe
+from ..report import calibration_lines, conversion_report, costs
+from .console import Out, run_app, show_loading, show_quality
+from .options import EXIT_CODES, TEXT, AsJson, Quiet, Verbose, Version, listing, make_app
 
-app = typer.Typer(
-    add_completion=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
+app = make_app()
 
-HEADS, CALIBRATE, SOURCE, OUTPUT, MEASURE, SAY = (
-    "Heads",
-    "Calibrate",
-    "Source",
-    "Output",
-    "Measure and uptrain",
-    "What is said",
-)
+HEADS, CALIBRATE, SOURCE, OUTPUT, MEASURE = "Heads", "Calibrate", "Source", "Output", "Measure and uptrain"
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"sqa-convert {__version__}")
-        raise typer.Exit
+def _list_methods() -> None:
+    print(f"{AUTO:10} try the best of these on calibration text, take what leaves the model nearest to the source")
+    for method in METHODS.values():
+        print(f"{method.name:10} {method.summary}\n{'':10} {method.source}")
 
 
-def _list_methods(wanted: bool) -> None:
-    if wanted:
-        print(f"{AUTO:10} try the best of these on calibration text, take what leaves the model nearest to the source")
-        for method in METHODS.values():
-            print(f"{method.name:10} {method.summary}\n{'':10} {method.source}")
-        raise typer.Exit
-
-
-@app.command(
-    epilog="Exit codes: 0 done · 1 unexpected · 2 usage, recipe, data or output · 3 source · "
-    "4 loss not finite · 130 interrupted."
-)
+@app.command(epilog=EXIT_CODES)
 def convert(
     model: Annotated[
         str,
@@ -82,11 +58,11 @@ def convert(
         typer.Option(rich_help_panel=HEADS, help="Instead of the two numbers: gqa, mqa, sqa, ssqa, xsqa, xsmqa, lsqa."),
     ] = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            rich_help_panel=HEADS, help="How heads are merged: auto tries the best on text; or see --list-methods."
+            rich_help_panel=HEADS, help="How heads are merged. Default: auto, the best on text; or see --list-methods."
         ),
-    ] = AUTO,
+    ] = None,
     partition: Annotated[
         str | None,
         typer.Option(
@@ -171,11 +147,17 @@ def convert(
             metavar="RECIPE", rich_help_panel=MEASURE, help="Then train: a recipe's name (quick) or a YAML file."
         ),
     ] = None,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control", rich_help_panel=MEASURE, help="Also train the source on the same tokens, for comparison."
+        ),
+    ] = False,
     data: Annotated[
         str | None,
         typer.Option(
             rich_help_panel=MEASURE,
-            help="Text: file, folder, glob, or hub data set ID[:CONFIG]. Default: Python's own standard library.",
+            help=TEXT,
         ),
     ] = None,
     no_evaluate: Annotated[
@@ -192,20 +174,18 @@ def convert(
     seed: Annotated[
         int | None, typer.Option(rich_help_panel=MEASURE, help="Of everything random. Default: the recipe's, or 0.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", rich_help_panel=SAY, help="One JSON object on stdout, nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=SAY, help="Only errors.")] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", rich_help_panel=SAY, help="Also what the libraries log.")
-    ] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, rich_help_panel=SAY, help="Show the version.")
-    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    version: Version = False,
     list_methods: Annotated[
         bool,
         typer.Option(
-            "--list-methods", callback=_list_methods, is_eager=True, rich_help_panel=HEADS, help="Show the methods."
+            "--list-methods",
+            callback=listing(_list_methods),
+            is_eager=True,
+            rich_help_panel=HEADS,
+            help="Show the methods.",
         ),
     ] = False,
 ) -> None:
@@ -223,18 +203,20 @@ def convert(
             "--no-calibration leaves no text for --calibration, --calibration-tokens, --refit or --refine-steps: "
             "leave out the one or the other"
         )
+    recipe = None if uptrain is None else load_recipe(uptrain, data=data, seed=seed, control=control or None)
+    if control and (recipe is None or no_evaluate):
+        raise RecipeError("--control belongs to --uptrain, and is measured: leave out --no-evaluate")
     request = Request(
         q_groups,
         kv_groups,
         variant,
-        method,
+        method or (recipe.method if recipe else "") or AUTO,
         None if no_calibration else fitting,
         partition,
         chosen_sites,
         dtype,
         max_shard_size,
     )
-    recipe = None if uptrain is None else load_recipe(uptrain, data=data, seed=seed)
 
     def accept(config: dict[str, Any]) -> None:
         partitions = request.partitions(config)
@@ -257,17 +239,20 @@ def convert(
 
     out.quieten_libraries()
     choose_device(device)
-    if recipe is not None or not no_evaluate:
-        check_data(recipe.data if recipe is not None else data)
+    if recipe is None and not no_evaluate:
+        check_data(data)
     if calibration is not None:
         check_data(calibration, "--calibration")
     with out.progress() as progress:
         if recipe is not None:
-            from ..uptraining import training_blocks
+            from ..training_data import training_data
 
             # What would stop the training shall stop it before anything is written.
-            few = recipe.sequence_length
-            training_blocks(str(source.folder), recipe, tokens=few, trust_remote_code=trust_remote_code)
+            first = training_data(
+                str(source.folder), recipe, tokens=recipe.sequence_length, trust_remote_code=trust_remote_code
+            )
+            if not no_evaluate:
+                first.held_out(choose_device(device))
         conversion = convert_to_folder(
             plan,
             source,
@@ -285,27 +270,19 @@ def convert(
         )
         report = conversion.report
         if recipe is not None:
-            report = _uptrain(target, recipe, source, device, not no_evaluate, trust_remote_code, progress)
+            from ..uptraining import uptrain as run_uptraining
+
+            report = run_uptraining(
+                target,
+                recipe,
+                source=str(source.folder),
+                device=device,
+                evaluate=not no_evaluate,
+                restart=overwrite,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
     _show(out, report, target, uptrained=recipe is not None)
-
-
-def _uptrain(
-    target: Path, recipe: Recipe, source: Source, device: str, evaluate: bool, trust: bool, progress: Any
-) -> dict[str, Any]:
-    from ..uptraining import uptrain
-
-    try:
-        return uptrain(
-            target,
-            recipe,
-            source=str(source.folder),
-            device=device,
-            evaluate=evaluate,
-            trust_remote_code=trust,
-            progress=progress,
-        )
-    except KeyboardInterrupt as error:
-        raise InterruptedByUserError(f"interrupted; {target} holds the converted model, not uptrained") from error
 
 
 def _default_output(model: str, partitions: dict[str, Partition]) -> Path:
@@ -324,7 +301,7 @@ def _show_plan(out: Out, plan: Any, report: dict[str, Any]) -> None:
         for file, tensors in plan.shards.items()
     }
     out.json(report | {"shards": shards})
-    out.table(f"{report['source']['name']} → {report['output']} (not written)", *summary(report))
+    out.table(f"{report['source']['name']} → {report['output']} (not written)", *costs(report))
     for file, tensors in plan.shards.items():
         out.result(f"{file}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:,.1f} MB")
         if out.verbose:
@@ -334,21 +311,14 @@ def _show_plan(out: Out, plan: Any, report: dict[str, Any]) -> None:
 
 def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> None:
     out.json(report)
-    out.table(f"{report['source']['name']} → {target}", *summary(report))
+    out.table(f"{report['source']['name']} → {target}", *costs(report))
     for line in calibration_lines(report):
         out.result(line)
-    quality = report.get("quality")
-    if quality:
-        out.result(f"measured on {quality['tokens']:,} tokens of {quality['data']}")
-        shares = {key: recovered(quality, key) for key in ("loss", "kl")}
-        if uptrained and all(share is not None for share in shares.values()):
-            out.result(f"uptraining took back {shares['loss']:.1%} of the loss and {shares['kl']:.1%} of the KL")
-    out.result(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in report['seconds'].items())}")
-    if uptrained or not quality:
-        out.result(f'next: {auto_class(report)}.from_pretrained("{target}", trust_remote_code=True)')
+    show_quality(out, report)
+    if uptrained:
+        show_loading(out, report, target)
     else:
-        again = [*sys.argv[1:], *([] if "--overwrite" in sys.argv else ["--overwrite"]), "--uptrain", "quick"]
-        out.result(f"next: sqa-convert {shlex.join(again)}")
+        out.result(f"next: sqa-uptrain {shlex.quote(str(target))}")
 
 
 def main() -> None:

@@ -1,0 +1,187 @@
+"""Token blocks and training batches: packing, T5's span corruption, pairs of source and target."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .distill import IGNORED
+from .errors import DataError
+
+NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0  # T5's span corruption (Raffel et al., arXiv 1910.10683, section 3.3.4)
+
+
+def token_stream(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tensor]:
+    """Documents, each closed by the end-of-text token, packed into int64 blocks (length,); a rest is dropped."""
+    tokens = array("i")
+    for text in texts:
+        tokens.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if tokenizer.eos_token_id is not None:
+            tokens.append(tokenizer.eos_token_id)
+        whole = len(tokens) // length * length
+        if whole:
+            yield from torch.frombuffer(tokens[:whole], dtype=torch.int32).long().view(-1, length)
+            tokens = tokens[whole:]
+
+
+def token_blocks(
+    texts: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    max_tokens: int | None = None,
+    name: str = "the data",
+    flag: str = "--data",
+) -> Tensor:
+    """The blocks of `token_stream` as (n, length), of at most `max_tokens`.
+
+    Raises:
+        DataError: the documents do not fill one block.
+    """
+    most = None if max_tokens is None else max(1, max_tokens // length)
+    blocks = list(islice(token_stream(texts, tokenizer, length), most))
+    if not blocks:
+        raise DataError(f"{name} holds less than one block of {length} tokens: give more with {flag}")
+    return torch.stack(blocks)
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """T5's objective: spans of tokens replaced by sentinels, the target being the spans (arXiv 1910.10683, 3.1.4).
+
+    All rows of one call have equal length, so nothing is ever padded.
+    """
+
+    sentinels: tuple[int, ...]
+    eos: int
+    noise_density: float = NOISE_DENSITY
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> SpanCorruption:
+        """Raises DataError when the tokenizer has no `<extra_id_0>` … sentinels."""
+        known = tokenizer.get_vocab()
+        names = ("<extra_id_{}>", "▁<extra_id_{}>")  # T5; mT5's sentencepiece model
+        for pattern in names:
+            sentinels = tuple(known[pattern.format(i)] for i in range(100) if pattern.format(i) in known)
+            if sentinels:
+                return cls(sentinels, tokenizer.eos_token_id)
+        raise DataError("the tokenizer has no <extra_id_0> … sentinel tokens, which span corruption needs")
+
+    def __call__(
+        self, tokens: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Corrupts (B, T) tokens; returns encoder inputs (B, T - noise + spans + 1), labels (B, noise + spans + 1).
+
+        With a generator for each row what happens to a row does not depend on the rows beside it.
+        """
+        batch, length = tokens.shape
+        noise = min(max(round(length * self.noise_density), 1), length - 1)
+        spans = min(max(round(noise / MEAN_SPAN), 1), length - noise, len(self.sentinels))
+        kept_lengths = _random_partition(batch, length - noise, spans, generator)  # (B, spans), kept before each span
+        span_lengths = _random_partition(batch, noise, spans, generator)
+        starts = (kept_lengths + span_lengths).cumsum(1) - span_lengths  # (B, spans), where each span begins
+        position = torch.arange(length).expand(batch, -1)
+        is_start = torch.zeros(batch, length, dtype=torch.long).scatter_(1, starts, 1)
+        span_of = is_start.cumsum(1) - 1  # (B, T), the last span begun
+        in_span = (span_of >= 0) & (position < (starts + span_lengths).gather(1, span_of.clamp(min=0)))
+
+        sentinel = torch.tensor(self.sentinels)[:spans]
+        eos = torch.full((batch, 1), self.eos)
+        corrupted = torch.where(is_start.bool(), sentinel[span_of.clamp(min=0)], tokens)
+        inputs = corrupted[~in_span | is_start.bool()].view(batch, -1)
+        # In the target each span's tokens follow its sentinel: span s shifts its tokens right by s + 1.
+        labels = torch.empty(batch, noise + spans, dtype=tokens.dtype)
+        before = span_lengths.cumsum(1) - span_lengths + torch.arange(spans)
+        labels.scatter_(1, before, sentinel.expand(batch, -1))
+        is_token = torch.ones_like(labels, dtype=torch.bool).scatter_(1, before, False)
+        labels[is_token] = tokens[in_span]
+        return torch.cat([inputs, eos], 1), torch.cat([labels, eos], 1)
+
+
+def _random_partition(
+    batch: int, total: int, parts: int, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> Tensor:
+    """(batch, parts) positive integers, each row summing to `total`, uniform over all such rows."""
+    if generator is None or isinstance(generator, torch.Generator):
+        drawn = torch.rand(batch, total - 1, generator=generator)
+    else:
+        drawn = torch.stack([torch.rand(total - 1, generator=own) for own in generator])
+    cuts = drawn.argsort(1)[:, : parts - 1].sort(1).values + 1
+    edge = torch.zeros(batch, 1, dtype=torch.long)
+    return torch.cat([edge, cuts, edge + total], 1).diff(dim=1)
+
+
+class Rows(torch.utils.data.Dataset):
+    """A number of rows: what there is, from the beginning again when that is fewer, each with a number of its own."""
+
+    def __init__(self, rows: Sequence[Any], length: int) -> None:
+        self.rows, self.length = rows, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.rows[index % len(self.rows)]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Numbered rows in the order they come, from the first again after the last; for more than memory holds."""
+
+    def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
+        self.begin = begin
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(chain.from_iterable(self.begin() for _ in count()))
+
+
+@dataclass(frozen=True)
+class CausalCollator:
+    """Blocks to a batch for a decoder-only model; labels are the inputs, a model shifts them."""
+
+    end_of_text: int | None = None
+    """where given, no document is attended to from the next one in a block, and positions start again with each"""
+
+    def __call__(self, rows: Sequence[tuple[int, Tensor]]) -> dict[str, Tensor]:
+        tokens = torch.stack([block for _, block in rows])  # (B, T)
+        labels = tokens.clone()
+        labels[:, 0] = IGNORED
+        batch = {"input_ids": tokens, "labels": labels}
+        if self.end_of_text is not None:
+            position = torch.arange(tokens.shape[1]).expand_as(tokens)
+            begins = nn.functional.pad(tokens[:, :-1] == self.end_of_text, (1, 0))
+            batch["position_ids"] = position - (position * begins).cummax(1).values
+        return batch
+
+
+@dataclass(frozen=True)
+class SpanCollator:
+    """Blocks to a batch for an encoder-decoder, by span corruption; what happens to a row depends on its number."""
+
+    corrupt: SpanCorruption
+    seed: int
+
+    def __call__(self, rows: Sequence[tuple[int, Tensor]]) -> dict[str, Tensor]:
+        own = [torch.Generator().manual_seed((self.seed << 40) + number) for number, _ in rows]
+        inputs, labels = self.corrupt(torch.stack([block for _, block in rows]), own)
+        return {"input_ids": inputs, "labels": labels}
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Pairs of source and target tokens to a padded batch; padding is neither attended to nor predicted."""
+
+    padding: int
+
+    def __call__(self, rows: Sequence[tuple[int, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+        pairs = [pair for _, pair in rows]
+        pad = nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad([source for source, _ in pairs], batch_first=True, padding_value=self.padding),
+            "attention_mask": pad([torch.ones_like(source) for source, _ in pairs], batch_first=True),
+            "labels": pad([target for _, target in pairs], batch_first=True, padding_value=IGNORED),
+        }

@@ -1,0 +1,111 @@
+"""sqa-eval: how well a model predicts, and how near it is to another."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import QualityError, RecipeError
+from .console import Out, run_app
+from .options import (
+    EXIT_CODES,
+    TEXT,
+    AsJson,
+    Device,
+    Quiet,
+    TrustRemoteCode,
+    Verbose,
+    Version,
+    make_app,
+)  # fmt: skip
+
+app = make_app()
+
+
+@app.command(epilog=EXIT_CODES)
+def evaluate_command(
+    model: Annotated[str, typer.Argument(metavar="FOLDER", help="Converted or not: a folder, hub id or sample.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="To compare with. Default: what FOLDER was converted from."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=TEXT + " Its held-out part is used.")] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", min=64, help="Tokens of text.")] = 16384,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Texts that both models go on with.")] = 2,
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="X", help="Exit with code 4 if KL(against || FOLDER) is larger, nats/token.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness, or a YAML file (extra: sqa-convert[eval])."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Examples of each task.")] = None,
+    seed: Annotated[int, typer.Option(help="Of span corruption.")] = 0,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    version: Version = False,
+) -> None:
+    """Loss, perplexity, KL and agreement of a model on held-out text, beside the model it was made from.
+
+    [bold]sqa-eval gpt2-sqa-q8kv4 --max-kl 0.05[/bold]
+    """
+    out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
+    from ..checkpoint import resolve
+    from ..evaluation import compare, prepare
+    from ..output import REPORT
+    from ..report import quality_rows, read_report
+
+    out.quieten_libraries()
+    folder, revision = resolve(model), None
+    if against is None and (folder / REPORT).is_file():
+        source = read_report(folder)["source"]
+        against, revision = source["name"], source["revision"]
+    if max_kl is not None and against is None:
+        raise RecipeError("--max-kl needs a model to compare with: give --against")
+    models = ({} if against is None else {"against": resolve(against, revision)}) | {"model": folder}
+    names = {"against": against or "", "model": model}
+    with out.progress() as progress:
+        held_out = prepare(folder, data, tokens=tokens, device=device, seed=seed, trust_remote_code=trust_remote_code)
+        quality = compare(models, held_out, trust_remote_code=trust_remote_code, progress=progress)
+        texts = []
+        if samples:
+            from ..generation import continuations
+
+            texts = continuations(models, held_out, samples, trust_remote_code=trust_remote_code)
+        scores = None
+        if tasks is not None:
+            from ..tasks import run_tasks
+
+            scores = {
+                name: run_tasks(path, tasks, held_out.device, limit, trust_remote_code) for name, path in models.items()
+            }
+    result = {"schema": 1, "models": {k: names[k] for k in models}, "quality": quality, "samples": texts}
+    out.json(result if scores is None else result | {"tasks": scores})
+    out.table(
+        f"on {quality['tokens']:,} tokens of {quality['data']}",
+        *quality_rows({names[k]: quality[k] for k in models}),
+    )
+    for text in texts:
+        out.result(f"\n[given] {text['given']}")
+        for name in models:
+            out.result(f"[{names[name]}] {text[name]}")
+    if scores is not None:
+        rows = sorted({key for found in scores.values() for key in found})
+        out.table(
+            "tasks", ["", *(names[k] for k in models)], [(r, *(f"{scores[k][r]:.4f}" for k in models)) for r in rows]
+        )
+    if max_kl is not None and quality["model"]["kl"] > max_kl:
+        raise QualityError(f"KL {quality['model']['kl']:.4f} to {against} is more than --max-kl {max_kl:g}")
+
+
+def main() -> None:
+    """Entry point of `sqa-eval`."""
+    run_app(app, "sqa-eval")
+
+
+if __name__ == "__main__":
+    main()

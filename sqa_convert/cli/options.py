@@ -1,0 +1,56 @@
+"""Flags that several commands have, and what they mean everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+
+SAY = "What is said"
+EXIT_CODES = (
+    "Exit codes: 0 done · 1 unexpected · 2 usage, recipe, data or output · 3 source · 4 a quality gate · "
+    "130 interrupted · 143 terminated."
+)
+TEXT = "Text: file, folder, glob, or hub data set ID[:CONFIG]. Default: Python's own standard library."
+
+
+def make_app() -> typer.Typer:
+    """A command of this package."""
+    return typer.Typer(
+        add_completion=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+    )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sqa-convert {__version__}")
+        raise typer.Exit
+
+
+def listing(show: Callable[[], Any]) -> Callable[[bool], None]:
+    """A flag's callback that shows something and stops."""
+
+    def callback(wanted: bool) -> None:
+        if wanted:
+            show()
+            raise typer.Exit
+
+    return callback
+
+
+AsJson = Annotated[bool, typer.Option("--json", rich_help_panel=SAY, help="One JSON object on stdout, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=SAY, help="Only errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", rich_help_panel=SAY, help="Also what the libraries log.")]
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, rich_help_panel=SAY, help="Show the version.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code that the source brings along run. Default: never.")
+]

@@ -1,0 +1,122 @@
+"""sqa-uptrain: a converted model in, the same model closer to its source out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import RecipeError
+from ..recipe import dump_recipe, load_recipe, recipe_names, summary
+from .console import Out, run_app, show_loading, show_quality
+from .options import (
+    EXIT_CODES,
+    TEXT,
+    AsJson,
+    Device,
+    Quiet,
+    TrustRemoteCode,
+    Verbose,
+    Version,
+    listing,
+    make_app,
+)  # fmt: skip
+
+app = make_app()
+
+
+def _list_recipes() -> None:
+    for name in recipe_names():
+        print(f"{name:14} {summary(name)}")
+
+
+@app.command(epilog=EXIT_CODES)
+def uptrain_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Made by sqa-convert; it is trained in place.")],
+    recipe: Annotated[
+        str, typer.Option(metavar="RECIPE", help="A recipe's name (see --list-recipes) or a YAML file.")
+    ] = "quick",
+    source: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The unconverted model. Default: as the report names it.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=TEXT + " Instead of the recipe's.")] = None,
+    tokens: Annotated[int | None, typer.Option(metavar="N", help="Instead of the recipe's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the recipe's.")] = None,
+    loss: Annotated[str | None, typer.Option(help="kl, ce or mix, instead of the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train the source on the same tokens, for comparison.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped, by its recipe.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw such a run away and begin again.")] = False,
+    no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Do not measure loss and KL.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the recipe as it would run, and stop.")] = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    version: Version = False,
+    list_recipes: Annotated[
+        bool,
+        typer.Option("--list-recipes", callback=listing(_list_recipes), is_eager=True, help="Show the recipes."),
+    ] = False,
+) -> None:
+    """Train a converted model for a while, towards the model it was made from.
+
+    [bold]sqa-uptrain gpt2-sqa-q8kv4 --recipe gpt2-small --control[/bold]
+
+    Several GPUs: [bold]torchrun --nproc-per-node 8 -m sqa_convert.cli.uptrain FOLDER …[/bold]
+    """
+    out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
+    changes = {
+        "data": data,
+        "tokens": tokens,
+        "learning_rate": learning_rate,
+        "loss": loss,
+        "seed": seed,
+        "control": control or None,
+    }
+    if resume and (given := [f"--{k.replace('_', '-')}" for k, v in changes.items() if v is not None]):
+        raise RecipeError(f"--resume goes on with the recipe of the stopped run: leave out {', '.join(given)}")
+    settings = load_recipe(recipe, **changes)
+    if dry_run:
+        from ..report import read_report
+
+        read_report(folder)
+        out.json({"schema": 1, "recipe": dataclasses.asdict(settings), "steps": settings.steps})
+        out.result(dump_recipe(settings) + f"# {settings.steps:,} steps of {settings.tokens_per_step:,} tokens")
+        return
+    from ..training import is_first
+    from ..uptraining import uptrain
+
+    out = Out(as_json=as_json, quiet=quiet or not is_first(), verbose=verbose)  # of many processes one speaks
+    out.quieten_libraries()
+    with out.progress() as progress:
+        report = uptrain(
+            folder,
+            settings,
+            source=source,
+            device=device,
+            evaluate=not no_evaluate,
+            resume=resume,
+            restart=restart,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if not is_first():
+        return
+    out.json(report)
+    show_quality(out, report)
+    show_loading(out, report, folder)
+
+
+def main() -> None:
+    """Entry point of `sqa-uptrain`."""
+    run_app(app, "sqa-uptrain")
+
+
+if __name__ == "__main__":
+    main()

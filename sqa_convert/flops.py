@@ -1,0 +1,42 @@
+"""Floating point operations: what a training step needs, and what a GPU can do."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+_BFLOAT16 = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+"""FLOP/s of dense bfloat16 products, by part of the name; the vendor's data sheets"""
+
+
+def peak_flops(device: torch.device, count: int = 1) -> float | None:
+    """What `count` such GPUs can do in bfloat16, FLOP/s; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * count for part, peak in _BFLOAT16.items() if part in name), None)
+
+
+def training_flops(model: Any, batch: dict[str, Tensor]) -> int:
+    """Of a forward and a backward pass, which costs twice as much: products of matrices, a multiply and an add each.
+
+    Counted by torch on the meta device with the plain attention, so no kernel hides any.
+    """
+    config = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        clone = type(model)._from_config(config, attn_implementation="eager")
+    tokens = batch["input_ids"].to("meta")
+    # Without a mask a decoder-only model looks into its position ids for the ends of documents: meta has no values.
+    more = {"attention_mask": torch.ones_like(tokens)}
+    if config.is_encoder_decoder:
+        more = {"labels": batch["labels"].to("meta")}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        clone(tokens, **more, use_cache=False)
+    return 3 * int(counter.get_total_flops())

@@ -1,0 +1,73 @@
+"""What models write: side by side for reading, and against wanted answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .distill import IGNORED
+from .evaluation import HeldOut, load_model, load_tokenizer
+
+GIVEN = 32
+"""tokens a decoder-only model goes on from"""
+WRITTEN = 48
+"""tokens of an answer"""
+
+
+@torch.no_grad()
+def continuations(
+    models: Mapping[str, Path], held_out: HeldOut, count: int, *, trust_remote_code: bool = False
+) -> list[dict[str, str]]:
+    """Greedy continuations of held-out text; of an encoder-decoder, what it fills the gaps with.
+
+    Returns:
+        For each of `count` texts {"given": the text, and per model its answer}.
+    """
+    rows = [row for batch in held_out.batches for row in batch["input_ids"]][:count]
+    texts: list[dict[str, str]] = [{} for _ in rows]
+    for name, folder in models.items():
+        tokenizer: Any = load_tokenizer(folder, trust_remote_code)
+        model: Any = load_model(folder, trust_remote_code=trust_remote_code).to(held_out.device)
+        whole = model.config.is_encoder_decoder
+        for text, row in zip(texts, rows, strict=True):
+            given = (row if whole else row[:GIVEN])[None].to(held_out.device)
+            written = model.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=WRITTEN,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id or 0,
+            )[0]
+            text["given"] = tokenizer.decode(given[0])
+            text[name] = tokenizer.decode(written if whole else written[given.shape[1] :])
+    return texts
+
+
+@torch.no_grad()
+def answer_scores(model: Any, tokenizer: Any, held_out: HeldOut) -> dict[str, float]:
+    """Greedy answers to the sources of pairs against their targets, as shares from 0 to 1.
+
+    Returns:
+        "exact_match", of stripped texts; and where the package rouge-score is installed the F-measures "rouge1",
+        "rouge2", "rougeL".
+    """
+    wanted, given = [], []
+    for batch in held_out.batches:
+        inputs = {name: tensor.to(held_out.device) for name, tensor in batch.items() if name != "labels"}
+        written = model.generate(**inputs, max_new_tokens=batch["labels"].shape[1], do_sample=False)
+        given += tokenizer.batch_decode(written, skip_special_tokens=True)
+        targets = batch["labels"].masked_fill(batch["labels"] == IGNORED, tokenizer.pad_token_id)
+        wanted += tokenizer.batch_decode(targets, skip_special_tokens=True)
+    pairs = [(want.strip(), answer.strip()) for want, answer in zip(wanted, given, strict=True)]
+    scores = {"exact_match": sum(want == answer for want, answer in pairs) / len(pairs)}
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return scores
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(names, use_stemmer=True)
+    found = [scorer.score(want, answer) for want, answer in pairs]
+    return scores | {name: sum(score[name].fmeasure for score in found) / len(found) for name in names}

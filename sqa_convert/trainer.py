@@ -1,0 +1,185 @@
+"""`transformers.Trainer` with the losses of uptraining, held-out measurements, and stops that lose nothing."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from .distill import Targets, aligned_labels, distillation_loss, instead_of_logits
+from .errors import QualityError
+from .evaluation import HeldOut, Predictions, measure, predict
+
+COMPLETE = "complete"
+"""a file of each checkpoint, written last: one without it was cut off and is not resumed from"""
+_LOOKED_AT = 10  # steps between two looks at whether the loss is a number; each makes a GPU wait
+
+Said = Callable[[int, int, str], None]
+"""(steps done, steps there are, news at an evaluation or "")"""
+
+
+class UptrainingTrainer(Trainer):
+    """Trains towards a frozen teacher, the text, or both; `evaluate` measures on held-out text.
+
+    Args:
+        teacher: the unconverted model; None trains on the text alone.
+        ce: weight of the cross-entropy, 0 … 1; the rest is that of KL(teacher || model).
+        held_out: what `evaluate` measures on; None never measures.
+        flops: of the model's own work for one token, forward and backward; None leaves MFU out.
+        peak: FLOP/s that all devices together can do; None likewise.
+        said: called after each step.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Any = None,
+        ce: float,
+        held_out: HeldOut | None = None,
+        expected: Predictions | None = None,
+        tokens_per_step: int,
+        flops: float | None = None,
+        peak: float | None = None,
+        said: Said = lambda done, total, news: None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.teacher: Any = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        self.ce, self.held_out, self.expected = ce, held_out, expected
+        self.tokens_per_step, self.flops, self.peak, self.said = tokens_per_step, flops, peak, said
+        self.curve: list[dict[str, float]] = []
+        # Our loss is a sum divided by the predictions of all micro-batches of all processes, which are counted so.
+        self.model_accepts_loss_kwargs = True
+        self.watch = _Watch(self)
+        self.add_callback(self.watch)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean loss of a micro-batch, weighted so that a step's mean over all its predictions comes out."""
+        inputs = dict(inputs)
+        unwrapped = self.accelerator.unwrap_model(model)
+        labels = inputs.pop("labels")
+        if unwrapped.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = unwrapped.prepare_decoder_input_ids_from_labels(labels)
+        inputs["use_cache"] = False
+        labels = aligned_labels(labels, unwrapped.config.is_encoder_decoder)
+        targets = Targets(labels)
+        if self.ce < 1:
+            with torch.no_grad(), instead_of_logits(self.teacher, lambda hidden, weight: hidden):
+                hidden = self.teacher(**inputs).logits
+            targets = Targets(labels, hidden, self.teacher.get_output_embeddings().weight)
+        with instead_of_logits(unwrapped, lambda hidden, weight: distillation_loss(hidden, weight, targets, self.ce)):
+            outputs = model(**inputs)
+        count = (labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = outputs.logits / count
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.last_loss = super().training_step(*args, **kwargs)
+        return self.last_loss
+
+    def check_finite(self) -> None:
+        """Raises QualityError when loss or weights are not finite; nothing that is not finite is ever saved."""
+        weights = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        levels = torch.stack([self.last_loss, *(norm.to(self.last_loss) for norm in torch._foreach_norm(weights))])
+        if not torch.isfinite(levels).all():
+            raise QualityError(f"loss or weights are not finite at step {self.state.global_step}: lower learning_rate")
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Loss, KL and agreement on the held-out text; every process measures all of it."""
+        assert self.held_out is not None
+        start = time.perf_counter()
+        quality = measure(predict(self.model, self.held_out), self.expected)
+        tokens = self.state.global_step * self.tokens_per_step
+        metrics = {"loss": quality.loss} | ({} if quality.kl is None else {"kl": quality.kl, "top1": quality.top1})
+        self.curve = [point for point in self.curve if point["tokens"] < tokens]
+        self.curve.append({"tokens": tokens} | {key: round(value, 6) for key, value in metrics.items()})
+        named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        self.log(named)
+        self.watch.aside += time.perf_counter() - start
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        super()._save_checkpoint(*args, **kwargs)
+        self.watch.aside += time.perf_counter() - start
+
+
+class _Watch(TrainerCallback):
+    """Says how it goes, stops on a loss that is no number, and on Ctrl-C after the step, with a checkpoint."""
+
+    def __init__(self, trainer: UptrainingTrainer) -> None:
+        self.trainer = trainer
+        self.interrupted = False
+        self.start, self.first = time.perf_counter(), 0
+        self.aside = 0.0
+        """seconds spent on measuring and saving"""
+        self.before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer.curve = [
+            {"tokens": entry["step"] * trainer.tokens_per_step}
+            | {key.removeprefix("eval_"): round(entry[key], 6) for key in entry if key.startswith("eval_")}
+            for entry in state.log_history
+            if "eval_loss" in entry
+        ]
+        self.start, self.first, self.aside = time.perf_counter(), state.global_step, 0.0
+
+        def interrupt(number: int, frame: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        try:
+            self.before = signal.signal(signal.SIGINT, interrupt)
+        except ValueError:  # not in the main thread, where no signal arrives
+            self.before = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+            self.before = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = args.save_strategy != "no"
+            control.should_training_stop = True
+        if state.global_step % _LOOKED_AT == 0 or control.should_save or control.should_evaluate:
+            self.trainer.check_finite()
+        self.trainer.said(state.global_step, state.max_steps, "")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        trainer = self.trainer
+        parts = [f"loss {metrics['eval_loss']:.4f}"]
+        if "eval_kl" in metrics:
+            parts.append(f"KL {metrics['eval_kl']:.4f}")
+        speed = self.tokens_per_second(state.global_step)
+        if speed:
+            parts.append(f"{speed:,.0f} tokens/s")
+            if trainer.flops and trainer.peak:
+                parts.append(f"MFU {speed * trainer.flops / trainer.peak:.1%}")
+        trainer.said(state.global_step, state.max_steps, " · ".join(parts))
+
+    def tokens_per_second(self, step: int) -> float:
+        """Of training, since this process began; 0 before the first step."""
+        done = (step - self.first) * self.trainer.tokens_per_step
+        return done / (time.perf_counter() - self.start - self.aside) if done else 0.0
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()

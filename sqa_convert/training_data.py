@@ -1,0 +1,129 @@
+"""What a recipe trains on and is measured on: rows, how they become batches, and held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import (
+    CausalCollator,
+    PairCollator,
+    Rows,
+    SpanCollator,
+    SpanCorruption,
+    Stream,
+    token_blocks,
+    token_stream,
+)
+from .data import Split, documents, pairs
+from .errors import DataError
+from .evaluation import HeldOut, check_vocabulary, load_config, load_tokenizer, prepare
+from .recipe import Recipe
+
+MOST_HELD = 200_000_000
+"""tokens of text kept in memory and shuffled; of more, blocks come as they are read"""
+HELD_OUT_PAIRS = 256
+_BATCH = 32  # pairs measured at a time
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Rows of a recipe's data, and what makes batches of them."""
+
+    tokenizer: Any
+    content: Sequence[Any]
+    """token blocks (n, T), or pairs of source and target tokens"""
+    collate: Callable[[Sequence[tuple[int, Any]]], dict[str, Tensor]]
+    held_out: Callable[[torch.device], HeldOut]
+    """the held-out part of the same data, on a device"""
+
+    stream: Callable[[], Iterator[Any]] | None = None
+    """all of the rows, where `content` holds only the first"""
+
+    def rows(self, count: int) -> Rows | Stream:
+        """`count` rows or more, from the first again when there are fewer."""
+        return Rows(self.content, count) if self.stream is None else Stream(self.stream)
+
+    def example(self) -> dict[str, Tensor]:
+        """One row as a batch."""
+        return self.collate([Rows(self.content, 1)[0]])
+
+
+def training_data(
+    folder: str | Path, settings: Recipe, *, tokens: int | None = None, trust_remote_code: bool = False
+) -> TrainingData:
+    """The data of a recipe.
+
+    Args:
+        folder: source or result; they share tokenizer and vocabulary.
+        tokens: read no more than this, to see whether a recipe can be run at all.
+
+    Raises:
+        CheckpointError, DataError: the tokenizer does not load, there is too little data, or they do not fit the model.
+    """
+    config = load_config(folder, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code, without="training needs one")
+    if settings.pairs:
+        return _pairs(config, tokenizer, settings, tokens)
+    longest = settings.sequence_length if config.is_encoder_decoder else config.n_positions
+    if settings.sequence_length > longest:
+        raise DataError(f"sequence_length {settings.sequence_length} is more than the model's {longest} positions")
+    length, wanted = settings.sequence_length, tokens or settings.tokens
+    streamed = wanted > MOST_HELD
+    texts = documents(settings.data, "train")
+    blocks = token_blocks(texts, tokenizer, length, length if streamed else wanted, settings.data)
+    corrupt = SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None
+    check_vocabulary(blocks, config.vocab_size, corrupt)
+
+    def stream() -> Iterator[Tensor]:
+        for block in token_stream(documents(settings.data, "train"), tokenizer, length):
+            check_vocabulary(block, config.vocab_size, None)
+            yield block
+
+    end = tokenizer.eos_token_id if settings.separate_documents else None
+
+    def held_out(device: torch.device) -> HeldOut:
+        return prepare(
+            folder, settings.data, device=str(device), seed=settings.seed, trust_remote_code=trust_remote_code
+        )
+
+    collate = SpanCollator(corrupt, settings.seed) if corrupt else CausalCollator(end)
+    return TrainingData(tokenizer, blocks, collate, held_out, stream if streamed else None)
+
+
+def _pairs(config: Any, tokenizer: Any, settings: Recipe, tokens: int | None) -> TrainingData:
+    if not config.is_encoder_decoder:
+        raise DataError("source_column and target_column are for encoder-decoder models; this one is decoder-only")
+    if tokenizer.pad_token_id is None:
+        raise DataError("the tokenizer has no padding token, which pairs need")
+    collate = PairCollator(tokenizer.pad_token_id)
+    limit = {"truncation": True, "max_length": settings.sequence_length}
+
+    def read(split: Split, most: int) -> list[tuple[Tensor, Tensor]]:
+        found = pairs(settings.data, settings.source_column, settings.target_column, split)
+        rows = [
+            (
+                torch.tensor(tokenizer(settings.prefix + source, **limit)["input_ids"]),
+                torch.tensor(tokenizer(text_target=target, **limit)["input_ids"]),
+            )
+            for source, target in islice(found, most)
+        ]
+        if not rows:
+            raise DataError(f"--data {settings.data}: no pairs in its {split} part")
+        check_vocabulary(torch.cat([ids for pair in rows for ids in pair]), config.vocab_size, None)
+        return rows
+
+    def held_out(device: torch.device) -> HeldOut:
+        rows = list(enumerate(read("heldout", HELD_OUT_PAIRS)))
+        batches = [collate(rows[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
+        count = sum(len(target) for _, (_, target) in rows)
+        return HeldOut(batches, f"{settings.data}, held-out part, {len(rows)} pairs", count, device)
+
+    content = read("train", max(1, (tokens or settings.tokens) // settings.sequence_length))
+    return TrainingData(tokenizer, content, collate, held_out)

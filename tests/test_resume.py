@@ -1,0 +1,96 @@
+"""Runs that are stopped from outside, and runs of several processes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import plain_convert as convert
+from safetensors.torch import load_file
+
+from sqa_convert.report import read_report
+
+UPTRAIN = [sys.executable, "-m", "sqa_convert.cli.uptrain"]
+RECIPE = "tokens: 2_048\nsequence_length: 32\nbatch_size: 4\nlearning_rate: 1.0e-3\nevaluations: 4\n"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two copies of a converted model, and a recipe of 16 steps."""
+
+    def make(name):
+        (tmp_path / "recipe.yaml").write_text(RECIPE)
+        convert(f"sample:{name}", 6, 2, output=tmp_path / "one")
+        shutil.copytree(tmp_path / "one", tmp_path / "two")
+        return tmp_path / "one", tmp_path / "two"
+
+    return make
+
+
+def start(folder, *flags, launcher=(), seconds=240, **options):
+    command = [*launcher, *(UPTRAIN[1:] if launcher else UPTRAIN), folder, *flags, "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder.parent, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process):
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return err
+
+
+def wait_for(pattern, folder, process):
+    end = time.monotonic() + 120
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.005)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_run_killed_and_resumed_ends_bit_for_bit_where_an_uninterrupted_one_does(folders):
+    one, two = folders("t5")
+    finish(start(one, "--recipe", "recipe.yaml", "--quiet"))
+    killed = start(two, "--recipe", "recipe.yaml", "--quiet")
+    wait_for("two.uptraining/uptrain/checkpoint-4/complete", two.parent, killed)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    before = weights(two)
+    assert read_report(two).get("uptraining") is None
+    finish(start(two, "--resume", "--quiet"))
+    expected, found = weights(one), weights(two)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert any(not torch.equal(before[name], found[name]) for name in found)
+    curves = [[{**point} for point in read_report(folder)["uptraining"]["curve"]] for folder in (one, two)]
+    assert curves[0] == curves[1]
+    assert sorted(p.name for p in two.parent.iterdir()) == ["one", "recipe.yaml", "two"]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folders):
+    one, _ = folders("gpt2")
+    process = start(one, "--recipe", "recipe.yaml", "--tokens", "2_000_000".replace("_", ""), "--no-evaluate")
+    wait_for("one.uptraining/uptrain", one.parent, process)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume" in err or "still the converted model" in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: interrupted") and last.count("error:") == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_two_processes_train_as_one_does(name, folders):
+    one, two = folders(name)
+    finish(start(one, "--recipe", "recipe.yaml", "--quiet"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finish(start(two, "--recipe", "recipe.yaml", "--quiet", launcher=launcher))
+    quality = [read_report(folder)["quality"]["uptrained"] for folder in (one, two)]
+    assert quality[0]["loss"] == pytest.approx(quality[1]["loss"], abs=1e-4)
+    assert quality[0]["kl"] == pytest.approx(quality[1]["kl"], abs=1e-4)
