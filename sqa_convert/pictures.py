@@ -49,60 +49,44 @@ def heads_picture(groups: Any, kind: str) -> str:
     )
 
 
-def similarity_picture(sites: list[dict[str, Any]]) -> str:
-    """How alike the source's heads are, a row a site: patterns on the left, output maps on the right.
+def similarity_picture(sites: list[dict[str, Any]], kind: str = "svg") -> bytes:
+    """How alike the source's heads are: a row a site, patterns on the left, output maps on the right.
 
-    Heads stand in the order of their groups; a frame goes around each key/value group, a thicker one around each
+    Heads stand in the order of their groups; a thin frame goes around each key/value group, a thick one around each
     cluster.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     shown = [site for site in sites if "similarity" in site]
     shown = shown[:: -(-len(shown) // _MOST_SHOWN)]
-    heads = sum(len(cluster) for group in shown[0]["partition"] for cluster in group)
-    cell = max(6, min(18, 260 // heads))
-    side, left, top, gap = cell * heads, 96, 48, 28
     names = list(shown[0]["similarity"])
-    width, height = left + (side + gap) * len(names), top + (side + gap) * len(shown)
-    title = "How alike the source's heads are: grouped heads are framed"
-    parts = [f'<text x="4" y="18" fill="#777">{title}</text>']
-    parts += [f'<text x="{left + i * (side + gap)}" y="38" fill="#777">{name}</text>' for i, name in enumerate(names)]
-    for row, site in enumerate(shown):
-        y = top + row * (side + gap)
-        label = f"{site['kind']} {site['layer']}"
-        parts.append(f'<text x="4" y="{y + side / 2:g}" fill="#777">{label}</text>')
-        for i, name in enumerate(names):
-            parts.append(_heat_map(site["similarity"][name], site["partition"], left + i * (side + gap), y, cell))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{title}" '
-        f'font-family="system-ui,sans-serif" font-size="13"><title>{title}</title>{"".join(parts)}</svg>\n'
+    side = 2.6
+    figure = Figure(figsize=(side * len(names) + 1.2, side * len(shown) + 0.8), layout="constrained")
+    panels = figure.subplots(len(shown), len(names), squeeze=False)
+    for row, site in zip(panels, shown, strict=True):
+        order = [h for group in site["partition"] for cluster in group for h in cluster]
+        for panel, name in zip(row, names, strict=True):
+            matrix = site["similarity"][name]
+            image = panel.imshow([[matrix[a][b] for b in order] for a in order], vmin=0, vmax=1, cmap="Blues")
+            panel.set_title(f"{site['kind']} {site['layer']}: {name}", fontsize=9)
+            panel.set_xticks(range(len(order)), order, fontsize=6)
+            panel.set_yticks(range(len(order)), order, fontsize=6)
+            start = 0.0
+            for group in site["partition"]:
+                sizes = [len(cluster) for cluster in group]
+                frames = [(start, sum(sizes), 0.8)]
+                frames += [(start + sum(sizes[:i]), size, 2.0) for i, size in enumerate(sizes)]
+                for at, size, width in frames:
+                    panel.add_patch(
+                        Rectangle((at - 0.5, at - 0.5), size, size, fill=False, edgecolor=_COLOURS[1], linewidth=width)
+                    )
+                start += sum(sizes)
+    figure.colorbar(image, ax=panels, shrink=0.4, label="alike: 0 not at all, 1 the same")
+    figure.suptitle(
+        "The source's heads; those merged are framed (thick: one query head, thin: one key and value)", fontsize=9
     )
-
-
-def _heat_map(matrix: list[list[float]], groups: Any, x: float, y: float, cell: int) -> str:
-    order = [h for group in groups for cluster in group for h in cluster]
-    parts = []
-    for i, a in enumerate(order):
-        for j, b in enumerate(order):
-            shade = max(0.0, min(1.0, matrix[a][b]))
-            colour = f"rgb({247 - 239 * shade:.0f},{251 - 203 * shade:.0f},{255 - 148 * shade:.0f})"
-            parts.append(
-                f'<rect x="{x + j * cell:g}" y="{y + i * cell:g}" width="{cell}" height="{cell}" fill="{colour}"/>'
-            )
-    start = 0
-    for group in groups:
-        size = sum(map(len, group))
-        parts.append(_frame(x, y, start, size, cell, 1))
-        for cluster in group:
-            parts.append(_frame(x, y, start, len(cluster), cell, 2.5))
-            start += len(cluster)
-    return "".join(parts)
-
-
-def _frame(x: float, y: float, start: int, size: int, cell: int, stroke: float) -> str:
-    at, side = start * cell, size * cell
-    return (
-        f'<rect x="{x + at:g}" y="{y + at:g}" width="{side}" height="{side}" fill="none" '
-        f'stroke="#dd8452" stroke-width="{stroke}"/>'
-    )
+    return _rendered(figure, kind)
 
 
 def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
@@ -127,6 +111,13 @@ def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
         panel.grid(alpha=0.3)
         panel.legend()
     figure.suptitle(f"{report['source']['name']}: what uptraining took back")
+    return _rendered(figure, kind)
+
+
+def _rendered(figure: Any, kind: str) -> bytes:
+    from matplotlib import rc_context
+
     content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
+    with rc_context({"svg.hashsalt": "sqa_convert"}):  # the same picture is the same file
+        figure.savefig(content, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
     return content.getvalue()

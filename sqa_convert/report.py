@@ -158,7 +158,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     (folder / PICTURE).write_text(heads_picture(site["partition"], f"{site['kind']} {site['layer']}"), encoding="utf-8")
     (folder / SIMILARITY).unlink(missing_ok=True)
     if any("similarity" in site for site in report["sites"]):
-        (folder / SIMILARITY).write_text(similarity_picture(report["sites"]), encoding="utf-8")
+        (folder / SIMILARITY).write_bytes(similarity_picture(report["sites"]))
     if report.get("uptraining", {}).get("curve"):
         for kind in ("svg", "png"):
             (folder / f"{RECOVERY}.{kind}").write_bytes(recovery_picture(report, kind))

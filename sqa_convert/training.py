@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from .errors import RecipeError
 from .evaluation import HeldOut, load_model, predict
@@ -41,6 +43,23 @@ def local_batch(settings: Recipe) -> tuple[int, int]:
             f"{micro or 1} sequences at once in each: see batch_size, micro_batch"
         )
     return micro, share // micro
+
+
+def check_settings(settings: Recipe, evaluate: bool) -> None:
+    """Raises RecipeError for what a recipe asks of this machine in vain, before anything is read or written."""
+    local_batch(settings)
+    if settings.control and not evaluate:
+        raise RecipeError("the control is measured beside the model: leave out --control, or --no-evaluate")
+    known = get_available_reporting_integrations()
+    if missing := [name for name in _trackers(settings) if name not in known]:
+        installed = ", ".join(known) or "none"
+        raise RecipeError(f"report_to: {', '.join(missing)} is no tracker that is installed (installed: {installed})")
+    if settings.lora_rank and find_spec("peft") is None:
+        raise RecipeError("lora_rank needs the package peft: pip install 'sqa-convert[lora]'")
+
+
+def _trackers(settings: Recipe) -> list[str]:
+    return [name.strip() for name in settings.report_to.split(",") if name.strip() not in ("", "none")]
 
 
 def train(
@@ -138,10 +157,8 @@ def _choose_trained(model: Any, settings: Recipe) -> None:
 
 
 def _with_lora(model: Any, rank: int) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise RecipeError("lora_rank needs the package peft: pip install 'sqa-convert[lora]'") from error
+    from peft import LoraConfig, get_peft_model
+
     names = {
         name.rpartition(".")[2]
         for parent, module in model.named_modules()
@@ -188,10 +205,10 @@ def _arguments(settings: Recipe, output: Path, device: torch.device, measured: b
         load_best_model_at_end=best,
         metric_for_best_model="eval_kl" if best else None,
         greater_is_better=False if best else None,
-        logging_strategy="no" if settings.report_to == "none" else "steps",
+        logging_strategy="steps" if _trackers(settings) else "no",
         logging_steps=10,
         logging_nan_inf_filter=False,
-        report_to=settings.report_to.split(","),
+        report_to=_trackers(settings) or "none",
         disable_tqdm=True,
         seed=settings.seed,
     )

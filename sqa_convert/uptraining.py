@@ -25,7 +25,7 @@ from .output import staged_output, write_shard
 from .recipe import Recipe, dump_recipe, load_recipe
 from .report import read_report, write_report
 from .trainer import COMPLETE
-from .training import is_first, local_batch, step_of, train
+from .training import check_settings, is_first, step_of, train
 from .training_data import training_data
 
 RECIPE = "recipe.yaml"
@@ -76,13 +76,11 @@ def uptrain(
     """
     folder = Path(folder)
     report = read_report(folder)
-    run = folder.resolve().parent / f"{folder.resolve().name}.uptraining"
+    run = run_folder(folder)
     settings = _settings(run, recipe, resume, restart, data=data, seed=seed, control=control)
     origin = _origin(report, source)
     chosen = choose_device(device)
-    local_batch(settings)
-    if settings.control and not evaluate:
-        raise RecipeError("the control is measured beside the model: leave out --control, or --no-evaluate")
+    check_settings(settings, evaluate)
     text = training_data(folder, settings, trust_remote_code=trust_remote_code)
     held_out = text.held_out(chosen) if evaluate else None
     if restart and is_first():
@@ -137,6 +135,11 @@ def uptrain(
         write_report(staging, report)
     shutil.rmtree(run, ignore_errors=True)
     return report
+
+
+def run_folder(folder: Path) -> Path:
+    """Where the checkpoints of a model's uptraining are, while it is not done."""
+    return folder.resolve().parent / f"{folder.resolve().name}.uptraining"
 
 
 def _settings(run: Path, recipe: str | Recipe, resume: bool, restart: bool, **overrides: Any) -> Recipe:

@@ -379,6 +379,13 @@ def test_interrupted_uptraining_keeps_the_converted_model_and_says_so(run, monke
     assert json.loads(open("out/config.json").read())["n_head"] == 8
 
 
+def test_an_uptraining_that_was_stopped_is_not_thrown_away_unasked(run):
+    os.makedirs("out.uptraining/uptrain")
+    code, _, err = run("sample:gpt2", *HEADS, "--uptrain", "quick", "-o", "out")
+    assert code == 2 and "out.uptraining holds a run that was stopped" in err
+    assert os.listdir() == ["out.uptraining"]
+
+
 def test_a_loss_that_is_not_finite_is_an_error_not_a_result(run, source, monkeypatch):
     from sqa_convert import evaluation
 

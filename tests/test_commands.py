@@ -11,6 +11,7 @@ from helpers import plain_convert as convert
 
 from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.cli import evaluate, uptrain
+from sqa_convert.recipe import load_recipe, recipe_names
 
 RECIPE = "tokens: 1_024\nsequence_length: 32\nbatch_size: 8\nlearning_rate: 1.0e-3\nevaluations: 2\n"
 
@@ -63,6 +64,13 @@ def test_recipes_are_listed_and_can_be_looked_at(run, out):
     assert code == 0 and "tokens: 458752" in said and "# 7 steps" in said
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_runs_dry(name, run, out):
+    code, said, err = run(uptrain, "out", "--recipe", name, "--dry-run", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(said)["steps"] == load_recipe(name).steps
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -80,17 +88,19 @@ def test_recipes_are_listed_and_can_be_looked_at(run, out):
         (["out", "--resume", "--tokens", "4096"], 2, "leave out --tokens"),
         (["out", "--recipe", "pairs.yaml"], 2, "encoder-decoder"),
         (["out", "--recipe", "few.yaml", "--device", "tpu"], 2, "--device tpu"),
+        (["out", "--recipe", "tracked.yaml"], 2, "report_to: nowhere is no tracker"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line_and_changes_nothing(arguments, code, says, run, out):
     Path("empty.txt").write_text("")
     Path("pairs.yaml").write_text(RECIPE + "data: pairs.jsonl\nsource_column: a\ntarget_column: b\n")
+    Path("tracked.yaml").write_text(RECIPE + "report_to: nowhere\n")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     found, said, err = run(uptrain, *arguments)
     assert (found, said) == (code, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and says in err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert sorted(os.listdir()) == ["empty.txt", "few.yaml", "out", "pairs.yaml"]
+    assert sorted(os.listdir()) == ["empty.txt", "few.yaml", "out", "pairs.yaml", "tracked.yaml"]
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_named(run, tmp_path):
@@ -133,3 +143,32 @@ def test_tasks_without_the_harness_say_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, _, err = run(evaluate, "sample:gpt2", "--tokens", 256, "--samples", 0, "--tasks", "hellaswag")
     assert code == 2 and "sqa-convert[eval]" in err
+
+
+@pytest.mark.parametrize("model", ["out", "sample:t5"])
+def test_a_local_task_of_the_harness_runs_offline(model, run, out):
+    pytest.importorskip("lm_eval")
+    rows = [
+        {"q": "import", "choices": [" os", " zebra"], "right": 0},
+        {"q": "def f(x):", "choices": ["q", "\n"], "right": 1},
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(Path("rows.jsonl").resolve())},
+        "test_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{right}}",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    Path("words.yaml").write_text(json.dumps(task))  # JSON is YAML
+    code, said, err = run(evaluate, model, "--tokens", 256, "--samples", 0, "--json", "--tasks", "words.yaml")
+    assert code == 0, err
+    scores = json.loads(said)["tasks"]
+    assert set(scores) == ({"model", "against"} if model == "out" else {"model"})
+    assert scores["model"]["words acc"] in (0.0, 0.5, 1.0)
+    code, _, err = run(evaluate, model, "--tokens", 256, "--samples", 0, "--tasks", "no_such_task_here")
+    assert code == 2 and "no such task" in err

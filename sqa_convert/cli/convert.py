@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..checkpoint import open_source
-from ..errors import RecipeError
+from ..errors import OutputError, RecipeError
 from ..families import family_of
 from ..heads import METHODS, Partition
 from ..output import check_output
@@ -245,8 +245,13 @@ def convert(
         check_data(calibration, "--calibration")
     with out.progress() as progress:
         if recipe is not None:
+            from ..training import check_settings
             from ..training_data import training_data
+            from ..uptraining import run_folder
 
+            if run_folder(target).exists() and not overwrite:
+                raise OutputError(f"{run_folder(target)} holds a run that was stopped: --overwrite throws it away")
+            check_settings(recipe, not no_evaluate)
             # What would stop the training shall stop it before anything is written.
             first = training_data(
                 str(source.folder), recipe, tokens=recipe.sequence_length, trust_remote_code=trust_remote_code
@@ -278,7 +283,7 @@ def convert(
                 source=str(source.folder),
                 device=device,
                 evaluate=not no_evaluate,
-                restart=overwrite,
+                restart=True,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
