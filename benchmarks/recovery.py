@@ -34,11 +34,11 @@ from sqa_convert.evaluation import choose_device, device_name
 RESULTS = Path(__file__).resolve().parent / "results"
 RECIPE = Recipe(tokens=600_000, sequence_length=256, batch_size=8, evaluations=6)
 STARTS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
-    "mean, CE": ({"method": "mean"}, "ce", (1e-3, 2e-3, 4e-3)),
-    "default, KL": ({}, "kl", (1e-4, 3e-4, 6e-4)),
+    "mean, CE": ({"method": "mean"}, "ce", (5e-4, 1e-3, 2e-3)),
+    "default, KL": ({}, "kl", (2e-4, 4e-4, 8e-4)),
     "default, CE": ({}, "ce", (1e-4, 3e-4)),
-    "mean, KL": ({"method": "mean"}, "kl", (2e-3, 4e-3)),
-    "procrustes, KL": ({"method": "procrustes"}, "kl", (1e-3, 2e-3)),
+    "mean, KL": ({"method": "mean"}, "kl", (1e-3, 2e-3)),
+    "procrustes, KL": ({"method": "procrustes"}, "kl", (5e-4, 1e-3)),
 }
 SEEDS = (0, 1, 2)
 README = Path(__file__).resolve().parent.parent / "README.md"

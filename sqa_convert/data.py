@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -15,11 +16,14 @@ Split = Literal["train", "heldout"]
 Row = tuple[str, ...]
 
 BUILT_IN = "stdlib"
+SHUFFLED = 1024  # rows of files and hub data sets among which the next is chosen
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}  # every other ending is read as plain text
 HELD_OUT_EVERY = 20  # one document in 20 is held out; of fewer than 20 documents, the last tenth of each
 
 
-def documents(data: str | None, split: Split, *, tests: bool = False, flag: str = "--data") -> Iterator[str]:
+def documents(
+    data: str | None, split: Split, *, tests: bool = False, shuffled: bool = False, flag: str = "--data"
+) -> Iterator[str]:
     """The documents of one split of `data`; the two splits of the same data never share a document.
 
     Args:
@@ -28,14 +32,16 @@ def documents(data: str | None, split: Split, *, tests: bool = False, flag: str 
             "ID[:CONFIG]" of a data set on the hub, streamed.
         split: "train" or "heldout".
         tests: of the built-in corpus, also the library's own tests (not every interpreter ships them).
+        shuffled: in an order of no meaning, always the same, so that a part of them stands for the whole; of files and
+            hub data sets as far as a buffer reaches.
         flag: that `data` came from, for messages.
 
     Raises:
         DataError: nothing is found under `data`.
     """
     if data in (None, BUILT_IN):
-        return _stdlib(split, tests)
-    return (text for (text,) in _table(str(data), ("text",), split, flag))
+        return _stdlib(split, tests, shuffled)
+    return (text for (text,) in _table(str(data), ("text",), split, flag, shuffled))
 
 
 def pairs(data: str, source: str, target: str, split: Split, flag: str = "--data") -> Iterator[tuple[str, str]]:
@@ -46,7 +52,7 @@ def pairs(data: str, source: str, target: str, split: Split, flag: str = "--data
     """
     if data == BUILT_IN:
         raise DataError(f"{flag} {data} holds no pairs: give JSON lines, Parquet or a data set on the hub")
-    return ((a, b) for a, b in _table(data, (source, target), split, flag))
+    return ((a, b) for a, b in _table(data, (source, target), split, flag, shuffled=split == "train"))
 
 
 def check_data(data: str | None, flag: str = "--data") -> None:
@@ -57,15 +63,32 @@ def check_data(data: str | None, flag: str = "--data") -> None:
             raise DataError(f"{flag} {data}: no text in its {split} part")
 
 
-def _table(data: str, columns: tuple[str, ...], split: Split, flag: str) -> Iterator[Row]:
+def _table(data: str, columns: tuple[str, ...], split: Split, flag: str, shuffled: bool) -> Iterator[Row]:
     paths = _files(data)
-    return _from_files(paths, columns, split, flag) if paths else _from_hub(data, columns, split, flag)
+    rows = _from_files(paths, columns, split, flag) if paths else _from_hub(data, columns, split, flag)
+    return _shuffle(rows) if shuffled else rows
 
 
-def _stdlib(split: Split, tests: bool) -> Iterator[str]:
+def _shuffle(rows: Iterator[Row]) -> Iterator[Row]:
+    """Each time a random one of the next rows."""
+    chance, held = random.Random(0), []
+    for row in rows:
+        held.append(row)
+        if len(held) == SHUFFLED:
+            at = chance.randrange(SHUFFLED)
+            held[at], held[-1] = held[-1], held[at]
+            yield held.pop()
+    chance.shuffle(held)
+    yield from held
+
+
+def _stdlib(split: Split, tests: bool, shuffled: bool) -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
     found = False
-    for path in sorted(root.rglob("*.py")):
+    paths = sorted(root.rglob("*.py"))
+    if shuffled:
+        random.Random(0).shuffle(paths)
+    for path in paths:
         name = path.relative_to(root)
         if {"site-packages", "dist-packages", "__pycache__"} & set(name.parts):
             continue

@@ -76,13 +76,13 @@ def training_data(
         raise DataError(f"sequence_length {settings.sequence_length} is more than the model's {longest} positions")
     length, wanted = settings.sequence_length, tokens or settings.tokens
     streamed = wanted > MOST_HELD
-    texts = documents(settings.data, "train")
+    texts = documents(settings.data, "train", shuffled=True)
     blocks = token_blocks(texts, tokenizer, length, length if streamed else wanted, settings.data)
     corrupt = SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None
     check_vocabulary(blocks, config.vocab_size, corrupt)
 
     def stream() -> Iterator[Tensor]:
-        for block in token_stream(documents(settings.data, "train"), tokenizer, length):
+        for block in token_stream(documents(settings.data, "train", shuffled=True), tokenizer, length):
             check_vocabulary(block, config.vocab_size, None)
             yield block
 

@@ -139,3 +139,13 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     with pytest.raises(DataError, match="the model knows 100 tokens"):
         prepare(tmp_path, tokens=2048)
+
+
+@pytest.mark.parametrize("data", [None, "rows.jsonl"])
+def test_shuffled_documents_are_the_same_ones_in_another_order_always_the_same(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(1500)))
+    plain = list(documents(data, "train"))
+    shuffled = [list(documents(data, "train", shuffled=True)) for _ in range(2)]
+    assert shuffled[0] == shuffled[1] != plain
+    assert sorted(shuffled[0]) == sorted(plain)
