@@ -65,6 +65,8 @@ class Recipe:
     """Shard weights, gradients and optimizer over the processes of a torchrun."""
     evaluations: int = 8
     """Measurements on held-out text during the run; a checkpoint to resume from goes with each."""
+    held_out_tokens: int = 16_384
+    """Tokens of held-out text that are measured on; of pairs, 256 of them."""
     patience: int = 0
     """Stop after so many measurements without a better held-out KL, and keep the best; 0: never."""
     report_to: str = "none"
@@ -94,6 +96,7 @@ class Recipe:
                 ("lora_rank", "at least 0", self.lora_rank >= 0),
                 ("precision", " or ".join(PRECISIONS), self.precision in PRECISIONS),
                 ("evaluations", "at least 1", self.evaluations >= 1),
+                ("held_out_tokens", "at least 64", self.held_out_tokens >= 64),
                 ("patience", "at least 0", self.patience >= 0),
                 ("target_column", "given with source_column", bool(self.source_column) == bool(self.target_column)),
             )

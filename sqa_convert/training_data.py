@@ -90,7 +90,12 @@ def training_data(
 
     def held_out(device: torch.device) -> HeldOut:
         return prepare(
-            folder, settings.data, device=str(device), seed=settings.seed, trust_remote_code=trust_remote_code
+            folder,
+            settings.data,
+            tokens=settings.held_out_tokens,
+            device=str(device),
+            seed=settings.seed,
+            trust_remote_code=trust_remote_code,
         )
 
     collate = SpanCollator(corrupt, settings.seed) if corrupt else CausalCollator(end)

@@ -13,7 +13,9 @@ from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.cli import evaluate, uptrain
 from sqa_convert.recipe import load_recipe, recipe_names
 
-RECIPE = "tokens: 1_024\nsequence_length: 32\nbatch_size: 8\nlearning_rate: 1.0e-3\nevaluations: 2\n"
+RECIPE = (
+    "tokens: 1_024\nsequence_length: 32\nbatch_size: 8\nlearning_rate: 1.0e-3\nevaluations: 2\nheld_out_tokens: 2_048\n"
+)
 
 
 @pytest.fixture

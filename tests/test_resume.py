@@ -12,10 +12,13 @@ import torch
 from helpers import plain_convert as convert
 from safetensors.torch import load_file
 
+from sqa_convert import uptrain
 from sqa_convert.report import read_report
 
 UPTRAIN = [sys.executable, "-m", "sqa_convert.cli.uptrain"]
-RECIPE = "tokens: 2_048\nsequence_length: 32\nbatch_size: 4\nlearning_rate: 1.0e-3\nevaluations: 4\n"
+RECIPE = (
+    "tokens: 2_048\nsequence_length: 32\nbatch_size: 4\nlearning_rate: 1.0e-3\nevaluations: 4\nheld_out_tokens: 2_048\n"
+)
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def weights(folder):
 
 def test_a_run_killed_and_resumed_ends_bit_for_bit_where_an_uninterrupted_one_does(folders):
     one, two = folders("t5")
-    finish(start(one, "--recipe", "recipe.yaml", "--quiet"))
+    uptrain(one, str(one.parent / "recipe.yaml"), device="cpu")
     killed = start(two, "--recipe", "recipe.yaml", "--quiet")
     wait_for("two.uptraining/uptrain/checkpoint-4/complete", two.parent, killed)
     os.kill(killed.pid, signal.SIGKILL)
@@ -88,7 +91,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folders):
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_two_processes_train_as_one_does(name, folders):
     one, two = folders(name)
-    finish(start(one, "--recipe", "recipe.yaml", "--quiet"))
+    uptrain(one, str(one.parent / "recipe.yaml"), device="cpu")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finish(start(two, "--recipe", "recipe.yaml", "--quiet", launcher=launcher))
     quality = [read_report(folder)["quality"]["uptrained"] for folder in (one, two)]

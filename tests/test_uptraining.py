@@ -18,8 +18,8 @@ from sqa_convert.recipe import dump_recipe, recipe_folder, recipe_names, summary
 from sqa_convert.report import quality_table, recovered, uptraining_lines
 from sqa_convert.trainer import UptrainingTrainer
 
-SHORT = Recipe(tokens=40 * 1024, sequence_length=128, batch_size=8, learning_rate=1e-3)
-FEW = Recipe(tokens=8 * 256, sequence_length=32, batch_size=8, learning_rate=1e-3, evaluations=2)
+SHORT = Recipe(tokens=40 * 1024, sequence_length=128, batch_size=8, learning_rate=1e-3, evaluations=2)
+FEW = Recipe(tokens=8 * 256, sequence_length=32, batch_size=8, learning_rate=1e-3, evaluations=2, held_out_tokens=2048)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
@@ -40,7 +40,7 @@ def test_a_short_run_recovers_part_of_the_damage_and_says_so(name, loss, tmp_pat
     again = evaluate(out, f"sample:{name}")
     assert again["model"]["kl"] == pytest.approx(quality["uptrained"]["kl"], rel=1e-4)
     curve = report["uptraining"]["curve"]
-    assert [point["tokens"] for point in curve] == [i * 5120 for i in range(9)]
+    assert [point["tokens"] for point in curve] == [0, 20 * 1024, 40 * 1024]
     assert curve[0]["kl"] == pytest.approx(quality["converted"]["kl"], rel=1e-3)
     assert curve[-1]["kl"] == pytest.approx(quality["uptrained"]["kl"], rel=1e-3)
     assert load_recipe(str(out / "recipe.yaml")).loss == loss
@@ -114,7 +114,9 @@ def test_lora_changes_only_projections_and_is_merged_into_them(converted):
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("Attention." in name for name in changed)
-    assert evaluate(out, "sample:t5")["model"]["kl"] == pytest.approx(report["quality"]["uptrained"]["kl"], rel=1e-4)
+    assert evaluate(out, "sample:t5", tokens=2048)["model"]["kl"] == pytest.approx(
+        report["quality"]["uptrained"]["kl"], rel=1e-4
+    )
 
 
 def test_training_stops_early_and_keeps_the_best(converted):
