@@ -5,9 +5,10 @@
 
 The starts, at 12 heads to 8/4: `mean` and cross-entropy, the way of the GQA paper (arXiv 2305.13245); `mean`,
 `procrustes` and the default, each towards the source's predictions (KL); and the default by cross-entropy.
-For each start the learning rates of a grid are tried with one seed, the one of the least held-out KL (cross-entropy: of
-the least loss) is run with two more. Every run sees the same tokens; the control is the source trained on them by
-cross-entropy at the rate of the default's own run by cross-entropy. Writes benchmarks/results/recovery-NAME.json.
+For each start the learning rates of a grid are tried with one seed, the one of the least held-out KL (of the default by
+cross-entropy: of the least loss) is run with two more. Every run sees the same tokens; the control is the source
+trained on them by cross-entropy at the rate of the default's own run by cross-entropy. Writes
+benchmarks/results/recovery-NAME.json.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- written by benchmarks/recovery.py -->", "<!-- end of recovery -->"
 
 
-def start_of(name: str, how: dict[str, Any], source: Path | str, heads: tuple[int, int], scratch: Path) -> Path:
+def start_of(how: dict[str, Any], source: Path | str, heads: tuple[int, int], scratch: Path) -> Path:
     """The converted model a run begins with; made once."""
     folder = scratch / f"start-{heads[0]}-{heads[1]}-{how.get('method', 'default')}"
     if not folder.exists():
@@ -93,7 +94,7 @@ def measure(
     for label, (how, loss, grid) in STARTS.items():
         if (only and label not in only) or label in starts:
             continue
-        start = start_of(label, how, source, heads, scratch)
+        start = start_of(how, source, heads, scratch)
         key = "loss" if loss == "ce" and label.startswith("default") else "kl"
         tried = []
         for rate in grid:

@@ -166,7 +166,7 @@ class SpanCollator:
     seed: int
 
     def __call__(self, rows: Sequence[tuple[int, Tensor]]) -> dict[str, Tensor]:
-        own = [torch.Generator().manual_seed((self.seed << 40) + number) for number, _ in rows]
+        own = [torch.Generator().manual_seed(self.seed * 1_000_003 + number) for number, _ in rows]
         inputs, labels = self.corrupt(torch.stack([block for _, block in rows]), own)
         return {"input_ids": inputs, "labels": labels}
 

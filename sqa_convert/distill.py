@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 IGNORED = -100
 """label of a position that is not predicted: padding, or the first of a sequence"""
-_CHUNK_LOGITS = 2**23  # held at once
+_CHUNK_LOGITS = (2**23, 2**26)  # held at once: elsewhere, and on CUDA, where small products are slow
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class _DistillationLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_head = torch.zeros_like(head, dtype=wide) if for_head else None
-        size = max(1, _CHUNK_LOGITS // len(head))
+        size = max(1, _CHUNK_LOGITS[device == "cuda"] // len(head))
         with torch.autocast(device, enabled=False):
-            weight = head.to(dtype)
+            weight, wanted_weight = head.to(dtype), None if teacher is None else teacher.to(dtype)
             for start in range(0, len(hidden), size):
                 rows = slice(start, start + size)
                 states, picked = hidden[rows].to(dtype), labels[rows, None]
@@ -57,8 +57,8 @@ class _DistillationLoss(torch.autograd.Function):
                     total -= ce * (counts * log_p.gather(1, picked)).sum()
                     gradient.scatter_add_(1, picked, torch.full_like(counts, -ce))
                 if ce < 1:
-                    assert wanted is not None and teacher is not None
-                    log_q = (wanted[rows].to(dtype) @ teacher.to(dtype).T).to(wide).log_softmax(-1)
+                    assert wanted is not None and wanted_weight is not None
+                    log_q = (wanted[rows].to(dtype) @ wanted_weight.T).to(wide).log_softmax(-1)
                     q = log_q.exp()
                     total += (1 - ce) * (counts * q * (log_q - log_p)).sum()
                     gradient.sub_(q, alpha=1 - ce)

@@ -88,6 +88,9 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = load_config(folder, trust_remote_code)
+    architecture = (config.architectures or [""])[0]
+    if architecture.endswith(("Classification", "EncoderModel", "QuestionAnswering")):
+        raise CheckpointError(f"{folder} is a {architecture}, which has no language model head")
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **overrides).eval()
@@ -236,7 +239,7 @@ def compare(
     *,
     trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-    also: Callable[[Any], dict[str, float]] = lambda model: {},
+    also: Callable[[Any], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Measures folders, or models, one after the other on the same text; the first is what the others are held against.
 
@@ -247,11 +250,12 @@ def compare(
         {"data", "tokens", "device", and per model its `Quality` as a dict}.
 
     Raises:
-        RecipeError: a model does not fit into the device's memory.
+        RecipeError: a model does not fit into the device's memory, or cannot be compared with the first.
     """
     device = held_out.device
     result: dict[str, Any] = {"data": held_out.name, "tokens": held_out.tokens, "device": device_name(device)}
     source: Predictions | None = None
+    first: dict[str, Any] = {}
     for name, folder in models.items():
         done, total = 0, len(held_out.batches)
 
@@ -264,8 +268,13 @@ def compare(
             model = folder
             if isinstance(folder, (str, Path)):
                 model = load_model(folder, trust_remote_code=trust_remote_code)
+            kind = (model.config.is_encoder_decoder, model.config.vocab_size)
+            if kind != first.setdefault("kind", kind):
+                raise RecipeError(
+                    f"{folder} cannot be held against {next(iter(models.values()))}: other kind or vocabulary"
+                )
             predictions = predict(model, held_out, step)
-            result[name] = asdict(measure(predictions, source)) | also(model)
+            result[name] = asdict(measure(predictions, source)) | ({} if also is None else also(model))
         except torch.OutOfMemoryError as error:
             raise RecipeError(f"the {name} model does not fit on {device}: --device cpu or --no-evaluate") from error
         source = source or predictions

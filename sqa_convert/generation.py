@@ -32,12 +32,16 @@ def continuations(
         tokenizer: Any = load_tokenizer(folder, trust_remote_code)
         model: Any = load_model(folder, trust_remote_code=trust_remote_code).to(held_out.device)
         whole = model.config.is_encoder_decoder
+        begin, room = GIVEN, WRITTEN
+        if not whole:
+            begin = min(GIVEN, model.config.n_positions // 2)
+            room = min(WRITTEN, model.config.n_positions - begin)
         for text, row in zip(texts, rows, strict=True):
-            given = (row if whole else row[:GIVEN])[None].to(held_out.device)
+            given = (row if whole else row[:begin])[None].to(held_out.device)
             written = model.generate(
                 given,
                 attention_mask=torch.ones_like(given),
-                max_new_tokens=WRITTEN,
+                max_new_tokens=room,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id or 0,
             )[0]

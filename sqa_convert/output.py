@@ -23,31 +23,31 @@ REPORT = "report.json"
 """in every output; a folder without it was not made here"""
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
     """Raises OutputError unless a folder may be put at `output`."""
     try:
         path = output.resolve()
         if path == Path.cwd() or path in Path.cwd().parents or path.is_mount():
-            raise OutputError(f"--output {output} is the folder you are in, one above it, or a mount; give one inside")
+            raise OutputError(f"{flag} {output} is the folder you are in, one above it, or a mount; give one inside")
         if path.exists():
             if not path.is_dir():
-                raise OutputError(f"--output {output} is a file")
+                raise OutputError(f"{flag} {output} is a file")
             if any(path.iterdir()):
                 if not overwrite:
-                    raise OutputError(f"--output {output} exists already: give another, or --overwrite")
+                    raise OutputError(f"{flag} {output} exists already: give another, or --overwrite")
                 if not (path / REPORT).is_file():
                     raise OutputError(
-                        f"--output {output} holds what sqa-convert did not write, so --overwrite is refused"
+                        f"{flag} {output} holds what sqa-convert did not write, so --overwrite is refused"
                     )
         parent = path.parent
         while not parent.exists():
             parent = parent.parent
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(f"--output {output}: {parent} cannot be written to")
+            raise OutputError(f"{flag} {output}: {parent} cannot be written to")
     except (OSError, RuntimeError) as error:
         if isinstance(error, SQAError):
             raise
-        raise OutputError(f"--output {str(output)[:200]} cannot be used: {one_line(error)}") from error
+        raise OutputError(f"{flag} {str(output)[:200]} cannot be used: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class Recipe:
     prefix: str = ""
     """Put before each source of a pair, such as "summarize: "."""
     tokens: int = 400_000
-    """Tokens of text to train on, repeated when the data hold fewer; of pairs, source tokens with padding."""
+    """Tokens of text to train on, repeated when the data hold fewer; a pair counts as sequence_length."""
     sequence_length: int = 256
     """Tokens in one sequence; sources and targets of pairs are cut to it."""
     batch_size: int = 8
@@ -98,6 +98,7 @@ class Recipe:
                 ("evaluations", "at least 1", self.evaluations >= 1),
                 ("held_out_tokens", "at least 64", self.held_out_tokens >= 64),
                 ("patience", "at least 0", self.patience >= 0),
+                ("seed", "between 0 and 2**32 - 1", 0 <= self.seed < 2**32),
                 ("target_column", "given with source_column", bool(self.source_column) == bool(self.target_column)),
             )
             if not holds

@@ -159,8 +159,9 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     (folder / SIMILARITY).unlink(missing_ok=True)
     if any("similarity" in site for site in report["sites"]):
         (folder / SIMILARITY).write_bytes(similarity_picture(report["sites"]))
-    if report.get("uptraining", {}).get("curve"):
-        for kind in ("svg", "png"):
+    for kind in ("svg", "png"):
+        (folder / f"{RECOVERY}.{kind}").unlink(missing_ok=True)
+        if report.get("uptraining", {}).get("curve"):
             (folder / f"{RECOVERY}.{kind}").write_bytes(recovery_picture(report, kind))
     (folder / CARD).write_text(model_card(report), encoding="utf-8")
 
@@ -192,9 +193,9 @@ def model_card(report: dict[str, Any]) -> str:
         "",
     ]
     lines += [*(f"- {line}" for line in calibration_lines(report)), ""]
-    if quality:
+    if quality and quality_table(report)[1]:
         lines += [*_markdown_table(*quality_table(report)), ""]
-        if report.get("uptraining"):
+        if report.get("uptraining", {}).get("curve"):
             lines += [f"![loss and KL while it was uptrained]({RECOVERY}.svg)", ""]
         lines += [*(f"- {line}" for line in uptraining_lines(report)), ""]
         lines += [
@@ -226,6 +227,8 @@ def uptraining_lines(report: dict[str, Any]) -> list[str]:
     lines = [f"uptrained by {done['loss']} on {speed}, {done['tokens_per_second']:,} tokens/s"]
     if "mfu" in done:
         lines[0] += f", MFU {done['mfu']:.1%}"
+    if "kept" in done:
+        lines[0] += f"; kept: {done['kept']}"
     shares = [f"{share:.1%} of the {name}" for name in ("loss", "KL") if (share := recovered(quality, name.lower()))]
     if shares:
         lines.append(f"uptraining took back {' and '.join(shares)} that conversion had cost")

@@ -17,7 +17,7 @@ from .errors import QualityError
 from .evaluation import HeldOut, Predictions, measure, predict
 
 COMPLETE = "complete"
-"""a file of each checkpoint, written last: one without it was cut off and is not resumed from"""
+"""a file of each checkpoint, written last, with the seconds it took: one without it is not resumed from"""
 _LOOKED_AT = 10  # steps between two looks at whether the loss is a number; each makes a GPU wait
 
 Said = Callable[[int, int, str], None]
@@ -34,6 +34,7 @@ class UptrainingTrainer(Trainer):
         flops: of the model's own work for one token, forward and backward; None leaves MFU out.
         peak: FLOP/s that all devices together can do; None likewise.
         said: called after each step.
+        before: seconds that earlier processes spent on the same run.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class UptrainingTrainer(Trainer):
         flops: float | None = None,
         peak: float | None = None,
         said: Said = lambda done, total, news: None,
+        before: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -57,7 +59,7 @@ class UptrainingTrainer(Trainer):
         self.curve: list[dict[str, float]] = []
         # Our loss is a sum divided by the predictions of all micro-batches of all processes, which are counted so.
         self.model_accepts_loss_kwargs = True
-        self.watch = _Watch(self)
+        self.watch = _Watch(self, before)
         self.add_callback(self.watch)
 
     def compute_loss(
@@ -73,7 +75,11 @@ class UptrainingTrainer(Trainer):
         labels = aligned_labels(labels, unwrapped.config.is_encoder_decoder)
         targets = Targets(labels)
         if self.ce < 1:
-            with torch.no_grad(), instead_of_logits(self.teacher, lambda hidden, weight: hidden):
+            with (
+                torch.no_grad(),
+                self.accelerator.autocast(),
+                instead_of_logits(self.teacher, lambda hidden, weight: hidden),
+            ):
                 hidden = self.teacher(**inputs).logits
             targets = Targets(labels, hidden, self.teacher.get_output_embeddings().weight)
         with instead_of_logits(unwrapped, lambda hidden, weight: distillation_loss(hidden, weight, targets, self.ce)):
@@ -96,7 +102,7 @@ class UptrainingTrainer(Trainer):
             raise QualityError(f"loss or weights are not finite at step {self.state.global_step}: lower learning_rate")
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Loss, KL and agreement on the held-out text; every process measures all of it."""
+        """Loss, KL and agreement on the held-out text, in the arithmetic of the training; each process measures all."""
         assert self.held_out is not None
         start = time.perf_counter()
         quality = measure(predict(self.model, self.held_out), self.expected)
@@ -119,8 +125,8 @@ class UptrainingTrainer(Trainer):
 class _Watch(TrainerCallback):
     """Says how it goes, stops on a loss that is no number, and on Ctrl-C after the step, with a checkpoint."""
 
-    def __init__(self, trainer: UptrainingTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: UptrainingTrainer, spent: float) -> None:
+        self.trainer, self.spent = trainer, spent
         self.interrupted = False
         self.start, self.first = time.perf_counter(), 0
         self.aside = 0.0
@@ -129,11 +135,11 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
+        measured = {entry["step"]: entry for entry in state.log_history if "eval_loss" in entry}
         trainer.curve = [
-            {"tokens": entry["step"] * trainer.tokens_per_step}
+            {"tokens": step * trainer.tokens_per_step}
             | {key.removeprefix("eval_"): round(entry[key], 6) for key in entry if key.startswith("eval_")}
-            for entry in state.log_history
-            if "eval_loss" in entry
+            for step, entry in measured.items()
         ]
         self.start, self.first, self.aside = time.perf_counter(), state.global_step, 0.0
 
@@ -156,12 +162,22 @@ class _Watch(TrainerCallback):
             self.before = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupted:
-            control.should_save = args.save_strategy != "no"
-            control.should_training_stop = True
+        if self._all_agree(state.global_step):
+            control.should_save = control.should_training_stop = True
         if state.global_step % _LOOKED_AT == 0 or control.should_save or control.should_evaluate:
             self.trainer.check_finite()
         self.trainer.said(state.global_step, state.max_steps, "")
+
+    def _all_agree(self, step: int) -> bool:
+        """Whether to stop; several processes must do so after the same step, so they ask each other now and then."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return self.interrupted
+        if step % _LOOKED_AT:
+            return False
+        flag = torch.tensor(float(self.interrupted), device=accelerator.device)
+        self.interrupted = bool(accelerator.reduce(flag, "sum") > 0)
+        return self.interrupted
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -180,6 +196,13 @@ class _Watch(TrainerCallback):
         done = (step - self.first) * self.trainer.tokens_per_step
         return done / (time.perf_counter() - self.start - self.aside) if done else 0.0
 
+    def seconds(self) -> float:
+        """Spent on this run, by earlier processes too."""
+        return self.spent + time.perf_counter() - self.start
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / f".{COMPLETE}").write_text(f"{self.seconds():.2f}")
+            (folder / f".{COMPLETE}").rename(folder / COMPLETE)

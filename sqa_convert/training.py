@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gc
+import json
 import os
 import shutil
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
+from transformers.pytorch_utils import Conv1D
 
 from .errors import RecipeError
-from .evaluation import HeldOut, load_model, predict
+from .evaluation import HeldOut, Predictions, load_config, load_model
 from .flops import peak_flops, training_flops
 from .recipe import Recipe
 from .trainer import COMPLETE, Said, UptrainingTrainer
 from .training_data import TrainingData
 
+FINAL = "final"
+"""folder of a finished training's model"""
+_FINISHED = "finished.json"  # written last
 _KEPT = 2  # checkpoints of a run
 _SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
@@ -45,9 +50,13 @@ def local_batch(settings: Recipe) -> tuple[int, int]:
     return micro, share // micro
 
 
-def check_settings(settings: Recipe, evaluate: bool) -> None:
+def check_settings(settings: Recipe, evaluate: bool, device: torch.device) -> None:
     """Raises RecipeError for what a recipe asks of this machine in vain, before anything is read or written."""
     local_batch(settings)
+    if settings.fsdp and _processes() == 1:
+        raise RecipeError("fsdp shares a model out among processes: start them with torchrun, see the recipe")
+    if settings.precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise RecipeError("precision: bfloat16 is not supported by this GPU; choose auto or float32")
     if settings.control and not evaluate:
         raise RecipeError("the control is measured beside the model: leave out --control, or --no-evaluate")
     known = get_available_reporting_integrations()
@@ -62,65 +71,106 @@ def _trackers(settings: Recipe) -> list[str]:
     return [name.strip() for name in settings.report_to.split(",") if name.strip() not in ("", "none")]
 
 
-def train(
-    path: Path,
-    teacher: Any,
-    settings: Recipe,
-    text: TrainingData,
-    held_out: HeldOut | None,
-    output: Path,
-    device: torch.device,
-    trust_remote_code: bool,
-    said: Said,
-) -> tuple[Any, dict[str, Any]]:
-    """One model by one recipe. Returns it, and steps, tokens, the curve, and what the device did."""
+@dataclass(frozen=True)
+class Job:
+    """What the trainings of one run have in common."""
+
+    text: TrainingData
+    held_out: HeldOut | None
+    """measured on as it goes; None measures nothing"""
+    expected: Predictions | None
+    """the unconverted model's, of that text"""
+    device: torch.device
+    trust_remote_code: bool
+
+
+def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, said: Said) -> dict[str, Any]:
+    """One model by one recipe, from its last checkpoint in `output` if there is one.
+
+    The trained model is put into `output`/FINAL, in float32, by the first process; one that is there already is kept.
+
+    Args:
+        path: the model to begin with.
+        teacher: the unconverted model, where the loss needs it.
+        output: for checkpoints.
+
+    Returns:
+        Steps, tokens and seconds in all, the curve, and what the device did.
+    """
+    done = output / FINAL / _FINISHED
+    if done.is_file():
+        return dict(json.loads(done.read_text()))
+    checkpoint = _last_checkpoint(output)
+    measured = job.held_out is not None
     set_seed(settings.seed)
-    model = load_model(path, dtype="float32", trust_remote_code=trust_remote_code)
-    _without_dropout(model)
+    model = load_model(path, dtype="float32", trust_remote_code=job.trust_remote_code, **no_dropout(path, job))
     _choose_trained(model, settings)
-    per_token = training_flops(model, text.example()) / settings.sequence_length
+    # Pairs are of many lengths, so what one of them needs says nothing.
+    flops = None if settings.pairs else training_flops(model, job.text.example()) / settings.sequence_length
     if settings.lora_rank:
         model = _with_lora(model, settings.lora_rank)
-    arguments = _arguments(settings, output, device, measured=held_out is not None)
-    expected = None
-    if held_out is not None:
-        expected = predict(teacher, held_out)
+    arguments = _arguments(settings, output, job.device, measured, resumed=checkpoint is not None)
     trainer = UptrainingTrainer(
         model=model,
-        teacher=teacher if settings.ce < 1 else None,
+        teacher=teacher,
         ce=settings.ce,
         args=arguments,
-        train_dataset=text.rows(settings.steps * settings.batch_size),
-        data_collator=text.collate,
-        held_out=held_out,
-        eval_dataset=None if held_out is None else held_out.batches,  # the Trainer asks for one
-        expected=expected,
+        train_dataset=job.text.rows(settings.steps * settings.batch_size),
+        data_collator=job.text.collate,
+        held_out=job.held_out,
+        eval_dataset=None if job.held_out is None else job.held_out.batches,  # the Trainer asks for one
+        expected=job.expected,
         tokens_per_step=settings.tokens_per_step,
-        flops=per_token,
-        peak=peak_flops(device, _processes()) if arguments.bf16 else None,
+        flops=flops,
+        peak=peak_flops(job.device, _processes()) if arguments.bf16 else None,
         said=said,
-        callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience and held_out is not None else [],
+        before=float((Path(checkpoint) / COMPLETE).read_text()) if checkpoint else 0.0,
+        callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience and measured else [],
     )
     try:
-        result = trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.watch.restore()
     if trainer.watch.interrupted and trainer.state.global_step < settings.steps:
         raise KeyboardInterrupt
-    speed = trainer.watch.tokens_per_second(result.global_step)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    measured = {
+    tokens = result.global_step * settings.tokens_per_step
+    seconds = trainer.watch.seconds()
+    found = {
         "steps": result.global_step,
-        "tokens": result.global_step * settings.tokens_per_step,
+        "tokens": tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(trainer.watch.tokens_per_second(result.global_step) or tokens / seconds),
         "curve": trainer.curve,
-        "tokens_per_second": round(speed),
-        "flops_per_token": round(per_token),
     }
-    if trainer.peak:
-        measured["mfu"] = round(speed * per_token / trainer.peak, 4)
-    del trainer
-    gc.collect()
-    return (model.merge_and_unload() if settings.lora_rank else model), measured
+    if flops:
+        found["flops_per_token"] = round(flops)
+        if trainer.peak:
+            found["mfu"] = round(found["tokens_per_second"] * flops / trainer.peak, 4)
+    key = arguments.metric_for_best_model
+    kept_start = False
+    if key is not None and trainer.curve:
+        values = [point[key.removeprefix("eval_")] for point in trainer.curve]
+        kept_start = values[0] <= min(values[1:], default=values[0])
+        found["kept"] = "the start, no measurement was better" if kept_start else f"the best {key}"
+    _write_final(trainer, path if kept_start else None, path, settings, job, output / FINAL)
+    if is_first():
+        done.write_text(json.dumps(found))
+    return found
+
+
+def _write_final(trainer: Any, kept: Path | None, path: Path, settings: Recipe, job: Job, final: Path) -> None:
+    """The trained model as a folder; `kept` is one to take instead."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if settings.fsdp else None  # by all processes
+    if not is_first():
+        return
+    if kept is not None or settings.fsdp:
+        model: Any = load_model(path, dtype="float32", trust_remote_code=job.trust_remote_code)
+        if kept is None:
+            model.load_state_dict(state)
+    else:
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        model = model.merge_and_unload() if settings.lora_rank else model
+    model.save_pretrained(final)
 
 
 def _last_checkpoint(output: Path) -> str | None:
@@ -134,13 +184,10 @@ def _last_checkpoint(output: Path) -> str | None:
     return str(max(complete, key=step_of).parent) if complete else None
 
 
-def _without_dropout(model: Any) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for name, value in vars(model.config).items():  # attention takes its own from the config
-        if value and (name.endswith("_pdrop") or name == "dropout_rate"):
-            setattr(model.config, name, 0.0)
+def no_dropout(path: Path, job: Job) -> dict[str, float]:
+    """Settings that switch dropout off; they must be there when a model is built."""
+    config = load_config(path, job.trust_remote_code)
+    return {name: 0.0 for name in vars(config) if name.endswith("_pdrop") or name == "dropout_rate"}
 
 
 def _choose_trained(model: Any, settings: Recipe) -> None:
@@ -164,16 +211,20 @@ def _with_lora(model: Any, rank: int) -> Any:
         for parent, module in model.named_modules()
         if type(module).__name__.endswith("Attention")
         for name, child in module.named_modules()
-        if isinstance(child, torch.nn.Linear)
+        if isinstance(child, (torch.nn.Linear, Conv1D))
     }
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(names)))
 
 
-def _arguments(settings: Recipe, output: Path, device: torch.device, measured: bool) -> TrainingArguments:
+def _arguments(
+    settings: Recipe, output: Path, device: torch.device, measured: bool, resumed: bool
+) -> TrainingArguments:
     micro, accumulation = local_batch(settings)
     every = max(1, settings.steps // settings.evaluations)
     bf16 = settings.precision == "bfloat16" or (
-        settings.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        settings.precision == "auto"
+        and device.type == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     best = bool(settings.patience) and measured
     arguments = TrainingArguments(
@@ -183,7 +234,9 @@ def _arguments(settings: Recipe, output: Path, device: torch.device, measured: b
         gradient_accumulation_steps=accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=_SCHEDULES.get(settings.schedule, settings.schedule),
-        lr_scheduler_kwargs={"num_decay_steps": settings.steps // 5} if settings.schedule == "wsd" else None,
+        lr_scheduler_kwargs=(
+            {"num_decay_steps": settings.steps // 5, "decay_type": "linear"} if settings.schedule == "wsd" else None
+        ),
         warmup_steps=round(settings.warmup * settings.steps),
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
@@ -191,19 +244,20 @@ def _arguments(settings: Recipe, output: Path, device: torch.device, measured: b
         bf16=bf16,
         torch_compile=settings.compile,
         **({"gradient_checkpointing": True} if settings.gradient_checkpointing else {}),
-        **({"fsdp": "full_shard auto_wrap"} if settings.fsdp else {}),
+        **({"fsdp": True} if settings.fsdp else {}),
         use_cpu=device.type == "cpu",
         ddp_backend="gloo" if device.type == "cpu" and _processes() > 1 else None,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         eval_strategy="steps" if measured else "no",
-        eval_on_start=measured,
+        eval_on_start=measured and not resumed,
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
         save_total_limit=_KEPT,
         load_best_model_at_end=best,
-        metric_for_best_model="eval_kl" if best else None,
+        restore_callback_states_from_checkpoint=resumed and best,
+        metric_for_best_model=("eval_loss" if settings.ce == 1 else "eval_kl") if best else None,
         greater_is_better=False if best else None,
         logging_strategy="steps" if _trackers(settings) else "no",
         logging_steps=10,

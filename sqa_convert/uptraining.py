@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,24 +18,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .checkpoint import read_config, resolve
-from .errors import CheckpointError, InterruptedByUserError, OutputError, QualityError, RecipeError, one_line
-from .evaluation import choose_device, compare, device_name, load_model
+from .errors import (
+    CheckpointError,
+    InterruptedByUserError,
+    OutputError,
+    QualityError,
+    RecipeError,
+    SQAError,
+    one_line,
+)
+from .evaluation import HeldOut, choose_device, compare, device_name, load_model, predict
 from .execution import Progress, silent
 from .families import family_of
 from .generation import answer_scores
-from .output import staged_output, write_shard
+from .output import REPORT, check_output, staged_output, write_shard
 from .recipe import Recipe, dump_recipe, load_recipe
 from .report import read_report, write_report
 from .trainer import COMPLETE
-from .training import check_settings, is_first, step_of, train
-from .training_data import training_data
+from .training import FINAL, Job, check_settings, is_first, step_of, train
+from .training_data import TrainingData, training_data
 
 RECIPE = "recipe.yaml"
+_OF = "of"  # which conversion a run belongs to
 
 
 def uptrain(
     folder: str | Path,
-    recipe: str | Recipe = "quick",
+    recipe: str | Recipe | None = None,
     *,
     source: str | None = None,
     data: str | None = None,
@@ -53,7 +64,7 @@ def uptrain(
 
     Args:
         folder: the converted model.
-        recipe: a packaged recipe's name, a YAML file, or a Recipe.
+        recipe: a packaged recipe's name, a YAML file, or a Recipe; by default "quick".
         source: the unconverted model, by default the one named in the report.
         data: text to train on instead of the recipe's; its held-out part is measured on.
         device: "auto", "cpu", "cuda", "mps".
@@ -76,65 +87,80 @@ def uptrain(
     """
     folder = Path(folder)
     report = read_report(folder)
+    check_output(folder, overwrite=True, flag="FOLDER")
     run = run_folder(folder)
-    settings = _settings(run, recipe, resume, restart, data=data, seed=seed, control=control)
+    settings = _settings(folder, run, recipe, resume, restart, data=data, seed=seed, control=control)
     origin = _origin(report, source)
-    chosen = choose_device(device)
-    check_settings(settings, evaluate)
+    chosen = _own_device(choose_device(device))
+    check_settings(settings, evaluate, chosen)
     text = training_data(folder, settings, trust_remote_code=trust_remote_code)
     held_out = text.held_out(chosen) if evaluate else None
-    if restart and is_first():
-        shutil.rmtree(run, ignore_errors=True)
-
-    start = time.perf_counter()
-    trained = {"uptrained": ("uptrain", folder, settings)}
+    stages = {"uptrain": (folder, settings)}
     if settings.control:
-        trained["control"] = ("control", origin, dataclasses.replace(settings, loss="ce"))
+        stages["control"] = (origin, dataclasses.replace(settings, loss="ce", patience=0))
     results: dict[str, Any] = {}
-    models: dict[str, Any] = {}
-    for name, (stage, path, how) in trained.items():
-        teacher = None
-        if held_out is not None or how.ce < 1:
+    with _recoverable(run, folder):
+        if restart and is_first():
+            shutil.rmtree(run, ignore_errors=True)
+        _begin(run, folder, settings)
+        teacher = expected = None
+        if held_out is not None or settings.ce < 1:
             teacher = load_model(origin, dtype="float32", trust_remote_code=trust_remote_code)
-        with _recoverable(run, folder):
-            _begin(run, settings)
-            models[name], results[name] = train(
-                path,
-                teacher,
-                how,
-                text,
-                held_out,
-                run / stage,
-                chosen,
-                trust_remote_code,
-                partial(progress, stage),
-            )
-        report["seconds"][stage] = round(time.perf_counter() - start, 2)
-        start = time.perf_counter()
-    if not is_first():
-        return report
+            expected = predict(teacher, held_out) if held_out is not None else None
+        job = Job(text, held_out, expected, chosen, trust_remote_code)
+        for stage, (path, how) in stages.items():
+            if how.ce == 1:
+                teacher = None
+            results[stage] = train(path, teacher, how, job, run / stage, partial(progress, stage))
+            report["seconds"][stage] = results[stage]["seconds"]
+        del teacher, expected, job
+        if is_first():
+            report["uptraining"] = dataclasses.asdict(settings) | results["uptrain"] | {"device": device_name(chosen)}
+            if settings.control:
+                report["uptraining"]["control_curve"] = results["control"]["curve"]
+            _publish(folder, run, report, settings, text, held_out, origin, trust_remote_code, progress)
+            shutil.rmtree(run, ignore_errors=True)
+    return report
 
-    size = sum(path.stat().st_size for path in folder.iterdir())
+
+def _publish(
+    folder: Path,
+    run: Path,
+    report: dict[str, Any],
+    settings: Recipe,
+    text: TrainingData,
+    held_out: HeldOut | None,
+    origin: Path,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> None:
+    """The trained model in the place of the converted one, measured beside the others."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     with staged_output(folder, overwrite=True, size=size) as staging:
-        _save(models.pop("uptrained"), folder, staging)
+        _save(load_model(run / "uptrain" / FINAL, dtype="float32"), folder, staging)
         (staging / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
-        report["uptraining"] = dataclasses.asdict(settings) | results["uptrained"] | {"device": device_name(chosen)}
-        if settings.control:
-            report["uptraining"]["control_curve"] = results["control"]["curve"]
-        if held_out is not None:
-            rows = {"source": origin, "converted": folder, "uptrained": staging, **models}
-            also: Any = {"also": partial(answer_scores, tokenizer=text.tokenizer, held_out=held_out)}
+        if held_out is None:
+            known = report.get("quality", {})
+            report["quality"] = {key: known[key] for key in known if key not in ("uptrained", "control")}
+        else:
+            start = time.perf_counter()
+            rows = {"source": origin, "converted": folder, "uptrained": staging}
+            if settings.control:
+                rows["control"] = run / "control" / FINAL
+            also = partial(answer_scores, tokenizer=text.tokenizer, held_out=held_out) if settings.pairs else None
             report["quality"] = compare(
-                rows,
-                held_out,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-                **(also if settings.pairs else {}),
+                rows, held_out, trust_remote_code=trust_remote_code, progress=progress, also=also
             )
             report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(staging, report)
-    shutil.rmtree(run, ignore_errors=True)
-    return report
+
+
+def _own_device(device: torch.device) -> torch.device:
+    """Of several processes each has a GPU of its own."""
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
 
 
 def run_folder(folder: Path) -> Path:
@@ -142,17 +168,27 @@ def run_folder(folder: Path) -> Path:
     return folder.resolve().parent / f"{folder.resolve().name}.uptraining"
 
 
-def _settings(run: Path, recipe: str | Recipe, resume: bool, restart: bool, **overrides: Any) -> Recipe:
+def _settings(
+    folder: Path, run: Path, recipe: str | Recipe | None, resume: bool, restart: bool, **overrides: Any
+) -> Recipe:
     """The recipe of a run: of one to go on with its own. Raises RecipeError."""
-    unfinished = run / RECIPE
     if resume:
-        if not unfinished.is_file():
+        if restart or recipe is not None or any(value is not None for value in overrides.values()):
+            raise RecipeError(f"--resume goes on with the recipe in {run}: leave out --restart and what changes it")
+        if not (run / RECIPE).is_file():
             raise RecipeError(f"--resume: there is no {run}, so no run that was stopped")
-        return load_recipe(str(unfinished))
-    settings = override(recipe, **overrides)
+        if (run / _OF).read_text() != _fingerprint(folder):
+            raise RecipeError(f"--resume: {folder} was converted anew since the run in {run} began: --restart")
+        return load_recipe(str(run / RECIPE))
+    settings = override("quick" if recipe is None else recipe, **overrides)
     if not restart and any(run.glob(f"*/checkpoint-*/{COMPLETE}")):
         raise RecipeError(f"{run} holds a run that was stopped: --resume goes on with it, --restart throws it away")
     return settings
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of a conversion: two have not the same report."""
+    return hashlib.sha256((folder / REPORT).read_bytes()).hexdigest()
 
 
 def override(recipe: str | Recipe, **settings: Any) -> Recipe:
@@ -171,11 +207,14 @@ def _origin(report: dict[str, Any], source: str | None) -> Path:
     config = read_config(str(origin), origin)
     if "sqa" in config:
         raise CheckpointError(f"--source {origin} is a converted model; it takes the unconverted one")
-    architecture = family_of(config).source_architecture(config)
+    family = family_of(config)
+    architecture = family.source_architecture(config)
     if architecture != report["source"]["architecture"]:
         raise CheckpointError(
             f"--source {origin} is a {architecture}, this model was made from a {report['source']['architecture']}"
         )
+    if not family.has_language_model_head(config):
+        raise RecipeError(f"a {architecture} has no language model head to train")
     return origin
 
 
@@ -190,32 +229,44 @@ def _recoverable(run: Path, folder: Path) -> Iterator[None]:
         raise QualityError(f"{one_line(error)}; {_kept(run, folder)}") from error
     except torch.OutOfMemoryError as error:
         raise RecipeError(
-            f"out of memory on the device: lower micro_batch or sequence_length, or set gradient_checkpointing "
-            f"({_kept(run, folder)})"
+            "out of memory on the device: lower micro_batch or set gradient_checkpointing, "
+            f"in {run / RECIPE} if the run is to go on; {_kept(run, folder)}"
         ) from error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, (CheckpointError, OutputError)):
-            raise
-        number = error.errno if isinstance(error, OSError) else None
-        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "PytorchStreamWriter" in str(error)
-        if full or any(text in str(error) for text in ("No space left", "File too large", "Disk quota exceeded")):
-            raise OutputError(f"{run} cannot be written, the disk is full; {_kept(run, folder)}") from error
-        if isinstance(error, OSError):
-            raise OutputError(f"{run} cannot be written: {one_line(error)}; {_kept(run, folder)}") from error
+    except OutputError as error:
+        raise OutputError(f"{one_line(error)}; {_kept(run, folder)}") from error
+    except SQAError:
+        _kept(run, folder)
         raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        texts = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter")
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(text in str(error) for text in texts)
+        if not full and not isinstance(error, OSError):
+            raise
+        what = "the disk is full" if full else one_line(error)
+        raise OutputError(f"{run} cannot be written: {what}; {_kept(run, folder)}") from error
 
 
 def _kept(run: Path, folder: Path) -> str:
-    last = max((step_of(path) for path in run.glob(f"*/checkpoint-*/{COMPLETE}")), default=None)
-    if last is None:
-        shutil.rmtree(run, ignore_errors=True)
+    """What is left of a run that stops here; one with nothing to go on from is cleared away."""
+    stages: dict[str, int] = {}
+    for path in run.glob(f"*/checkpoint-*/{COMPLETE}"):
+        stage = path.parent.parent.name
+        stages[stage] = max(stages.get(stage, 0), step_of(path))
+    if not stages:
+        if is_first():
+            shutil.rmtree(run, ignore_errors=True)
         return f"{folder} is still the converted model"
-    return f"{folder} is still the converted model; go on from step {last} with: sqa-uptrain {folder} --resume"
+    last = " and ".join(f"step {step} of {stage}" for stage, step in sorted(stages.items(), reverse=True))
+    return f"{folder} is still the converted model; go on from {last} with: sqa-uptrain {folder} --resume"
 
 
-def _begin(run: Path, settings: Recipe) -> None:
+def _begin(run: Path, folder: Path, settings: Recipe) -> None:
+    # TensorBoard would write among the checkpoints, which go when all is done.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.with_suffix(".runs")))
     if is_first():
         run.mkdir(exist_ok=True)
+        (run / _OF).write_text(_fingerprint(folder))
         (run / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
 
 
@@ -224,13 +275,14 @@ def _save(model: Any, folder: Path, staging: Path) -> None:
     state = model.state_dict()
     prefix = f"{model.base_model_prefix}."
     for path in folder.iterdir():
-        if path.suffix != ".safetensors":
+        if path.is_dir():
+            shutil.copytree(path, staging / path.name, symlinks=True)
+        elif path.suffix != ".safetensors":
             shutil.copyfile(path, staging / path.name)
-            continue
-        tensors = {}
-        with safe_open(path, framework="pt", backend="pread") as old:
-            for name in old.keys():  # noqa: SIM118 - not a dict
-                tensor = old.get_tensor(name)
-                new = state.get(name, state.get(name.removeprefix(prefix)))
-                tensors[name] = tensor if new is None else new.detach().cpu().to(tensor.dtype).contiguous()
-        write_shard(staging / path.name, tensors)
+        else:
+            tensors = {}
+            with safe_open(path, framework="pt", backend="pread") as old:
+                for name in old.keys():  # noqa: SIM118 - not a dict
+                    new = state[name] if name in state else state[name.removeprefix(prefix)]
+                    tensors[name] = new.detach().cpu().to(old.get_tensor(name).dtype).contiguous()
+            write_shard(staging / path.name, tensors)

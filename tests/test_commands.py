@@ -88,6 +88,9 @@ def test_every_packaged_recipe_runs_dry(name, run, out):
         (["out", "--recipe", "few.yaml", "--control", "--no-evaluate"], 2, "--control"),
         (["out", "--resume"], 2, "no run that was stopped"),
         (["out", "--resume", "--tokens", "4096"], 2, "leave out --tokens"),
+        (["out", "--resume", "--restart"], 2, "leave out --restart"),
+        (["out", "--recipe", "few.yaml", "--seed", "-1"], 2, "seed: -1 must be between"),
+        ([".", "--recipe", "few.yaml"], 3, "holds no report.json"),
         (["out", "--recipe", "pairs.yaml"], 2, "encoder-decoder"),
         (["out", "--recipe", "few.yaml", "--device", "tpu"], 2, "--device tpu"),
         (["out", "--recipe", "tracked.yaml"], 2, "report_to: nowhere is no tracker"),
@@ -133,6 +136,11 @@ def test_a_quality_gate_has_its_own_exit_code(run, out):
     assert code == 0, err
     code, _, err = run(evaluate, "sample:gpt2", "--max-kl", 0.5)
     assert code == 2 and "--against" in err
+
+
+def test_models_that_cannot_be_compared_are_named(run):
+    code, _, err = run(evaluate, "sample:gpt2", "--against", "sample:t5", "--tokens", 256)
+    assert code == 2 and "other kind or vocabulary" in err
 
 
 def test_an_encoder_decoder_answers_side_by_side(run):

@@ -22,7 +22,7 @@ def plain(hidden, head, targets, ce):
 @pytest.mark.parametrize("ce", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("chunk", [1, 2, 1000])
 def test_chunked_loss_and_its_gradients_are_the_plain_formulas(ce, chunk, monkeypatch):
-    monkeypatch.setattr(distill, "_CHUNK_LOGITS", chunk * 11)
+    monkeypatch.setattr(distill, "_CHUNK_LOGITS", (chunk * 11, chunk * 11))
     hidden = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
     head = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 11, (3, 5))

@@ -1,6 +1,7 @@
 """Runs that are stopped from outside, and runs of several processes."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,9 @@ from helpers import plain_convert as convert
 from safetensors.torch import load_file
 
 from sqa_convert import uptrain
+from sqa_convert.errors import InterruptedByUserError, RecipeError
 from sqa_convert.report import read_report
+from sqa_convert.trainer import UptrainingTrainer
 
 UPTRAIN = [sys.executable, "-m", "sqa_convert.cli.uptrain"]
 RECIPE = (
@@ -77,15 +80,70 @@ def test_a_run_killed_and_resumed_ends_bit_for_bit_where_an_uninterrupted_one_do
 
 def test_ctrl_c_saves_and_says_how_to_go_on(folders):
     one, _ = folders("gpt2")
-    process = start(one, "--recipe", "recipe.yaml", "--tokens", "2_000_000".replace("_", ""), "--no-evaluate")
-    wait_for("one.uptraining/uptrain", one.parent, process)
-    time.sleep(1)
+    many = one.parent / "many.yaml"
+    many.write_text(
+        RECIPE.replace("2_048\nsequence", "512_000\nsequence").replace("evaluations: 4", "evaluations: 1000")
+    )
+    process = start(one, "--recipe", many, "--no-evaluate")
+    wait_for("one.uptraining/uptrain/checkpoint-8/complete", one.parent, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "--resume" in err or "still the converted model" in err
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("error: interrupted") and last.count("error:") == 1
+    found = re.fullmatch(
+        r"error: interrupted; \S+ is still the converted model; "
+        r"go on from step (\d+) of uptrain with: sqa-uptrain \S+ --resume",
+        err.strip().splitlines()[-1],
+    )
+    assert found is not None, err
+    assert int(found[1]) >= 8
+    assert (one.parent / f"one.uptraining/uptrain/checkpoint-{found[1]}/complete").is_file()
+
+
+def test_a_run_is_not_resumed_on_another_conversion(folders):
+    one, _ = folders("gpt2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UptrainingTrainer, "save_model", interrupt_second_time())
+        with pytest.raises(InterruptedByUserError, match="go on from step 4 of uptrain"):
+            uptrain(one, str(one.parent / "recipe.yaml"), device="cpu", evaluate=False)
+    with pytest.raises(RecipeError, match="leave out"):
+        uptrain(one, "quick", resume=True)
+    with pytest.raises(RecipeError, match="leave out"):
+        uptrain(one, resume=True, restart=True)
+    convert("sample:gpt2", 4, 2, output=one, overwrite=True)
+    with pytest.raises(RecipeError, match="converted anew"):
+        uptrain(one, resume=True)
+
+
+def interrupt_second_time():
+    save, calls = UptrainingTrainer.save_model, []
+
+    def save_or_stop(self, *arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return save(self, *arguments, **options)
+
+    return save_or_stop
+
+
+def test_a_control_that_was_stopped_goes_on_and_the_finished_training_is_not_done_again(folders):
+    one, _ = folders("gpt2")
+    train, calls = UptrainingTrainer.train, []
+
+    def second_is_stopped(self, **options):
+        calls.append(self.ce)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(self, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UptrainingTrainer, "train", second_is_stopped)
+        with pytest.raises(InterruptedByUserError, match="step 16 of uptrain"):
+            uptrain(one, str(one.parent / "recipe.yaml"), device="cpu", control=True)
+        report = uptrain(one, resume=True, device="cpu")
+    assert calls == [0.0, 1.0, 1.0]
+    assert report["quality"]["control"]["kl"] > 0
+    assert len(report["uptraining"]["curve"]) == 5 and report["uptraining"]["seconds"] > 0
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,7 +98,7 @@ class Out:
 def show_quality(out: Out, report: dict[str, Any]) -> None:
     """What was measured, and what uptraining did."""
     quality = report.get("quality")
-    if quality:
+    if quality and quality_table(report)[1]:
         out.table(f"on {quality['tokens']:,} tokens of {quality['data']}", *quality_table(report))
     for line in uptraining_lines(report):
         out.result(line)
@@ -106,7 +107,7 @@ def show_quality(out: Out, report: dict[str, Any]) -> None:
 
 def show_loading(out: Out, report: dict[str, Any], folder: Path) -> None:
     """Where to look, and how to go on."""
-    if report["uptraining"]["curve"]:
+    if report.get("uptraining", {}).get("curve"):
         out.result(f"plot: {folder / RECOVERY}.png")
     out.result(f'next: {auto_class(report)}.from_pretrained("{folder}", trust_remote_code=True)')
 
@@ -136,5 +137,6 @@ def run_app(app: Any, name: str) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of many processes one speaks
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -251,7 +251,7 @@ def convert(
 
             if run_folder(target).exists() and not overwrite:
                 raise OutputError(f"{run_folder(target)} holds a run that was stopped: --overwrite throws it away")
-            check_settings(recipe, not no_evaluate)
+            check_settings(recipe, not no_evaluate, choose_device(device))
             # What would stop the training shall stop it before anything is written.
             first = training_data(
                 str(source.folder), recipe, tokens=recipe.sequence_length, trust_remote_code=trust_remote_code
@@ -322,8 +322,10 @@ def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> No
     show_quality(out, report)
     if uptrained:
         show_loading(out, report, target)
-    else:
+    elif report["architecture"].endswith(("ForCausalLM", "ForConditionalGeneration")):
         out.result(f"next: sqa-uptrain {shlex.quote(str(target))}")
+    else:
+        show_loading(out, report, target)
 
 
 def main() -> None:

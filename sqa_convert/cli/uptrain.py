@@ -36,8 +36,9 @@ def _list_recipes() -> None:
 def uptrain_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Made by sqa-convert; it is trained in place.")],
     recipe: Annotated[
-        str, typer.Option(metavar="RECIPE", help="A recipe's name (see --list-recipes) or a YAML file.")
-    ] = "quick",
+        str | None,
+        typer.Option(metavar="RECIPE", help="A recipe's name (see --list-recipes) or a YAML file. Default: quick."),
+    ] = None,
     source: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The unconverted model. Default: as the report names it.")
     ] = None,
@@ -79,13 +80,16 @@ def uptrain_command(
         "seed": seed,
         "control": control or None,
     }
-    if resume and (given := [f"--{k.replace('_', '-')}" for k, v in changes.items() if v is not None]):
-        raise RecipeError(f"--resume goes on with the recipe of the stopped run: leave out {', '.join(given)}")
-    settings = load_recipe(recipe, **changes)
+    given = {"recipe": recipe, "restart": restart or None, **changes}
+    if resume and (flags := [f"--{k.replace('_', '-')}" for k, v in given.items() if v is not None]):
+        raise RecipeError(f"--resume goes on with the recipe of the stopped run: leave out {', '.join(flags)}")
+    settings = None if resume else load_recipe(recipe or "quick", **changes)
     if dry_run:
         from ..report import read_report
+        from ..uptraining import RECIPE, run_folder
 
         read_report(folder)
+        settings = settings or load_recipe(str(run_folder(folder) / RECIPE))
         out.json({"schema": 1, "recipe": dataclasses.asdict(settings), "steps": settings.steps})
         out.result(dump_recipe(settings) + f"# {settings.steps:,} steps of {settings.tokens_per_step:,} tokens")
         return
