@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from sqa_convert.calibrate import CANDIDATES, MIX, Calibrator, SiteFitter, best_of_each, choose, load_source
+from sqa_convert.calibrate import CANDIDATES, Calibrator, SiteFitter, load_source
 from sqa_convert.checkpoint import open_source
 from sqa_convert.evaluation import measure, predict, prepare
 from sqa_convert.execution import ConvertedSite, SiteRecord, build_model, model_tensors
@@ -87,16 +87,11 @@ class Bench:
                     kept = {site: m for site, m in made.items() if site.kind != "encoder"}
                     yield self.row(part, kept, name, stage, seconds) | {"sites": "decoder, cross"}
         refit = {name: by_stage["refit"][name] for name in CANDIDATES}
-        mix = best_of_each(refit)
-        choices = refit | {MIX: mix}
-        kl = {name: kl for name, choice in choices.items() if (kl := self.calibrator.kl(plan, choice)) is not None}
-        chosen = choose(kl)
-        refined = by_stage["refined"]
-        owner = {site: next(n for n in refit if refit[n][site] is mix[site]) for site in mix}
-        final = refined[chosen] if chosen != MIX else {site: refined[owner[site]][site] for site in mix}
+        kl = {name: kl for name, choice in refit.items() if (kl := self.calibrator.kl(plan, choice)) is not None}
+        chosen = min(kl, key=kl.__getitem__)
         note = {"chosen": chosen, "kl_on_calibration_text": kl}
-        yield self.row(plan, choices[chosen], "auto", "refit", 0.0) | note
-        yield self.row(plan, final, "auto", "refined", 0.0) | note
+        yield self.row(plan, refit[chosen], "auto", "refit", 0.0) | note
+        yield self.row(plan, by_stage["refined"][chosen], "auto", "refined", 0.0) | note
 
     def all(self) -> list[tuple[Site, SiteFitter]]:
         return list(self.fitters.items())

@@ -44,9 +44,6 @@ from .plan import AUTO, TOKENS_PER_UNKNOWN, Plan
 
 CANDIDATES = {"svd": ("svd", True), "svd, contiguous": ("svd", False), "procrustes": ("procrustes", True)}
 """what `auto` chooses from: method, and whether the partition is searched"""
-MIX = "best of each site"
-MARGIN = 0.03
-"""by which a mix, which picks by many small differences, must beat the best candidate"""
 PATTERN_ROWS = 8192
 """query positions that patterns are compared on"""
 METRIC_RIDGE = 1e-2
@@ -70,9 +67,10 @@ def calibrate(
 ) -> Calibrated:
     """Converts every attention site of a plan by what it does on text.
 
-    Each candidate is converted and its output projection refitted; `auto` takes for each site the candidate of the
-    least held-out error, and then that mix or one candidate throughout, whichever leaves the whole model nearest to
-    the source (KL on held-out sequences). What was chosen is refined.
+    Each candidate is converted and its output projection refitted; `auto` takes the one that leaves the whole model
+    nearest to the source (KL on held-out sequences), and where there is no language model head for each site the
+    candidate of the least held-out error. (Mixing candidates by site where there is one was measured and lost.) What was
+    chosen is refined.
 
     Args:
         model: the source, in eval mode; it is moved to `device`.
@@ -103,24 +101,16 @@ def calibrate(
     report = calibrator.report(plan)
     chosen = best_of_each(tried)
     if plan.method == AUTO and plan.has_language_model_head:
-        choices = tried | {MIX: chosen}  # of equals the first, so a mix that is none has the plainer name
-        kl = {name: kl for name, choice in choices.items() if (kl := calibrator.kl(plan, choice)) is not None}
+        kl = {name: kl for name, choice in tried.items() if (kl := calibrator.kl(plan, choice)) is not None}
         report["kl_before_refine"] = kl
-        report["chosen"] = choose(kl)
-        chosen = choices[report["chosen"]]
+        report["chosen"] = min(kl, key=kl.__getitem__)
+        chosen = tried[report["chosen"]]
     if settings.refine_steps:
         chosen = {
             site: fitter.refine(chosen[site], settings.refine_steps)
             for site, fitter in calibrator.fitters("refine heads")
         }
     return Calibrated(chosen, report)
-
-
-def choose(kl: Mapping[str, float]) -> str:
-    """The candidate of the least KL divergence; the mix only where it is better by more than chance."""
-    uniform = {name: value for name, value in kl.items() if name != MIX}
-    best = min(uniform or kl, key=kl.__getitem__)
-    return MIX if MIX in kl and kl[MIX] < (1 - MARGIN) * kl[best] else best
 
 
 def best_of_each(tried: Mapping[str, Mapping[Site, ConvertedSite]]) -> dict[Site, ConvertedSite]:
