@@ -69,8 +69,8 @@ def calibrate(
 
     Each candidate is converted and its output projection refitted; `auto` takes the one that leaves the whole model
     nearest to the source (KL on held-out sequences), and where there is no language model head for each site the
-    candidate of the least held-out error. (Mixing candidates by site where there is one was measured and lost.) What was
-    chosen is refined.
+    candidate of the least held-out error. (Mixing candidates by site where there is one was measured and lost.) What
+    was chosen is refined.
 
     Args:
         model: the source, in eval mode; it is moved to `device`.

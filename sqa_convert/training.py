@@ -247,6 +247,7 @@ def _arguments(
         **({"fsdp": True} if settings.fsdp else {}),
         use_cpu=device.type == "cpu",
         ddp_backend="gloo" if device.type == "cpu" and _processes() > 1 else None,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
         eval_strategy="steps" if measured else "no",
