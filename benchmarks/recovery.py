@@ -146,7 +146,7 @@ def figure() -> None:
     found = {name: found[name] for name in ("gpt2", "t5") if name in found}
     chart = Figure(figsize=(10, 4), layout="constrained")
     panels = chart.subplots(1, len(found), squeeze=False)[0]
-    lines = ["| start | trained by |" + "".join(f" {name}: rate | KL | loss |" for name in found)]
+    lines = ["| start | trained by |" + "".join(f" {name}: rate | KL | loss, first seed |" for name in found)]
     lines.append("|---|---|" + "---:|" * 3 * len(found))
     for panel, (name, results) in zip(panels, found.items(), strict=True):
         for i, (label, start) in enumerate(results["8/4"].items()):
@@ -163,11 +163,13 @@ def figure() -> None:
     chart.suptitle("12 heads to 8/4: mean and range of the seeds")
     chart.savefig(RESULTS / "recovery.svg", metadata={"Date": None})
     for label, (_, loss, _) in STARTS.items():
+        if not any(label in results["8/4"] for results in found.values()):
+            continue
         cells = []
         for results in found.values():
             start = results["8/4"].get(label)
             cells += ["", "", ""] if start is None else [
-                f"{start['learning_rate']:g}", ranged(start["kl"]), ranged(start["loss"])
+                f"{start['learning_rate']:g}", ranged(start["kl"]), f"{start['runs'][0]['loss']:.4f}"
             ]  # fmt: skip
         lines.append(f"| {label.partition(',')[0]} | {loss} | {' | '.join(cells)} |")
     for name in ("source", "control"):

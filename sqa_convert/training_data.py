@@ -41,7 +41,7 @@ class TrainingData:
     """token blocks (n, T), or pairs of source and target tokens"""
     collate: Callable[[Sequence[tuple[int, Any]]], dict[str, Tensor]]
     held_out: Callable[[torch.device], HeldOut]
-    """the held-out part of the same data, on a device"""
+    """the held-out part of the same data, on a device; the same whatever the recipe's seed"""
 
     stream: Callable[[], Iterator[Any]] | None = None
     """all of the rows, where `content` holds only the first"""
@@ -94,7 +94,6 @@ def training_data(
             settings.data,
             tokens=settings.held_out_tokens,
             device=str(device),
-            seed=settings.seed,
             trust_remote_code=trust_remote_code,
         )
 
