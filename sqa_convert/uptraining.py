@@ -99,6 +99,7 @@ def uptrain(
     if settings.control:
         stages["control"] = (origin, dataclasses.replace(settings, loss="ce", patience=0))
     results: dict[str, Any] = {}
+    report["seconds"] = {key: spent for key, spent in report["seconds"].items() if key not in ("uptrain", "control")}
     with _recoverable(run, folder):
         if restart and is_first():
             shutil.rmtree(run, ignore_errors=True)
