@@ -229,9 +229,12 @@ def uptraining_lines(report: dict[str, Any]) -> list[str]:
         lines[0] += f", MFU {done['mfu']:.1%}"
     if "kept" in done:
         lines[0] += f"; kept: {done['kept']}"
-    shares = [f"{share:.1%} of the {name}" for name in ("loss", "KL") if (share := recovered(quality, name.lower()))]
-    if shares:
-        lines.append(f"uptraining took back {' and '.join(shares)} that conversion had cost")
+    shares = {name: recovered(quality, name.lower()) for name in ("loss", "KL")}
+    back = [f"{share:.1%} of the {name}" for name, share in shares.items() if share is not None]
+    if back:
+        lines.append(f"uptraining took back {' and '.join(back)} that conversion had cost")
+    if any(share is not None and share < 0 for share in shares.values()):
+        lines.append("less than nothing: more tokens or a smaller learning rate are needed")
     if "control" in quality:
         above = {name: quality["uptrained"]["loss"] - quality[name]["loss"] for name in ("source", "control")}
         lines.append(
