@@ -31,6 +31,8 @@ class UptrainingTrainer(Trainer):
         teacher: the unconverted model; None trains on the text alone.
         ce: weight of the cross-entropy, 0 … 1; the rest is that of KL(teacher || model).
         held_out: what `evaluate` measures on; None never measures.
+        expected: the unconverted model's predictions of that text; without them there is no KL.
+        tokens_per_step: of one optimizer step.
         flops: of the model's own work for one token, forward and backward; None leaves MFU out.
         peak: FLOP/s that all devices together can do; None likewise.
         said: called after each step.
@@ -56,7 +58,6 @@ class UptrainingTrainer(Trainer):
         self.teacher: Any = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
         self.ce, self.held_out, self.expected = ce, held_out, expected
         self.tokens_per_step, self.flops, self.peak, self.said = tokens_per_step, flops, peak, said
-        self.curve: list[dict[str, float]] = []
         # Our loss is a sum divided by the predictions of all micro-batches of all processes, which are counted so.
         self.model_accepts_loss_kwargs = True
         self.watch = _Watch(self, before)
@@ -106,15 +107,22 @@ class UptrainingTrainer(Trainer):
         assert self.held_out is not None
         start = time.perf_counter()
         quality = measure(predict(self.model, self.held_out), self.expected)
-        tokens = self.state.global_step * self.tokens_per_step
         metrics = {"loss": quality.loss} | ({} if quality.kl is None else {"kl": quality.kl, "top1": quality.top1})
-        self.curve = [point for point in self.curve if point["tokens"] < tokens]
-        self.curve.append({"tokens": tokens} | {key: round(value, 6) for key, value in metrics.items()})
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(named)
         self.watch.aside += time.perf_counter() - start
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """Every measurement of the run, those before it was resumed too: tokens, loss, and KL and agreement."""
+        measured = {entry["step"]: entry for entry in self.state.log_history if "eval_loss" in entry}
+        return [
+            {"tokens": step * self.tokens_per_step}
+            | {key.removeprefix("eval_"): round(entry[key], 6) for key in entry if key.startswith("eval_")}
+            for step, entry in measured.items()
+        ]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         start = time.perf_counter()
@@ -134,13 +142,6 @@ class _Watch(TrainerCallback):
         self.before: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        measured = {entry["step"]: entry for entry in state.log_history if "eval_loss" in entry}
-        trainer.curve = [
-            {"tokens": step * trainer.tokens_per_step}
-            | {key.removeprefix("eval_"): round(entry[key], 6) for key in entry if key.startswith("eval_")}
-            for step, entry in measured.items()
-        ]
         self.start, self.first, self.aside = time.perf_counter(), state.global_step, 0.0
 
         def interrupt(number: int, frame: Any) -> None:

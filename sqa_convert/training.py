@@ -152,20 +152,20 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
         values = [point[key.removeprefix("eval_")] for point in trainer.curve]
         kept_start = values[0] <= min(values[1:], default=values[0])
         found["kept"] = "the start, no measurement was better" if kept_start else f"the best {key}"
-    _write_final(trainer, path if kept_start else None, path, settings, job, output / FINAL)
+    _write_final(trainer, path, kept_start, settings, job, output / FINAL)
     if is_first():
         done.write_text(json.dumps(found))
     return found
 
 
-def _write_final(trainer: Any, kept: Path | None, path: Path, settings: Recipe, job: Job, final: Path) -> None:
-    """The trained model as a folder; `kept` is one to take instead."""
+def _write_final(trainer: Any, path: Path, kept_start: bool, settings: Recipe, job: Job, final: Path) -> None:
+    """The trained model as a folder, or the one at `path` that it began with."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if settings.fsdp else None  # by all processes
     if not is_first():
         return
-    if kept is not None or settings.fsdp:
+    if kept_start or settings.fsdp:
         model: Any = load_model(path, dtype="float32", trust_remote_code=job.trust_remote_code)
-        if kept is None:
+        if not kept_start:
             model.load_state_dict(state)
     else:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)

@@ -27,7 +27,7 @@ from .errors import (
     SQAError,
     one_line,
 )
-from .evaluation import HeldOut, choose_device, compare, device_name, load_model, predict
+from .evaluation import choose_device, compare, device_name, load_model, predict
 from .execution import Progress, silent
 from .families import family_of
 from .generation import answer_scores
@@ -36,7 +36,7 @@ from .recipe import Recipe, dump_recipe, load_recipe
 from .report import read_report, write_report
 from .trainer import COMPLETE
 from .training import FINAL, Job, check_settings, is_first, step_of, train
-from .training_data import TrainingData, training_data
+from .training_data import training_data
 
 RECIPE = "recipe.yaml"
 _OF = "of"  # which conversion a run belongs to
@@ -114,12 +114,12 @@ def uptrain(
                 teacher = None
             results[stage] = train(path, teacher, how, job, run / stage, partial(progress, stage))
             report["seconds"][stage] = results[stage]["seconds"]
-        del teacher, expected, job
+        del teacher
         if is_first():
             report["uptraining"] = dataclasses.asdict(settings) | results["uptrain"] | {"device": device_name(chosen)}
             if settings.control:
                 report["uptraining"]["control_curve"] = results["control"]["curve"]
-            _publish(folder, run, report, settings, text, held_out, origin, trust_remote_code, progress)
+            _publish(folder, run, report, settings, job, origin, progress)
             shutil.rmtree(run, ignore_errors=True)
     return report
 
@@ -129,10 +129,8 @@ def _publish(
     run: Path,
     report: dict[str, Any],
     settings: Recipe,
-    text: TrainingData,
-    held_out: HeldOut | None,
+    job: Job,
     origin: Path,
-    trust_remote_code: bool,
     progress: Progress,
 ) -> None:
     """The trained model in the place of the converted one, measured beside the others."""
@@ -140,7 +138,7 @@ def _publish(
     with staged_output(folder, overwrite=True, size=size) as staging:
         _save(load_model(run / "uptrain" / FINAL, dtype="float32"), folder, staging)
         (staging / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
-        if held_out is None:
+        if job.held_out is None:
             known = report.get("quality", {})
             report["quality"] = {key: known[key] for key in known if key not in ("uptrained", "control")}
         else:
@@ -148,9 +146,13 @@ def _publish(
             rows = {"source": origin, "converted": folder, "uptrained": staging}
             if settings.control:
                 rows["control"] = run / "control" / FINAL
-            also = partial(answer_scores, tokenizer=text.tokenizer, held_out=held_out) if settings.pairs else None
+            scores = partial(answer_scores, tokenizer=job.text.tokenizer, held_out=job.held_out)
             report["quality"] = compare(
-                rows, held_out, trust_remote_code=trust_remote_code, progress=progress, also=also
+                rows,
+                job.held_out,
+                trust_remote_code=job.trust_remote_code,
+                progress=progress,
+                also=scores if settings.pairs else None,
             )
             report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(staging, report)
