@@ -8,7 +8,7 @@ The starts, at 12 heads to 8/4: `mean` and cross-entropy, the way of the GQA pap
 For each start the learning rates of a grid are tried with one seed, the one of the least held-out KL (of the default by
 cross-entropy: of the least loss) is run with two more. Every run sees the same tokens; the control is the source
 trained on them by cross-entropy at the rate of the default's own run by cross-entropy. Writes
-benchmarks/results/recovery-NAME.json.
+benchmarks/results/recovery-NAME.json, and goes on from what is there: a rate once tried is not tried again.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from sqa_convert.evaluation import choose_device, device_name
 RESULTS = Path(__file__).resolve().parent / "results"
 RECIPE = Recipe(tokens=600_000, sequence_length=256, batch_size=8, evaluations=6)
 STARTS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
-    "mean, CE": ({"method": "mean"}, "ce", (5e-4, 1e-3, 2e-3)),
+    "mean, CE": ({"method": "mean"}, "ce", (2e-4, 5e-4, 1e-3, 2e-3)),
     "default, KL": ({}, "kl", (2e-4, 4e-4, 8e-4)),
-    "default, CE": ({}, "ce", (1e-4, 3e-4)),
+    "default, CE": ({}, "ce", (1e-5, 3e-5, 1e-4, 3e-4)),
     "mean, KL": ({"method": "mean"}, "kl", (1e-3, 2e-3)),
     "procrustes, KL": ({"method": "procrustes"}, "kl", (5e-4, 1e-3)),
 }
@@ -92,32 +92,37 @@ def measure(
     """All starts of one source at one pair of head counts."""
     starts = into.setdefault(f"{heads[0]}/{heads[1]}", {})
     for label, (how, loss, grid) in STARTS.items():
-        if (only and label not in only) or label in starts:
+        before = starts.get(label, {"grid": [], "runs": []})
+        tried = {point["learning_rate"]: point for point in before["grid"]}
+        if (only and label not in only) or (set(grid) <= tried.keys() and len(before["runs"]) >= len(seeds)):
             continue
         start = start_of(how, source, heads, scratch)
-        key = "loss" if loss == "ce" and label.startswith("default") else "kl"
-        tried = []
+        key = "loss" if label == "default, CE" else "kl"
+        runs = before["runs"]
         for rate in grid:
-            found = run(start, replace(recipe, loss=loss, learning_rate=rate, seed=seeds[0]), False, device)
-            print(f"{name} {heads} {label} lr {rate:g}: loss {found['loss']:.4f} KL {found['kl']:.4f} "
-                  f"{found['seconds']} s", flush=True)  # fmt: skip
-            tried.append(found)
-        best = min(tried, key=lambda found: found[key])
-        runs = [best]
-        for seed in seeds[1:]:
-            again = replace(recipe, loss=loss, learning_rate=best["learning_rate"], seed=seed)
-            runs.append(run(start, again, False, device))
-        if label == "default, CE":
-            again = replace(recipe, loss=loss, learning_rate=best["learning_rate"], seed=seeds[0])
-            runs[0] = run(start, again, True, device)
+            if rate not in tried:
+                found = run(start, replace(recipe, loss=loss, learning_rate=rate, seed=seeds[0]), False, device)
+                print(f"{name} {heads} {label} lr {rate:g}: loss {found['loss']:.4f} KL {found['kl']:.4f} "
+                      f"{found['seconds']} s", flush=True)  # fmt: skip
+                tried[rate] = {k: found[k] for k in ("learning_rate", "loss", "kl")}
+                runs.append(found)
+        best = min(tried.values(), key=lambda point: point[key])["learning_rate"]
+        runs = [found for found in runs if found["learning_rate"] == best]
+        if label == "default, CE":  # the run with the first seed brings the control
+            runs = [found for found in runs if found["seed"] != seeds[0] or "control" in found]
+        for seed in seeds:
+            if not any(found["seed"] == seed for found in runs):
+                again = replace(recipe, loss=loss, learning_rate=best, seed=seed)
+                runs.append(run(start, again, label == "default, CE" and seed == seeds[0], device))
+        runs.sort(key=lambda found: found["seed"])
         starts[label] = {
-            "grid": [{k: found[k] for k in ("learning_rate", "loss", "kl")} for found in tried],
-            "learning_rate": best["learning_rate"],
+            "grid": sorted(tried.values(), key=lambda point: point["learning_rate"]),
+            "learning_rate": best,
             "loss": spread(runs, "loss"),
             "kl": spread(runs, "kl"),
             "runs": runs,
         }
-        print(f"{name} {heads} {label}: lr {best['learning_rate']:g} KL {starts[label]['kl']}", flush=True)
+        print(f"{name} {heads} {label}: lr {best:g} KL {starts[label]['kl']}", flush=True)
         write(name, into)
 
 
