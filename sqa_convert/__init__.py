@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .heads import METHODS, VARIANTS, Partition
     from .recipe import Recipe, load_recipe
+    from .speed import bench
     from .uptraining import uptrain
 
 _HOMES = {
+    "bench": "speed",
     "convert": "conversion",
     "Conversion": "conversion",
     "evaluate": "evaluation",
@@ -36,6 +38,7 @@ __all__ = [
     "Partition",
     "Recipe",
     "__version__",
+    "bench",
     "convert",
     "evaluate",
     "load_recipe",

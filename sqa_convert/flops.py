@@ -1,12 +1,13 @@
-"""Floating point operations: what a training step needs, and what a GPU can do."""
+"""Floating point operations: what a run needs, and what a GPU can do."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 _BFLOAT16 = {
@@ -24,19 +25,32 @@ def peak_flops(device: torch.device, count: int = 1) -> float | None:
     return next((peak * count for part, peak in _BFLOAT16.items() if part in name), None)
 
 
-def training_flops(model: Any, batch: dict[str, Tensor]) -> int:
-    """Of a forward and a backward pass, which costs twice as much: products of matrices, a multiply and an add each.
+def on_meta(module: Any) -> Any:
+    """A copy without values, with the plain attention, so that no kernel hides any product. A model or an attention."""
+    config = copy.deepcopy(module.config)
+    if hasattr(module, "_from_config"):
+        with torch.device("meta"):
+            return type(module)._from_config(config, attn_implementation="eager").eval()
+    config._attn_implementation = "eager"
+    shell = copy.deepcopy(module, {id(p): nn.Parameter(p.to("meta")) for p in module.parameters()})
+    shell.config = config
+    return shell
 
-    Counted by torch on the meta device with the plain attention, so no kernel hides any.
-    """
-    config = copy.deepcopy(model.config)
-    with torch.device("meta"):
-        clone = type(model)._from_config(config, attn_implementation="eager")
+
+def counted(run: Callable[[], Any]) -> int:
+    """Operations of a run, as torch counts them: products of matrices, a multiply and an add each."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def training_flops(model: Any, batch: dict[str, Tensor]) -> int:
+    """Of a forward and a backward pass, which costs twice as much."""
+    clone = on_meta(model)
     tokens = batch["input_ids"].to("meta")
     # Without a mask a decoder-only model looks into its position ids for the ends of documents: meta has no values.
     more = {"attention_mask": torch.ones_like(tokens)}
-    if config.is_encoder_decoder:
+    if clone.config.is_encoder_decoder:
         more = {"labels": batch["labels"].to("meta")}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        clone(tokens, **more, use_cache=False)
-    return 3 * int(counter.get_total_flops())
+    with torch.no_grad():
+        return 3 * counted(lambda: clone(tokens, **more, use_cache=False))

@@ -1,4 +1,4 @@
-"""Pictures of a conversion, as SVG."""
+"""Pictures of a conversion."""
 
 from __future__ import annotations
 
@@ -111,6 +111,38 @@ def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
         panel.grid(alpha=0.3)
         panel.legend()
     figure.suptitle(f"{report['source']['name']}: what uptraining took back")
+    return _rendered(figure, kind)
+
+
+def speed_picture(speed: dict[str, Any], kind: str) -> bytes:
+    """Time of a run against length, log-log, a panel for each part and mode."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in speed["rows"] if row["seconds"]]
+    cells = list(dict.fromkeys((row["part"], row["mode"]) for row in rows))
+    columns = min(3, len(cells))
+    lines = -(-len(cells) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * lines + 0.4), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for panel, (part, mode) in zip(panels, cells, strict=False):
+        for i, (name, heads) in enumerate(speed["heads"].items()):
+            shown = [row for row in rows if (row["part"], row["mode"], row["model"]) == (part, mode, name)]
+            lengths = [row["length"] for row in shown]
+            middle = [1e3 * row["seconds"]["median"] for row in shown]
+            colour = _COLOURS[i % len(_COLOURS)]
+            panel.plot(lengths, middle, marker="o", markersize=3, color=colour, label=f"{name} ({heads})")
+            low, high = ([1e3 * row["seconds"][end] for row in shown] for end in ("low", "high"))
+            panel.fill_between(lengths, low, high, color=colour, alpha=0.2)
+        panel.set(title=f"{part}: {mode}", xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
+        ticks = sorted({row["length"] for row in rows})
+        panel.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in ticks], fontsize=8)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    for panel in list(figure.axes)[len(cells) :]:
+        panel.set_visible(False)
+    figure.axes[0].legend(fontsize=8)
+    batch, dtype = rows[0]["batch"], rows[0]["dtype"]
+    figure.suptitle(f"{speed['device']}, {dtype}, batch {batch}: median and range of {speed['repeats']}", fontsize=10)
     return _rendered(figure, kind)
 
 

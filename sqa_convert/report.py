@@ -11,7 +11,7 @@ from . import __version__
 from .checkpoint import Source, read_json
 from .heads import METHODS
 from .output import REPORT, write_json
-from .pictures import heads_picture, recovery_picture, similarity_picture
+from .pictures import heads_picture, recovery_picture, similarity_picture, speed_picture
 from .plan import Cost, Plan
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ CARD = "README.md"
 PICTURE = "heads.svg"
 SIMILARITY = "similarity.svg"
 RECOVERY = "recovery"
+SPEED = "speed"
 ROWS = ("source", "converted", "uptrained", "control")
 _LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
 _AUTO_CLASSES = {
@@ -163,7 +164,14 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         (folder / f"{RECOVERY}.{kind}").unlink(missing_ok=True)
         if report.get("uptraining", {}).get("curve"):
             (folder / f"{RECOVERY}.{kind}").write_bytes(recovery_picture(report, kind))
+    if report.get("speed"):
+        write_speed_pictures(folder, report["speed"])
     (folder / CARD).write_text(model_card(report), encoding="utf-8")
+
+
+def write_speed_pictures(folder: Path, speed: dict[str, Any]) -> None:
+    for kind in ("svg", "png"):
+        (folder / f"{SPEED}.{kind}").write_bytes(speed_picture(speed, kind))
 
 
 def model_card(report: dict[str, Any]) -> str:
@@ -202,6 +210,9 @@ def model_card(report: dict[str, Any]) -> str:
             f"Measured on {quality['tokens']:,} tokens of {quality['data']}. Loss above the source's is what it cost.",
             "",
         ]
+    if report.get("speed"):
+        lines += [*_markdown_table(*speed_rows(report["speed"])), "", f"![time against length]({SPEED}.svg)", ""]
+        lines += [f"{speed_title(report['speed'])}.", ""]
     lines += [
         "```python",
         f"from transformers import {auto}, AutoTokenizer",
@@ -292,6 +303,51 @@ def quality_rows(measured: Mapping[str, Mapping[str, float | None]]) -> tuple[li
         (name, *(cell(found.get(key), style) for key, (_, style) in shown.items())) for name, found in measured.items()
     ]
     return ["", *(head for head, _ in shown.values())], rows
+
+
+def speed_title(speed: dict[str, Any]) -> str:
+    """Where, and how often, speed was measured."""
+    row = speed["rows"][0]
+    compiled = ", compiled" if speed["compiled"] else ""
+    return (
+        f"{speed['device']} ({speed['machine']}), torch {speed['versions']['torch']}, {row['dtype']}, "
+        f"{row['attention']}{compiled}, batch {row['batch']}; median (range) of {speed['repeats']} alternating rounds"
+    )
+
+
+def speed_rows(speed: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """How fast models are: column heads, and a row for each model, part, mode and length."""
+    columns = ["", "tokens", "model", "heads", "ms", "tokens/s", "speed-up", "ideal", "peak MB", "cache MB"]
+
+    def megabytes(value: int | None) -> str:
+        return "" if value is None else f"{value / 1e6:,.1f}"
+
+    rows: list[tuple[str, ...]] = []
+    for row in speed["rows"]:
+        took, gained = row["seconds"], row.get("speedup")
+        first = row["model"] == next(iter(speed["heads"]))
+        ms = "out of memory" if took is None else f"{_ms(took['median'])} ({_ms(took['low'])}–{_ms(took['high'])})"
+        rows.append(
+            (
+                f"{row['part']}, {row['mode']}",
+                f"{row['length']:,}",
+                row["model"],
+                speed["heads"][row["model"]],
+                ms,
+                "" if took is None else f"{row['tokens_per_second']:,.0f}",
+                ""
+                if first or gained is None
+                else f"{gained['median']:.2f}× ({gained['low']:.2f}–{gained['high']:.2f})",
+                "" if first else f"{row['ideal']:.2f}×",
+                megabytes(row["peak_bytes"]),
+                megabytes(row["cache_bytes"]),
+            )
+        )
+    return columns, rows
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
 
 
 def _one_or_by_site(counts: dict[str, int]) -> str:

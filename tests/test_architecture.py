@@ -8,15 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sqa_convert"
 LAYERS = [  # a module may import only from lines below its own; within a folder, freely
     {"cli"},
-    {"conversion", "uptraining"},
+    {"conversion", "speed", "uptraining"},
     {"calibrate", "training"},
     {"calibration_text", "trainer", "training_data"},
     {"activations", "generation"},
     {"evaluation", "execution", "report"},
     {"batches", "data", "output", "pictures", "plan"},
     {"checkpoint", "families"},
-    {"heads", "recipe"},
-    {"distill", "flops", "tasks"},
+    {"heads", "recipe", "workloads"},
+    {"distill", "flops", "tasks", "timing"},
     {"errors", "models"},
 ]
 LIGHT = [

@@ -1,0 +1,146 @@
+"""sqa-bench: how fast a converted model is beside its original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import OutputError, RecipeError, one_line
+from .console import Out, run_app
+from .options import EXIT_CODES, AsJson, Device, Quiet, TrustRemoteCode, Verbose, Version, make_app
+
+GRID = "One attention layer of random weights"
+RESULT = "speed.json"
+app = make_app()
+
+
+@app.command(epilog=EXIT_CODES)
+def bench_command(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folders, hub ids, samples; the first is what the others are compared with. "
+            "A converted folder alone is compared with what it was made from.",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Tokens, such as 1k,4k,131072 (1k = 1,024). Default: by device.")
+    ] = None,
+    modes: Annotated[str, typer.Option(metavar="A,B", help="Of prefill, decode, train.")] = "prefill,decode,train",
+    parts: Annotated[
+        str, typer.Option(metavar="A,B", help="Of model (the whole), attention (one layer).")
+    ] = "model,attention",
+    batch: Annotated[int, typer.Option(metavar="N", help="Rows.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16.")] = "auto",
+    device: Device = "auto",
+    attn: Annotated[
+        str, typer.Option(help="sdpa, eager, flash_attention_2, flash_attention_3, flex_attention.")
+    ] = "sdpa",
+    compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile, for any length at once.")] = False,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds; each times every model once.")] = 5,
+    head_grid: Annotated[
+        bool, typer.Option("--head-grid", rich_help_panel=GRID, help="Measure that instead of models.")
+    ] = False,
+    heads: Annotated[int, typer.Option(metavar="N", rich_help_panel=GRID, help="Heads of mha.")] = 16,
+    head_dim: Annotated[int, typer.Option(metavar="N", rich_help_panel=GRID, help="Size of a head.")] = 16,
+    variants: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", rich_help_panel=GRID, help="Of the names of --variant, mha, or Hq/Hkv."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for speed.json and plots. Converted folders get them anyway."),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    version: Version = False,
+) -> None:
+    """Time, memory and cache of models side by side, and what counting operations and bytes would promise.
+
+    [bold]sqa-bench gpt2-sqa-q8kv4 --lengths 256,1k[/bold]
+    """
+    out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
+    names = list(models or [])
+    if head_grid == bool(names):
+        raise RecipeError("give MODEL, or --head-grid without one")
+    from ..output import write_json
+    from ..report import REPORT, read_report, speed_rows, speed_title, write_report, write_speed_pictures
+    from ..speed import GRID as PAPER
+    from ..speed import Settings, bench, bench_layers
+
+    out.quieten_libraries()
+    settings = Settings(
+        lengths=parse_lengths(lengths), modes=_words(modes), parts=_words(parts), batch=batch, dtype=dtype,
+        device=device, attention=attn, compiled=compiled, repeats=repeats,
+    )  # fmt: skip
+    settings.check()
+    if output is not None and output.exists() and not output.is_dir():
+        raise RecipeError(f"--output {output} is a file")
+    folders: dict[str, Path] = {}
+    with out.progress() as progress:
+        if head_grid:
+            result = bench_layers(heads, head_dim, _words(variants) if variants else PAPER, settings, progress)
+        else:
+            folders = _resolve(names)
+            result = bench(folders, settings, trust_remote_code=trust_remote_code, progress=progress)
+    out.json(result)
+    out.table(speed_title(result), *speed_rows(result))
+    if "positions_extended" in result:
+        out.result(f"positions beyond the model's own repeat them, for timing alone: {result['positions_extended']}")
+    try:
+        for name, folder in folders.items():
+            if (folder / REPORT).is_file() and name != next(iter(folders)):
+                write_report(folder, read_report(folder) | {"speed": result})
+                out.result(f"plot: {folder / 'speed.png'}")
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / RESULT, result)
+            write_speed_pictures(output, result)
+            out.result(f"written: {output / RESULT}, speed.svg, speed.png")
+    except OSError as error:
+        raise OutputError(f"the measurements cannot be written: {one_line(error)}") from error
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def parse_lengths(text: str | None) -> tuple[int, ...]:
+    """ "1k,4096" as (1024, 4096). Raises RecipeError."""
+    found = []
+    for word in _words(text or ""):
+        digits, factor = (word[:-1], 1024) if word[-1] in "kK" else (word, 1)
+        if not digits.isdecimal():
+            raise RecipeError(f"--lengths {text}: {word!r} is no number of tokens such as 512 or 4k")
+        found.append(int(digits) * factor)
+    return tuple(dict.fromkeys(found))
+
+
+def _resolve(names: list[str]) -> dict[str, Path]:
+    """What to call each model, and its folder; before a converted one alone stands what it was made from."""
+    from ..checkpoint import resolve
+    from ..report import REPORT, read_report
+
+    folders: list[tuple[str, Path]] = [(name, resolve(name)) for name in names]
+    if len(folders) == 1 and (folders[0][1] / REPORT).is_file():
+        source: dict[str, Any] = read_report(folders[0][1])["source"]
+        folders.insert(0, (source["name"], resolve(source["name"], source["revision"])))
+    short = {name: Path(name).name or name for name, _ in folders}
+    unique = len(set(short.values())) == len(folders)
+    if len(short) < len(folders):
+        raise RecipeError(f"{', '.join(names)}: the same model twice")
+    return {short[name] if unique else name: folder for name, folder in folders}
+
+
+def main() -> None:
+    """Entry point of `sqa-bench`."""
+    run_app(app, "sqa-bench")
+
+
+if __name__ == "__main__":
+    main()
