@@ -65,7 +65,7 @@ def model_workload(model: Any, mode: str, length: int, batch: int) -> Workload:
         )
     if mode == "prefill":
         return Workload(_inference(lambda: model(tokens, use_cache=True, logits_to_keep=1)), batch * length)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache()
     seen, one = tokens.split([length - 1, 1], dim=1)
     _inference(lambda: model(seen, past_key_values=cache, use_cache=True, logits_to_keep=1))()
 
@@ -85,7 +85,7 @@ def _encoder_decoder(model: Any, mode: str, tokens: Tensor, written: Tensor) -> 
     if mode == "prefill":
         return Workload(_inference(lambda: encoder(tokens)), batch * length)
     read = BaseModelOutput(last_hidden_state=_inference(lambda: encoder(tokens))().last_hidden_state)
-    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
     def step(ids: Tensor = written[:, :1]) -> None:
         model(encoder_outputs=read, decoder_input_ids=ids, past_key_values=cache, use_cache=True)

@@ -16,6 +16,7 @@ from helpers import (
     tokens,
     use_attention,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     AttentionInterface,
     AutoModel,
@@ -216,13 +217,32 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", MAKERS)
-def test_compiles_without_graph_breaks(family):
+def test_compiles_once_for_all_lengths_without_graph_breaks(family):
     model = MAKERS[family](6, 3)
-    ids = tokens(2, 9)
-    inputs = inputs_for(model, ids) | {"use_cache": False}
-    expected = model(**inputs).logits
+    counter = CompileCounterWithBackend("eager")
     torch.compiler.reset()
-    close(torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).logits, expected, 1e-4)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for length in (19, 37, 29):
+        inputs = {"input_ids": tokens(2, length), "use_cache": False}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = tokens(2, length // 3)
+        close(compiled(**inputs).logits, model(**inputs).logits, 1e-4)
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_a_single_position_attends_as_the_same_position_of_many():
+    model = sqa_t5(6, 3, attention="eager")
+    ids, written, mask = tokens(2, 7), tokens(2, 5), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    cache = model(ids, mask, decoder_input_ids=written[:, :-1], use_cache=True).past_key_values
+    more = {"attention_mask": mask, "output_attentions": True}
+    last = model(ids, decoder_input_ids=written[:, -1:], past_key_values=cache, **more)
+    full = model(ids, decoder_input_ids=written, **more)
+    close(last.logits, full.logits[:, -1:], 1e-5)
+    for one, all_of_them in zip(last.decoder_attentions + last.cross_attentions,
+                                full.decoder_attentions + full.cross_attentions, strict=True):  # fmt: skip
+        close(one, all_of_them[:, :, -1:], 1e-5)
 
 
 @pytest.mark.parametrize("option", ["scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"])

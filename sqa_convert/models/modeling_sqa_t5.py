@@ -58,26 +58,28 @@ class SQAT5Attention(T5Attention):
         if self.has_relative_attention_bias:
             self.relative_attention_bias = nn.Embedding(self.relative_attention_num_buckets, self.n_heads)
 
-    def distance_buckets(self, query_length, key_length, past_seen_tokens, device):
-        """Bucket of every distance key - query, smallest first: (T + S - 1,) int64, the same for all layers."""
+    def distances(self, query_length, key_length, past_seen_tokens, device):
+        """The same for all layers: the bucket of every distance key - query, smallest first, (T + S - 1,) int64, and
+        where among them each pair of a query and a key stands, (T * S,) int64."""
         distance = torch.arange(1 - query_length, key_length, device=device) - past_seen_tokens
-        return self._relative_position_bucket(
+        buckets = self._relative_position_bucket(
             distance,
             bidirectional=not self.is_decoder,
             num_buckets=self.relative_attention_num_buckets,
             max_distance=self.relative_attention_max_distance,
         )
+        keys, queries = torch.arange(key_length, device=device), torch.arange(query_length, device=device)
+        return buckets, (keys + (query_length - 1 - queries)[:, None]).flatten()
 
-    def position_bias(self, buckets, query_length, key_length):
-        """This layer's bias (1, Hq, T, S) from the buckets (T + S - 1,): row i is a window that starts at T - 1 - i."""
-        by_distance = self.relative_attention_bias(buckets).t()  # (Hq, T + S - 1)
-        return by_distance.unfold(1, key_length, 1).flip(1).unsqueeze(0)
+    def position_bias(self, buckets, places, query_length, key_length):
+        """This layer's bias, (1, Hq, T, S)."""
+        by_distance = self.relative_attention_bias(buckets).t().contiguous()  # (Hq, T + S - 1)
+        return by_distance.index_select(1, places).view(1, self.n_heads, query_length, key_length)
 
     def forward(
         self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None, **kwargs
     ):
-        # Between the layers of a stack the argument `position_bias` carries the buckets of `distance_buckets`.
-        buckets = position_bias
+        distances = position_bias  # between the layers of a stack that argument carries what `distances` gives
         input_shape = hidden_states.shape[:-1]  # (B, T)
         query = self.q(hidden_states).view(*input_shape, -1, self.key_value_proj_dim).transpose(1, 2)  # (B, Hq, T, d)
         seen = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
@@ -99,13 +101,20 @@ class SQAT5Attention(T5Attention):
                 key, value = cache.update(key, value, self.layer_idx)
                 if is_cross and isinstance(past_key_values, EncoderDecoderCache):
                     past_key_values.is_updated[self.layer_idx] = True
-        key, value = repeat_kv(key, self.kv_repeats), repeat_kv(value, self.kv_repeats)  # (B, Hq, S, d)
 
         bias = None
         if self.has_relative_attention_bias:
-            if buckets is None:
-                buckets = self.distance_buckets(input_shape[1], key.shape[-2], seen, query.device)
-            bias = self.position_bias(buckets, input_shape[1], key.shape[-2])
+            if distances is None:
+                distances = self.distances(input_shape[1], key.shape[-2], seen, query.device)
+            bias = self.position_bias(*distances, input_shape[1], key.shape[-2])
+        packed = input_shape[1] == 1 and self.kv_repeats > 1
+        if packed:  # the query heads of a key/value head take the place of positions, and no key is copied
+            grouped = (-1, self.n_kv_heads, self.kv_repeats)
+            query = query.reshape(*grouped, self.key_value_proj_dim)  # (B, Hkv, Hq / Hkv, d)
+            bias = None if bias is None else bias.reshape(*grouped, key.shape[-2])
+            kwargs["is_causal"] = False  # they are one position
+        else:
+            key, value = repeat_kv(key, self.kv_repeats), repeat_kv(value, self.kv_repeats)  # (B, Hq, S, d)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
             self,
@@ -118,7 +127,10 @@ class SQAT5Attention(T5Attention):
             position_bias=bias,
             **kwargs,
         )  # (B, T, Hq, d)
-        return self.o(output.reshape(*input_shape, -1).contiguous()), buckets, weights
+        if packed:
+            output = output.transpose(1, 2)  # (B, Hkv, Hq / Hkv, d)
+            weights = None if weights is None else weights.reshape(-1, self.n_heads, 1, key.shape[-2])
+        return self.o(output.reshape(*input_shape, -1).contiguous()), distances, weights
 
 
 class SQAT5LayerSelfAttention(T5LayerSelfAttention):
