@@ -109,7 +109,7 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
     flops = None if settings.pairs else training_flops(model, job.text.example()) / settings.sequence_length
     if settings.lora_rank:
         model = _with_lora(model, settings.lora_rank)
-    arguments = _arguments(settings, output, job.device, measured, resumed=checkpoint is not None)
+    arguments = training_arguments(settings, output, job.device, measured, resumed=checkpoint is not None)
     trainer = UptrainingTrainer(
         model=model,
         teacher=teacher,
@@ -216,9 +216,16 @@ def _with_lora(model: Any, rank: int) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(names)))
 
 
-def _arguments(
-    settings: Recipe, output: Path, device: torch.device, measured: bool, resumed: bool
+def training_arguments(
+    settings: Recipe, output: Path, device: torch.device, measured: bool, resumed: bool = False
 ) -> TrainingArguments:
+    """What a recipe means to the Trainer.
+
+    Args:
+        output: for checkpoints.
+        measured: whether there is held-out text to measure on.
+        resumed: whether a checkpoint is gone on from.
+    """
     micro, accumulation = local_batch(settings)
     every = max(1, settings.steps // settings.evaluations)
     bf16 = settings.precision == "bfloat16" or (
