@@ -30,7 +30,7 @@ import torch
 import transformers
 
 from sqa_convert import Recipe, convert, uptrain
-from sqa_convert.evaluation import choose_device, device_name
+from sqa_convert.devices import choose_device, device_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RECIPE = Recipe(tokens=600_000, sequence_length=256, batch_size=8, evaluations=6)

@@ -29,7 +29,8 @@ from sqa_convert import Recipe, convert
 from sqa_convert.batches import CausalCollator, Rows, token_blocks
 from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.data import documents
-from sqa_convert.evaluation import choose_device, load_tokenizer
+from sqa_convert.devices import choose_device
+from sqa_convert.evaluation import load_tokenizer
 
 DATA = f"{sysconfig.get_path('purelib')}/**/*.py"
 HEADS = ((8, 4), (6, 3))

@@ -27,7 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 import sqa_convert.models as sqa
 from sqa_convert import bench
-from sqa_convert.evaluation import choose_device
+from sqa_convert.devices import choose_device
 from sqa_convert.execution import silent
 from sqa_convert.pictures import speed_picture
 from sqa_convert.speed import Settings

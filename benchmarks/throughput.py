@@ -27,11 +27,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from sqa_convert import Recipe
 from sqa_convert.batches import CausalCollator, Rows
+from sqa_convert.devices import choose_device, peak_flops, synchronize
 from sqa_convert.distill import Targets, aligned_labels, distillation_loss, instead_of_logits
-from sqa_convert.evaluation import choose_device
-from sqa_convert.flops import peak_flops, training_flops
+from sqa_convert.flops import training_flops
 from sqa_convert.models import SQAGPT2Config, SQAGPT2ForCausalLM
-from sqa_convert.timing import Spread, alternate, synchronize
+from sqa_convert.timing import Spread, alternate
 from sqa_convert.trainer import UptrainingTrainer
 from sqa_convert.training import training_arguments
 

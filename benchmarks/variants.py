@@ -27,7 +27,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 from sqa_convert.batches import CausalCollator, Rows, token_blocks
 from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.data import BUILT_IN, documents
-from sqa_convert.evaluation import choose_device, load_tokenizer
+from sqa_convert.devices import choose_device
+from sqa_convert.evaluation import load_tokenizer
 from sqa_convert.models import SQAGPT2Config, SQAGPT2ForCausalLM
 from sqa_convert.speed import GRID, grid_heads
 from sqa_convert.timing import Spread, alternate

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .activations import capture, sensitivity
 from .calibration_text import Text, calibration_text
-from .checkpoint import ModelSource, Source
 from .errors import CheckpointError, QualityError, one_line
 from .evaluation import HeldOut, Predictions, load_model, measure, predict
 from .execution import (
@@ -41,6 +40,7 @@ from .heads.refit import output_error, refit
 from .heads.search import search
 from .heads.statistics import Statistics, collect, similarity, with_ridge
 from .plan import AUTO, TOKENS_PER_UNKNOWN, Plan
+from .sources import ModelSource, Source
 
 CANDIDATES = {"svd": ("svd", True), "svd, contiguous": ("svd", False), "procrustes": ("procrustes", True)}
 """what `auto` chooses from: method, and whether the partition is searched"""

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .activations import Batch
 from .batches import SpanCorruption, token_blocks
-from .checkpoint import Source
 from .data import documents
 from .errors import DataError
 from .evaluation import check_vocabulary, load_tokenizer
 from .execution import Progress, silent
 from .plan import Plan
+from .sources import Source
 
 LONGEST = 1024
 """tokens in one sequence, at most"""

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import CheckpointError, RecipeError, SQAError, one_line
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from transformers import PreTrainedModel
+from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, TensorInfo
 
 SAMPLES = Path(__file__).parent / "samples"
 SAMPLE_PREFIX = "sample:"
-DTYPES = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
-    "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
-}  # fmt: skip
-"""safetensors' names of the dtypes a checkpoint may hold: torch's names and bytes"""
-FLOATING = ("F64", "F32", "F16", "BF16")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CARRIED_FILES = (
@@ -48,49 +36,6 @@ _WEIGHTS = (
 
 Accept = Callable[[dict[str, Any]], object]
 """is given config.json before any weight is fetched; raises when there is no point in going on"""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a source tensor without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    """safetensors' name, such as "F32" """
-    file: str
-
-
-class Source(ABC):
-    """A model to convert: its config and its tensors, read one at a time."""
-
-    name: str
-    """as the user gave it"""
-    revision: str | None = None
-    """commit on the hub, where it came from there"""
-    folder: Path | None = None
-    """where tokenizer and generation config lie"""
-    config: dict[str, Any]
-    index: dict[str, TensorInfo]
-
-    @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU and not shared with anything.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype of safetensors' name."""
-    import torch
-
-    return getattr(torch, DTYPES[name][0])
-
-
-def dtype_name(dtype: torch.dtype) -> str | None:
-    """safetensors' name of torch's dtype; None for one that no checkpoint may hold."""
-    return next((name for name, (torch_name, _) in DTYPES.items() if str(dtype) == f"torch.{torch_name}"), None)
 
 
 def open_source(
@@ -122,11 +67,11 @@ def open_source(
     if source is None:
         files, indexed = _weight_files(name, folder)
         if files[0].endswith(".safetensors"):
-            source = _SafetensorsSource(folder, files)
+            source = SafetensorsSource(folder, files)
             if missing := sorted(indexed - source.index.keys()):
                 raise CheckpointError(f"{name}: {missing[0]} stands in the index but in none of the files")
         else:
-            source = _PickleSource(folder, files)  # leaves out tied names, so its index may promise more
+            source = PickleSource(folder, files)  # leaves out tied names, so its index may promise more
     source.name, source.revision, source.folder, source.config = name, commit, folder, config
     return source
 
@@ -220,11 +165,6 @@ def _download(name: str, revision: str | None, *patterns: str) -> tuple[Path, st
     return folder, folder.name if folder.parent.name == "snapshots" else None
 
 
-class _HeadersSource(Source):
-    def read(self, name: str) -> Tensor:
-        raise CheckpointError(f"{name} was not downloaded")
-
-
 def _hub_headers(name: str, revision: str | None) -> Source | None:
     """Names, shapes and dtypes by the hub's range requests; None where the model has no safetensors or is offline."""
     from huggingface_hub import get_safetensors_metadata
@@ -233,7 +173,7 @@ def _hub_headers(name: str, revision: str | None) -> Source | None:
         metadata = get_safetensors_metadata(name, revision=revision)
     except Exception:  # whatever it is, downloading the files says it better
         return None
-    source = _HeadersSource()
+    source = HeadersSource()
     source.index = {
         key: TensorInfo(tuple(info.shape), info.dtype, file)
         for file, content in metadata.files_metadata.items()
@@ -262,103 +202,3 @@ def _weight_files(name: str, folder: Path) -> tuple[list[str], set[str]]:
             raise CheckpointError(f"{folder / candidate} names other files than .safetensors or .bin")
         return files, names
     raise CheckpointError(f"{name}: no weights ({', '.join(_WEIGHTS)}) in {folder}")
-
-
-class _SafetensorsSource(Source):
-    def __init__(self, folder: Path, files: list[str]) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._files, self.index = {file: folder / file for file in files}, {}
-        self._open: tuple[str, Any] = ("", None)
-        for file, path in self._files.items():
-            try:
-                with safe_open(path, framework="numpy", backend="pread") as handle:
-                    for key in handle.offset_keys():
-                        entry = handle.get_slice(key)
-                        if key in self.index:
-                            raise CheckpointError(f"{folder}: {key} stands in {self.index[key].file} and in {file}")
-                        self.index[key] = TensorInfo(tuple(entry.get_shape()), str(entry.get_dtype()), file)
-            except (SafetensorError, OSError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(f"{path} is damaged or truncated: {one_line(error)}") from error
-
-    def read(self, name: str) -> Tensor:
-        from safetensors import SafetensorError, safe_open
-
-        file = self.index[name].file
-        try:
-            if self._open[0] != file:
-                # pread, not mmap: mapped pages would count as this process's memory until the file is closed
-                self._open = (file, safe_open(self._files[file], framework="pt", backend="pread"))
-            return self._open[1].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{name} cannot be read from {file}: {one_line(error)}") from error
-
-
-class _PickleSource(Source):
-    """`.bin` files, through `torch.load(weights_only=True)`: pickled code never runs."""
-
-    def __init__(self, folder: Path, files: list[str]) -> None:
-        self._files, self.index = {file: folder / file for file in files}, {}
-        self._loaded: tuple[str, Mapping[str, Tensor]] = ("", {})
-        for file in files:
-            self.index |= _describe(self._load(file), file, str(folder / file))
-
-    def _load(self, file: str) -> Mapping[str, Tensor]:
-        import pickle
-        import zipfile
-
-        import torch
-
-        path = self._files[file]
-        if self._loaded[0] != file:
-            try:
-                # Only the zip format can be mapped; the oldest hub files are plain pickles.
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            except pickle.UnpicklingError as error:
-                raise CheckpointError(
-                    f"{path} is refused: it is damaged or holds more than weights (pickled code is never run); "
-                    "save the model as safetensors"
-                ) from error
-            except Exception as error:  # a damaged pickle fails in any way it likes
-                raise CheckpointError(f"{path} is damaged or truncated: {one_line(error)}") from error
-            if not isinstance(content, Mapping):
-                raise CheckpointError(f"{path} holds a {type(content).__name__}, not a table of tensors")
-            self._loaded = (file, content)
-        return self._loaded[1]
-
-    def read(self, name: str) -> Tensor:
-        return self._load(self.index[name].file)[name].clone()
-
-
-class ModelSource(Source):
-    """A model in memory."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.name = model.config.name_or_path or type(model).__name__
-        self.config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-        self.generation_config = getattr(model, "generation_config", None)
-        self._tensors = model.state_dict()
-        self.index = _describe(self._tensors, "memory", self.name)
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach().cpu().clone()
-
-
-def _describe(tensors: Mapping[str, Tensor], file: str, where: str) -> dict[str, TensorInfo]:
-    """The index of tensors in memory. Of several that are one and the same only the first: ties are stored once."""
-    import torch
-
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    index = {}
-    for key, tensor in tensors.items():
-        name = dtype_name(tensor.dtype) if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided else None
-        if not isinstance(key, str) or name is None:
-            raise CheckpointError(f"{where}: {key!r} is no dense tensor of a known dtype")
-        identity = (tensor.data_ptr(), tuple(tensor.shape))
-        if identity not in seen or tensor.numel() == 0:
-            seen.add(identity)
-            index[key] = TensorInfo(tuple(tensor.shape), name, file)
-    return index

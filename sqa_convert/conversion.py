@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import ModelSource, Source, open_source
+from .checkpoint import open_source
 from .errors import OutputError, RecipeError
 from .execution import Calibrated, Progress, SiteRecord, build_model, check_loads, model_tensors, silent, write_model
 from .families import Site
 from .output import staged_output
 from .plan import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Plan, Request, make_plan
 from .report import conversion_report, write_report
+from .sources import ModelSource, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -166,8 +167,10 @@ def convert_to_folder(
             check_loads(plan)
         calibrated = _calibrated(plan, source, settings, progress)
         calibrating, start = time.perf_counter() - start, time.perf_counter()
-        records = write_model(plan, source, folder, calibrated.sites, settings.verify, progress)
+        records, sums = write_model(plan, source, folder, calibrated.sites, settings.verify, progress)
         report = conversion_report(plan, source, output, records, calibrated.report, settings.seed)
+        if sums:
+            report["sha256"] = sums
         if plan.calibration is not None:
             report["seconds"]["calibrate"] = round(calibrating, 2)
         report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
@@ -189,7 +192,7 @@ def _calibrated(plan: Plan, source: Source, settings: Settings, progress: Progre
     import torch
 
     from .calibrate import calibrate, load_source
-    from .evaluation import choose_device
+    from .devices import choose_device
 
     device = choose_device(settings.device)
     try:

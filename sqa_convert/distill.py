@@ -79,7 +79,6 @@ class _DistillationLoss(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-@torch.compiler.disable
 def distillation_loss(hidden: Tensor, head: Tensor, targets: Targets, ce: float = 0.0) -> Tensor:
     """Sum over the predicted positions of (1 - ce) KL(teacher || student) + ce * cross-entropy, in nats.
 
@@ -90,6 +89,8 @@ def distillation_loss(hidden: Tensor, head: Tensor, targets: Targets, ce: float 
         head: (V, D), the weight of the student's head.
         targets: labels, and for ce < 1 the teacher's hidden states and head.
         ce: weight of the cross-entropy, 0 … 1.
+
+    Not for torch.compile, which would unroll its chunks: wrap it in `torch.compiler.disable`.
 
     Source: Minitron, arXiv 2407.14679; gradients within the forward pass as in Liger Kernel, arXiv 2410.10989.
     """

@@ -14,6 +14,7 @@ from torch import Tensor
 from .batches import SpanCorruption, token_blocks
 from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES
 from .data import BUILT_IN, documents
+from .devices import choose_device, device_name
 from .distill import IGNORED
 from .errors import CheckpointError, DataError, QualityError, RecipeError, one_line
 
@@ -51,22 +52,6 @@ class Predictions:
     """(V, D)"""
     labels: Tensor
     """(N,)"""
-
-
-def choose_device(device: str) -> torch.device:
-    """ "auto" is CUDA, then MPS, then the CPU. Raises RecipeError for a device that is not there."""
-    if device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(name)
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not here.get(device):
-        raise RecipeError(f"--device {device} is not available: choose auto, {', '.join(d for d in here if here[d])}")
-    return torch.device(device)
-
-
-def device_name(device: torch.device) -> str:
-    """What a report calls it: the GPU's name, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def load_config(folder: str | Path, trust_remote_code: bool = False) -> Any:

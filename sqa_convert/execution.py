@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .checkpoint import ModelSource, Source, torch_dtype
 from .errors import CheckpointError, one_line
 from .families import Site
 from .heads import AttentionHeads, Partition, get_method
-from .output import carry_files, write_json, write_shard
-from .plan import Plan
+from .output import ShardWriter, carry_files, write_json
+from .plan import OutputTensor, Plan
+from .sources import ModelSource, Source, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +28,8 @@ class Progress(Protocol):
     def __call__(self, stage: str, done: int, total: int, news: str = "") -> None: ...
 
 
+_READERS = 2  # files verified at a time
+_LOOKED_AT = 0.2  # seconds between two looks at how far copying is
 MODELS = Path(__file__).parent / "models"
 
 
@@ -76,40 +80,41 @@ class Calibrated:
     """what it did, None where there was none"""
 
 
-def run(
-    plan: Plan, source: Source, calibrated: Sites, records: dict[Site, SiteRecord], progress: Progress = silent
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The tensors of one shard after the other; holds one shard and one attention site.
+def converted(
+    plan: Plan, source: Source, calibrated: Sites, records: dict[Site, SiteRecord]
+) -> Iterator[tuple[OutputTensor, Tensor]]:
+    """The tensors of one attention site after the other.
 
     Args:
         plan: what to do.
         source: what to convert.
         calibrated: sites that are converted already; the others are converted here, from the weights alone.
         records: is given a record of each site.
-        progress: called as the work goes on.
 
     Raises:
         CheckpointError: a weight cannot be read, or is not finite.
     """
-    done, total = 0, plan.nbytes
-    waiting: dict[str, Tensor] = {}  # computed with their site, belonging to a later shard
-    for file, tensors in plan.shards.items():
-        batch: dict[str, Tensor] = {}
+    of_site: dict[Site, list[OutputTensor]] = {}
+    for tensor in plan.tensors:
+        if isinstance(tensor.origin, Site):
+            of_site.setdefault(tensor.origin, []).append(tensor)
+    for site, tensors in of_site.items():
+        made = calibrated.get(site) or convert_site(plan, source, site)
+        records[site] = made.record
+        written = plan.family.write(site, made.heads)
         for tensor in tensors:
-            if isinstance(tensor.origin, Site):
-                if tensor.name not in waiting:
-                    made = calibrated.get(tensor.origin) or convert_site(plan, source, tensor.origin)
-                    records[tensor.origin] = made.record
-                    waiting |= plan.family.write(tensor.origin, made.heads)
-                result = waiting.pop(tensor.name)
-            else:
-                result = _read(plan, source, tensor.origin)
-            result = result.to(torch_dtype(tensor.dtype)).contiguous()
+            result = written.pop(tensor.name).to(torch_dtype(tensor.dtype)).contiguous()
             _check_finite(result, tensor.name, source.name)
-            batch[tensor.name] = result
-            done += tensor.nbytes
-            progress("convert", done, total)
-        yield file, batch
+            yield tensor, result
+
+
+def carried(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[Tensor]:
+    """A tensor that only changes its name, and perhaps its dtype, in flat pieces. Raises CheckpointError."""
+    assert isinstance(tensor.origin, str)
+    for piece in source.pieces(plan.source_names[tensor.origin]):
+        result = piece.to(torch_dtype(tensor.dtype))
+        _check_finite(result, tensor.name, source.name)
+        yield result
 
 
 def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
@@ -167,16 +172,23 @@ def _check_finite(tensor: Tensor, name: str, source: str) -> None:
 
 def write_model(
     plan: Plan, source: Source, folder: Path, calibrated: Sites, verify: bool, progress: Progress
-) -> dict[Site, SiteRecord]:
-    """Weights, config, modeling files and what is carried over, into an existing folder; returns each site's record."""
-    weight_map: dict[str, str] = {}
+) -> tuple[dict[Site, SiteRecord], dict[str, str]]:
+    """Weights, config, modeling files and what is carried over, into an existing folder.
+
+    What only changes its name is copied beside the computing of what changes.
+
+    Returns:
+        A record of each site, and the SHA-256 of each file of weights where they are verified.
+    """
     records: dict[Site, SiteRecord] = {}
-    for file, batch in run(plan, source, calibrated, records, progress):
-        write_shard(folder / file, batch)
-        weight_map |= dict.fromkeys(batch, file)
-        if verify:
-            _verify_shard(folder / file, batch)
+    sums: dict[str, str] = {}
+    writers = {file: ShardWriter(folder / file, tensors, verify) for file, tensors in plan.shards.items()}
+    _write_tensors(plan, source, calibrated, records, writers, progress)
+    if verify:
+        with ThreadPoolExecutor(_READERS) as pool:
+            sums = dict(zip(writers, pool.map(ShardWriter.verify, writers.values()), strict=True))
     if len(plan.shards) > 1:
+        weight_map = {tensor.name: file for file, tensors in plan.shards.items() for tensor in tensors}
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "config.json", result_config(plan, records))
@@ -187,7 +199,45 @@ def write_model(
     if source.folder is not None:
         tokenizer_class = source.config.get("tokenizer_class") or plan.family.tokenizer_class
         carry_files(source.folder, folder, tokenizer_class)
-    return records
+    return records, sums
+
+
+def _write_tensors(
+    plan: Plan,
+    source: Source,
+    calibrated: Sites,
+    records: dict[Site, SiteRecord],
+    writers: Mapping[str, ShardWriter],
+    progress: Progress,
+) -> None:
+    writer_of = {tensor.name: writers[file] for file, tensors in plan.shards.items() for tensor in tensors}
+    done = {"computed": 0, "copied": 0}  # bytes, each counted by one thread
+    stop = threading.Event()
+
+    def copy() -> None:
+        for tensor in plan.tensors:
+            if isinstance(tensor.origin, str) and not stop.is_set():
+                writer_of[tensor.name].write(tensor.name, carried(plan, source, tensor))
+                done["copied"] += tensor.nbytes
+
+    with ThreadPoolExecutor(1) as pool:
+        copying = pool.submit(copy) if source.concurrent else None
+        try:
+            for tensor, values in converted(plan, source, calibrated, records):
+                writer_of[tensor.name].write(tensor.name, [values])
+                done["computed"] += tensor.nbytes
+                progress("convert", sum(done.values()), plan.nbytes)
+                if copying is not None and copying.done():
+                    copying.result()  # raises what went wrong there
+            if copying is None:
+                copy()
+            while copying is not None and not wait([copying], _LOOKED_AT).done:
+                progress("convert", sum(done.values()), plan.nbytes)
+            if copying is not None:
+                copying.result()
+        finally:
+            stop.set()
+    progress("convert", plan.nbytes, plan.nbytes)
 
 
 def result_config(plan: Plan, records: Mapping[Site, SiteRecord]) -> dict[str, Any]:
@@ -196,17 +246,6 @@ def result_config(plan: Plan, records: Mapping[Site, SiteRecord]) -> dict[str, A
     for site in plan.sites:
         partition[site.kind].append(records[site].partition.groups)
     return plan.config | {"sqa": plan.config["sqa"] | {"partition": partition}}
-
-
-def _verify_shard(path: Path, batch: dict[str, Tensor]) -> None:
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt", backend="pread") as file:
-        for name, tensor in batch.items():
-            written = file.get_tensor(name)
-            if written.dtype != tensor.dtype or not torch.equal(written, tensor):
-                raise CheckpointError(f"{path.name}: {name} was not written as computed; is the disk sound?")
 
 
 def check_loads(plan: Plan) -> None:
@@ -224,11 +263,10 @@ def check_loads(plan: Plan) -> None:
         raise CheckpointError(f"config.json is not accepted by the model class: {one_line(error)}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     prefix = "" if model.base_model_prefix in dict(model.named_children()) else f"{model.base_model_prefix}."
-    for tensors in plan.shards.values():
-        for tensor in tensors:
-            shape = expected.get(tensor.name, expected.get(tensor.name.removeprefix(prefix)))
-            if isinstance(tensor.origin, Site) and shape != tensor.shape:
-                raise CheckpointError(f"{tensor.name} has shape {tensor.shape}, the model class calls for {shape}")
+    for tensor in plan.tensors:
+        shape = expected.get(tensor.name, expected.get(tensor.name.removeprefix(prefix)))
+        if isinstance(tensor.origin, Site) and shape != tensor.shape:
+            raise CheckpointError(f"{tensor.name} has shape {tensor.shape}, the model class calls for {shape}")
 
 
 def config_class(plan: Plan) -> type[PreTrainedConfig]:
@@ -240,9 +278,19 @@ def config_class(plan: Plan) -> type[PreTrainedConfig]:
 def model_tensors(
     plan: Plan, source: Source, calibrated: Sites, records: dict[Site, SiteRecord], progress: Progress = silent
 ) -> dict[str, Tensor]:
-    """All tensors of the result; arguments as `run`."""
-    shards = run(plan, source, calibrated, records, progress)
-    return {name: tensor for _, batch in shards for name, tensor in batch.items()}
+    """All tensors of the result; arguments as `converted`."""
+    made = {}
+    for tensor in plan.tensors:
+        if isinstance(tensor.origin, str):
+            result = _read(plan, source, tensor.origin).to(torch_dtype(tensor.dtype))
+            _check_finite(result, tensor.name, source.name)
+            made[tensor.name] = result
+    done = sum(tensor.nbytes for tensor in made.values())
+    for tensor, result in converted(plan, source, calibrated, records):
+        made[tensor.name] = result
+        done += tensor.nbytes
+        progress("convert", done, plan.nbytes)
+    return made
 
 
 def build_model(plan: Plan, tensors: Mapping[str, Tensor], records: Mapping[Site, SiteRecord]) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Floating point operations: what a run needs, and what a GPU can do."""
+"""Floating point operations that a run needs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-_BFLOAT16 = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
-"""FLOP/s of dense bfloat16 products, by part of the name; the vendor's data sheets"""
-
-
-def peak_flops(device: torch.device, count: int = 1) -> float | None:
-    """What `count` such GPUs can do in bfloat16, FLOP/s; None where that is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * count for part, peak in _BFLOAT16.items() if part in name), None)
 
 
 def on_meta(module: Any) -> Any:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import CARRIED_FILES, TOKENIZER_CONFIG, TOKENIZER_FILES, read_json
-from .errors import OutputError, SQAError, one_line
+from .errors import CheckpointError, OutputError, SQAError, one_line
+from .sources import DTYPES, PIECE
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .plan import OutputTensor
 
 REPORT = "report.json"
 """in every output; a folder without it was not made here"""
@@ -131,6 +136,75 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, one_line(error)) from error
+
+
+class ShardWriter:
+    """A safetensors file written tensor by tensor, in any order, while none of it is held.
+
+    The library writes whole files from tensors in memory; a shard of 5 GB would need as much. What is written can be
+    checked against what lies on the disk, by a checksum of each tensor.
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[OutputTensor], checked: bool) -> None:
+        """Makes the file in its full size, with its header; `checked` is what `verify` needs. Raises OSError."""
+        self.path, self.checked = path, checked
+        self.sums: dict[str, int] = {}
+        """CRC-32 of each tensor written"""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor in sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype][1]):  # so that each starts aligned
+            start, end = end, end + tensor.nbytes
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._begin = 8 + len(text)
+        self._size = self._begin + end
+        self._places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        with path.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(self._size)
+
+    def write(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Writes a tensor from pieces that follow one another; threads may write different ones. Raises OSError."""
+        import torch
+
+        start, end = self._places[name]
+        at, checksum = start, 0
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(self._begin + start)
+            for piece in pieces:
+                data = memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy())
+                if self.checked:
+                    checksum = zlib.crc32(data, checksum)
+                at += len(data)
+                while data:
+                    data = data[file.write(data) :]
+        if at != end:
+            raise OSError(errno.EIO, f"{name}: {end - at} bytes are missing")
+        self.sums[name] = checksum
+
+    def verify(self) -> str:
+        """Reads the whole file again; returns its SHA-256. Raises CheckpointError where it is not what was written."""
+        digest, found = hashlib.sha256(), dict.fromkeys(self._places, 0)
+        ends = iter(sorted((end, name) for name, (_, end) in self._places.items()))
+        with self.path.open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != self._size:
+                raise CheckpointError(f"{self.path.name} has not the size that was written; is the disk sound?")
+            digest.update(file.read(self._begin))
+            at, end, name = 0, 0, ""
+            while data := file.read(PIECE):
+                digest.update(data)
+                left = memoryview(data)
+                while left:
+                    while at == end:
+                        end, name = next(ends)
+                    part = left[: end - at]
+                    found[name] = zlib.crc32(part, found[name])
+                    at, left = at + len(part), left[len(part) :]
+        for name, checksum in found.items():
+            if self.sums.get(name) != checksum:
+                raise CheckpointError(f"{self.path.name}: {name} was not written as computed; is the disk sound?")
+        return digest.hexdigest()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from . import __version__
-from .checkpoint import DTYPES, FLOATING, Source
 from .errors import CheckpointError, RecipeError
 from .families import Config, Dimensions, Family, Site, family_of
 from .heads import Partition, get_method, variant_heads
+from .sources import DTYPES, FLOATING, Source
 
 AUTO = "auto"
 """the method that tries several on calibration text and takes the best; without text it is `BLIND_METHOD`"""
@@ -216,8 +217,13 @@ class Plan:
         return self.family.has_language_model_head(self.source_config)
 
     @property
+    def tensors(self) -> Iterator[OutputTensor]:
+        """Of the result, shard by shard."""
+        return chain.from_iterable(self.shards.values())
+
+    @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensors in self.shards.values() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def make_plan(source: Source, request: Request) -> Plan:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .checkpoint import Source, read_json
+from .checkpoint import read_json
 from .heads import METHODS
 from .output import REPORT, write_json
 from .pictures import heads_picture, recovery_picture, similarity_picture, speed_picture
 from .plan import Cost, Plan
+from .sources import Source
 
 if TYPE_CHECKING:
     from .execution import SiteRecord

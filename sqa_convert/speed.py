@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .devices import choose_device, device_name
 from .errors import RecipeError
-from .evaluation import choose_device, device_name, load_model
+from .evaluation import load_model
 from .execution import Progress, silent
 from .heads.partition import VARIANTS, variant_heads
 from .timing import Spread, alternate, peak_memory

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .devices import synchronize
+
 WARM_UPS = 2
 """runs before the first that is timed"""
 LEAST_SECONDS = 0.05
@@ -29,14 +31,6 @@ class Spread:
     @classmethod
     def of(cls, values: list[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def seconds(run: Callable[[], Any], device: torch.device, times: int = 1) -> float:

@@ -83,7 +83,8 @@ class UptrainingTrainer(Trainer):
             ):
                 hidden = self.teacher(**inputs).logits
             targets = Targets(labels, hidden, self.teacher.get_output_embeddings().weight)
-        with instead_of_logits(unwrapped, lambda hidden, weight: distillation_loss(hidden, weight, targets, self.ce)):
+        compute = torch.compiler.disable(distillation_loss)
+        with instead_of_logits(unwrapped, lambda hidden, weight: compute(hidden, weight, targets, self.ce)):
             outputs = model(**inputs)
         count = (labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         loss = outputs.logits / count

@@ -15,9 +15,10 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.pytorch_utils import Conv1D
 
+from .devices import peak_flops
 from .errors import RecipeError
 from .evaluation import HeldOut, Predictions, load_config, load_model
-from .flops import peak_flops, training_flops
+from .flops import training_flops
 from .recipe import Recipe
 from .trainer import COMPLETE, Said, UptrainingTrainer
 from .training_data import TrainingData

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .checkpoint import read_config, resolve
+from .devices import choose_device, device_name
 from .errors import (
     CheckpointError,
     InterruptedByUserError,
@@ -27,7 +28,7 @@ from .errors import (
     SQAError,
     one_line,
 )
-from .evaluation import choose_device, compare, device_name, load_model, predict
+from .evaluation import compare, load_model, predict
 from .execution import Progress, silent
 from .families import family_of
 from .generation import answer_scores

@@ -15,8 +15,10 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"evaluation", "execution", "report"},
     {"batches", "data", "output", "pictures", "plan"},
     {"checkpoint", "families"},
+    {"sources"},
     {"heads", "recipe", "workloads"},
     {"distill", "flops", "tasks", "timing"},
+    {"devices"},
     {"errors", "models"},
 ]
 LIGHT = [
@@ -26,6 +28,7 @@ LIGHT = [
     "recipe",
     "plan",
     "checkpoint",
+    "sources",
     "cli",
     "families",
     "heads",

@@ -303,14 +303,14 @@ def test_only_outputs_of_our_own_are_overwritten(run, source):
 
 
 def test_what_came_to_the_place_meanwhile_is_left_alone(run, source, monkeypatch):
-    write = execution.write_shard
+    carry = execution.carry_files
 
-    def slow(path, tensors):
-        write(path, tensors)
+    def slow(*arguments):
+        carry(*arguments)
         os.mkdir("out")
         open("out/precious.txt", "w").close()
 
-    monkeypatch.setattr(execution, "write_shard", slow)
+    monkeypatch.setattr(execution, "carry_files", slow)
     code, _, err = run(source, *HEADS, *QUIET, "-o", "out")
     assert code == 2 and "exists already" in err
     assert os.listdir() == ["out"] and os.listdir("out") == ["precious.txt"]
@@ -439,7 +439,7 @@ def test_full_disk_while_replacing_keeps_the_old_output(run, source, monkeypatch
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(execution, "write_shard", full)
+    monkeypatch.setattr(execution.ShardWriter, "write", full)
     code, _, err = run(source, "--variant", "xsqa", *QUIET, "-o", "out", "--overwrite")
     assert code == 2 and "disk is full" in err
     assert open("out/config.json").read() == before
@@ -457,12 +457,16 @@ def test_too_small_a_disk_is_refused_before_starting(run, source, monkeypatch):
 
 
 def test_a_written_tensor_that_differs_is_noticed(run, source, monkeypatch):
-    write = execution.write_shard
+    write = execution.ShardWriter.write
 
-    def flip(path, tensors):
-        write(path, {name: tensor + (name == OUTSIDE) for name, tensor in tensors.items()})
+    def flip(self, name, pieces):
+        write(self, name, pieces)
+        if name == OUTSIDE:
+            with self.path.open("r+b") as file:
+                file.seek(self._begin + self._places[name][0])
+                file.write(b"\x07")
 
-    monkeypatch.setattr(execution, "write_shard", flip)
+    monkeypatch.setattr(execution.ShardWriter, "write", flip)
     code, _, err = run(source, *HEADS, *QUIET)
     assert code == 3 and f"{OUTSIDE} was not written as computed" in err
     assert os.listdir() == []
@@ -471,12 +475,14 @@ def test_a_written_tensor_that_differs_is_noticed(run, source, monkeypatch):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_leaves_nothing(source, tmp_path, number, code):
-    """The signal comes while the first shard lies there half done."""
+    """The signal comes while the weights lie there half done."""
     script = (
-        "import time, sqa_convert.execution as c, sqa_convert.cli.convert as cli\n"
-        "write = c.write_shard\n"
-        "def slow(*a):\n    write(*a)\n    print('written', flush=True)\n    time.sleep(60)\n"
-        "c.write_shard = slow\ncli.main()"
+        "import threading, time, sqa_convert.execution as c, sqa_convert.cli.convert as cli\n"
+        "write = c.ShardWriter.write\n"
+        "def slow(*a):\n    write(*a)\n"
+        "    if threading.current_thread() is threading.main_thread():\n"
+        "        print('written', flush=True)\n        time.sleep(60)\n"
+        "c.ShardWriter.write = slow\ncli.main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, source, *HEADS, *QUIET],

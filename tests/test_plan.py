@@ -10,10 +10,10 @@ from helpers import plain_convert as convert
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, MT5Config, T5Config
 
-from sqa_convert.checkpoint import Source, TensorInfo, torch_dtype
 from sqa_convert.errors import CheckpointError, RecipeError
 from sqa_convert.families import Site
 from sqa_convert.plan import Request, make_plan, parse_size
+from sqa_convert.sources import Source, TensorInfo, torch_dtype
 
 
 def gpt2_config(width, layers, heads):

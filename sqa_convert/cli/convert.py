@@ -235,7 +235,7 @@ def convert(
 
     from ..conversion import Settings, convert_to_folder
     from ..data import check_data
-    from ..evaluation import choose_device
+    from ..devices import choose_device
 
     out.quieten_libraries()
     choose_device(device)

@@ -43,11 +43,14 @@ def pool(heads: AttentionHeads, partition: Partition, *, query: Rule, key_value:
 
 
 def mean_of(weights: Tensor, group: tuple[int, ...]) -> Tensor:
-    return weights[list(group)].mean(0)
+    return sum_of(weights, group).div_(len(group))
 
 
 def sum_of(weights: Tensor, group: tuple[int, ...]) -> Tensor:
-    return weights[list(group)].sum(0)
+    total = weights[group[0]].clone()
+    for head in group[1:]:  # in place: gathering the heads first takes longer than adding them
+        total += weights[head]
+    return total
 
 
 def first_of(weights: Tensor, group: tuple[int, ...]) -> Tensor:

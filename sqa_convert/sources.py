@@ -1,0 +1,222 @@
+"""Sources of tensors: a list of them without reading any, then one at a time or piece by piece."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError, one_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+PIECE = 2**22
+"""bytes handed on at a time"""
+DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
+    "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
+}  # fmt: skip
+"""safetensors' names of the dtypes a checkpoint may hold: torch's names and bytes"""
+FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a source tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """safetensors' name, such as "F32" """
+    file: str
+
+
+class Source(ABC):
+    """A model to convert: its config and its tensors, read one at a time."""
+
+    name: str
+    """as the user gave it"""
+    revision: str | None = None
+    """commit on the hub, where it came from there"""
+    folder: Path | None = None
+    """where tokenizer and generation config lie"""
+    config: dict[str, Any]
+    index: dict[str, TensorInfo]
+
+    concurrent = False
+    """whether `pieces` may go on in one thread while another calls `read`"""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU and not shared with anything.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """One tensor as flat pieces, in order; each is good until the next is asked for. Raises CheckpointError."""
+        yield self.read(name).flatten()
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of safetensors' name."""
+    import torch
+
+    return getattr(torch, DTYPES[name][0])
+
+
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """safetensors' name of torch's dtype; None for one that no checkpoint may hold."""
+    return next((name for name, (torch_name, _) in DTYPES.items() if str(dtype) == f"torch.{torch_name}"), None)
+
+
+class HeadersSource(Source):
+    def read(self, name: str) -> Tensor:
+        raise CheckpointError(f"{name} was not downloaded")
+
+
+class SafetensorsSource(Source):
+    concurrent = True
+
+    def __init__(self, folder: Path, files: list[str]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._files, self.index = {file: folder / file for file in files}, {}
+        self._open: tuple[str, Any] = ("", None)
+        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
+        for file, path in self._files.items():
+            try:
+                with safe_open(path, framework="numpy", backend="pread") as handle:
+                    for key in handle.offset_keys():
+                        entry = handle.get_slice(key)
+                        if key in self.index:
+                            raise CheckpointError(f"{folder}: {key} stands in {self.index[key].file} and in {file}")
+                        self.index[key] = TensorInfo(tuple(entry.get_shape()), str(entry.get_dtype()), file)
+            except (SafetensorError, OSError) as error:
+                if isinstance(error, CheckpointError):
+                    raise
+                raise CheckpointError(f"{path} is damaged or truncated: {one_line(error)}") from error
+
+    def read(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        file = self.index[name].file
+        try:
+            if self._open[0] != file:
+                # pread, not mmap: mapped pages would count as this process's memory until the file is closed
+                self._open = (file, safe_open(self._files[file], framework="pt", backend="pread"))
+            return self._open[1].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{name} cannot be read from {file}: {one_line(error)}") from error
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Through one small buffer, which stays in the processor's cache: a tensor's own memory would have to be made
+        first, which takes longer than reading."""
+        import torch
+
+        file = self.index[name].file
+        path, dtype = self._files[file], torch_dtype(self.index[name].dtype)
+        buffer = torch.empty(PIECE, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        try:
+            with path.open("rb", buffering=0) as stream:
+                start, end = self._place(file, name)
+                stream.seek(start)
+                while start < end:
+                    count = min(PIECE, end - start)
+                    filled = 0
+                    while filled < count:
+                        got = stream.readinto(view[filled:count])
+                        if not got:
+                            raise CheckpointError(f"{path} was cut off while it was read")
+                        filled += got
+                    start += count
+                    yield buffer[:count].view(dtype)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{name} cannot be read from {file}: {one_line(error)}") from error
+
+    def _place(self, file: str, name: str) -> tuple[int, int]:
+        """Where a tensor's bytes begin and end in its file, whose header was found to be sound when it was opened."""
+        if file not in self._headers:
+            with self._files[file].open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                self._headers[file] = size + 8, json.loads(stream.read(size))
+        begin, header = self._headers[file]
+        start, end = header[name]["data_offsets"]
+        return begin + start, begin + end
+
+
+class PickleSource(Source):
+    """`.bin` files, through `torch.load(weights_only=True)`: pickled code never runs."""
+
+    def __init__(self, folder: Path, files: list[str]) -> None:
+        self._files, self.index = {file: folder / file for file in files}, {}
+        self._loaded: tuple[str, Mapping[str, Tensor]] = ("", {})
+        for file in files:
+            self.index |= _describe(self._load(file), file, str(folder / file))
+
+    def _load(self, file: str) -> Mapping[str, Tensor]:
+        import pickle
+        import zipfile
+
+        import torch
+
+        path = self._files[file]
+        if self._loaded[0] != file:
+            try:
+                # Only the zip format can be mapped; the oldest hub files are plain pickles.
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            except pickle.UnpicklingError as error:
+                raise CheckpointError(
+                    f"{path} is refused: it is damaged or holds more than weights (pickled code is never run); "
+                    "save the model as safetensors"
+                ) from error
+            except Exception as error:  # a damaged pickle fails in any way it likes
+                raise CheckpointError(f"{path} is damaged or truncated: {one_line(error)}") from error
+            if not isinstance(content, Mapping):
+                raise CheckpointError(f"{path} holds a {type(content).__name__}, not a table of tensors")
+            self._loaded = (file, content)
+        return self._loaded[1]
+
+    def read(self, name: str) -> Tensor:
+        return self._load(self.index[name].file)[name].clone()
+
+
+class ModelSource(Source):
+    """A model in memory."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.name = model.config.name_or_path or type(model).__name__
+        self.config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+        self.generation_config = getattr(model, "generation_config", None)
+        self._tensors = model.state_dict()
+        self.index = _describe(self._tensors, "memory", self.name)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach().cpu().clone()
+
+
+def _describe(tensors: Mapping[str, Tensor], file: str, where: str) -> dict[str, TensorInfo]:
+    """The index of tensors in memory. Of several that are one and the same only the first: ties are stored once."""
+    import torch
+
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    index = {}
+    for key, tensor in tensors.items():
+        name = dtype_name(tensor.dtype) if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided else None
+        if not isinstance(key, str) or name is None:
+            raise CheckpointError(f"{where}: {key!r} is no dense tensor of a known dtype")
+        identity = (tensor.data_ptr(), tuple(tensor.shape))
+        if identity not in seen or tensor.numel() == 0:
+            seen.add(identity)
+            index[key] = TensorInfo(tuple(tensor.shape), name, file)
+    return index
