@@ -2,7 +2,8 @@
 
 The cost of a group is the energy lost to its shared key, to its shared value, and to the patterns its heads give up,
 all three in the unit of the output's energy. Over few heads every partition is looked at (dynamic programming over
-subsets), over many the best of some seeded searches by swaps.
+subsets). Over many, groups are first valued by their pairs, which are few, and the best found by swaps; what they cost
+together decides between that and neighbours.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ _MOST_SPLITS = 12  # of one group into clusters, that are compared by their whol
 _MOST_COSTS = 10_000  # splits of groups whose cost is found, and
 _MOST_WORK = 2e11  # multiplications for that; beyond either, swaps
 _MOST_MEMBERS = 16  # to be arranged exactly
-_COMPARED_SPLITS = 2  # in a search by swaps, the cheapest by patterns
-_STARTS = 2  # of a search by swaps
+_COMPARED_SPLITS = 2  # of a group found by its pairs, the cheapest by patterns
+_STARTS = 4  # of a search by swaps
 
 Group = tuple[int, ...]
 Clusters = tuple[Group, ...]
@@ -40,9 +41,9 @@ class GroupCost:
         statistics: Statistics,
         clusters: int,
         generator: torch.Generator,
-        exact: bool = True,
+        compared: int = _MOST_SPLITS,
     ) -> None:
-        self.clusters, self.exact = clusters, exact
+        self.clusters, self.compared = clusters, compared
         self.generator = generator
         self.statistics = statistics
         self.d = heads.key.shape[1]
@@ -65,11 +66,10 @@ class GroupCost:
     def _best(self, group: Group) -> tuple[float, Clusters]:
         splits = list(islice(_even_partitions(group, self.clusters), _MOST_SPLITS + 1))
         if len(splits) > _MOST_SPLITS:
-            splits = [arrange(group, self.clusters, self.pattern_cost, self.generator, exact=True)]
-        elif not self.exact:
-            by_pattern = sorted(splits, key=lambda split: sum(map(self.pattern_cost, split)))
-            splits = by_pattern[:_COMPARED_SPLITS]
-        return min((self.cost(split), split) for split in splits)
+            splits = [arrange(group, self.clusters, self.pattern_cost, self.generator)]
+        elif len(splits) > self.compared:
+            splits.sort(key=lambda split: sum(map(self.pattern_cost, split)))
+        return min((self.cost(split), split) for split in splits[: self.compared])
 
     def pattern_cost(self, cluster: Group) -> float:
         return self.statistics.representative(cluster)[1]
@@ -94,12 +94,60 @@ class GroupCost:
         return self._roots[cluster]
 
 
+class PairCost:
+    """An estimate of `GroupCost` from what every two heads lose together.
+
+    Of heads that have nothing in common a group of t loses t - 1 times what a pair does, in keys r - 1 times, since r
+    clusters bring one pattern each.
+    """
+
+    def __init__(self, exact: GroupCost) -> None:
+        count = len(exact.key_gram)
+        rows, columns = torch.triu_indices(count, count, 1)
+        energy = exact.statistics.attention_energy.sqrt()
+        roots = _psd_root(torch.stack([exact.output_gram[h, h] for h in range(count)]))
+        key = exact.key_gram * (energy[:, None] * energy)[..., None, None]
+        value = roots.mT[:, None] @ exact.value_gram @ roots[None]
+        self.key, self.value = (_pair_losses(gram, rows, columns) for gram in (key, value))
+        self.pattern = exact.statistics.pattern_cost.tolist()
+        self.clusters, self.generator = exact.clusters, exact.generator
+
+    def __call__(self, group: Group) -> float:
+        if len(group) == 1:
+            return 0.0
+        pairs = list(combinations(group, 2))
+        shares = (self.clusters - 1, self.key), (len(group) - 1, self.value)
+        lost = sum(times * sum(loss[i][j] for i, j in pairs) / len(pairs) for times, loss in shares)
+        return lost + sum(map(self.pattern_cost, self.split(group)))
+
+    def split(self, group: Group) -> Clusters:
+        splits = list(islice(_even_partitions(group, self.clusters), _MOST_SPLITS + 1))
+        if len(splits) > _MOST_SPLITS:
+            return arrange(group, self.clusters, self.pattern_cost, self.generator)
+        return min(splits, key=lambda split: sum(map(self.pattern_cost, split)))
+
+    def pattern_cost(self, cluster: Group) -> float:
+        """Of the representative that costs the least."""
+        return min(sum(self.pattern[i][j] for i in cluster) for j in cluster)
+
+
+def _pair_losses(gram: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> list[list[float]]:
+    """Energy beyond d directions of every two heads' (d, d) blocks of a Gram matrix (H, H, d, d): (H, H), symmetric."""
+    count, d = len(gram), gram.shape[2]
+    upper = torch.cat([gram[rows, rows], gram[rows, columns]], -1)
+    lower = torch.cat([gram[columns, rows], gram[columns, columns]], -1)
+    lost = torch.linalg.eigvalsh(torch.cat([upper, lower], -2))[:, :d].clamp(min=0).sum(-1)
+    losses = torch.zeros(count, count, dtype=lost.dtype)
+    losses[rows, columns] = losses[columns, rows] = lost.cpu()
+    return losses.tolist()
+
+
 def search(
     heads: AttentionHeads, statistics: Statistics, q_groups: int, kv_groups: int, generator: torch.Generator
 ) -> Partition:
     """The partition of the least cost: group sizes differ by at most one, and so do cluster sizes within a group.
 
-    Exact up to a fixed amount of work, the best of some searches by swaps beyond it.
+    Exact up to a fixed amount of work, by pairs of heads beyond it.
 
     Args:
         heads: the H heads of the source.
@@ -112,17 +160,29 @@ def search(
     if q_groups == kv_groups == count:
         return Partition.identity(count)
     clusters = q_groups // kv_groups
-    exact = _affordable(count, kv_groups, clusters, d)
-    cost = GroupCost(heads, statistics, clusters, generator, exact)
-    groups = arrange(tuple(range(count)), kv_groups, cost, generator, exact)
+    if _affordable(count, kv_groups, clusters, d):
+        cost = GroupCost(heads, statistics, clusters, generator)
+        groups = _exact(tuple(range(count)), kv_groups, cost)
+    else:
+        cost = GroupCost(heads, statistics, clusters, generator, _COMPARED_SPLITS)
+        estimate = PairCost(cost)
+        found = _swapped(tuple(range(count)), kv_groups, estimate, generator)
+        neighbours = next(_starts(tuple(range(count)), kv_groups, generator))
+        groups = min(found, neighbours, key=lambda groups: sum(map(cost, groups)))
     return Partition(tuple(cost.split(group) for group in sorted(groups)))
 
 
-def arrange(members: Group, parts: int, cost: Cost, generator: torch.Generator, exact: bool) -> Clusters:
+def arrange(members: Group, parts: int, cost: Cost, generator: torch.Generator) -> Clusters:
     """The partition of `members` into `parts` sets of even sizes with the least total cost, or a good one by swaps."""
-    if exact and len(members) <= _MOST_MEMBERS:
+    if len(members) <= _MOST_MEMBERS:
         return _exact(members, parts, cost)
-    return min((_swap(start, cost) for start in _starts(members, parts, generator)), key=lambda g: sum(map(cost, g)))
+    return _swapped(members, parts, cost, generator)
+
+
+def _swapped(members: Group, parts: int, cost: Cost, generator: torch.Generator) -> Clusters:
+    known = cache(cost)
+    found = (_swap(start, known) for start in _starts(members, parts, generator))
+    return min(found, key=lambda groups: sum(map(known, groups)))
 
 
 def _exact(members: Group, parts: int, cost: Cost) -> Clusters:

@@ -44,6 +44,7 @@ def svd(heads: AttentionHeads, partition: Partition, statistics: Statistics) -> 
     query, key = query_with_bias(heads), heads.key.double()
     output = heads.output.double()
     root = torch.linalg.cholesky(with_ridge(statistics.key))
+    common_root = torch.linalg.cholesky(with_ridge(statistics.value[0])) if len(statistics.value) == 1 else None
     patterns, merged = [], []
     for clusters in partition.groups:
         chosen = [statistics.representative(cluster)[0] for cluster in clusters]
@@ -53,7 +54,9 @@ def svd(heads: AttentionHeads, partition: Partition, statistics: Statistics) -> 
         new_key = torch.linalg.solve_triangular(root, basis, upper=False, left=False)
         queries = [(key[h] @ root @ basis.T).T @ query[h] for h in chosen]
 
-        value_root = torch.linalg.cholesky(with_ridge(statistics.value_metric(chosen)))
+        value_root = common_root
+        if value_root is None:
+            value_root = torch.linalg.cholesky(with_ridge(statistics.value_metric(chosen)))
         values = [  # (t d, D) of a cluster of t heads
             torch.cat([statistics.values_for(heads, h, pattern) for h in c])
             for c, pattern in zip(clusters, chosen, strict=True)
