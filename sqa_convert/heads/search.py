@@ -160,7 +160,7 @@ def search(
     if q_groups == kv_groups == count:
         return Partition.identity(count)
     clusters = q_groups // kv_groups
-    if _affordable(count, kv_groups, clusters, d):
+    if count <= _MOST_MEMBERS and _affordable(count, kv_groups, clusters, d):
         cost = GroupCost(heads, statistics, clusters, generator)
         groups = _exact(tuple(range(count)), kv_groups, cost)
     else:
