@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -98,14 +99,40 @@ def converted(
     for tensor in plan.tensors:
         if isinstance(tensor.origin, Site):
             of_site.setdefault(tensor.origin, []).append(tensor)
+    blind = _converted_blindly(plan, source, [site for site in of_site if site not in calibrated])
     for site, tensors in of_site.items():
-        made = calibrated.get(site) or convert_site(plan, source, site)
+        made = calibrated.get(site) or next(blind)
         records[site] = made.record
         written = plan.family.write(site, made.heads)
         for tensor in tensors:
             result = written.pop(tensor.name).to(torch_dtype(tensor.dtype)).contiguous()
             _check_finite(result, tensor.name, source.name)
             yield tensor, result
+
+
+def _converted_blindly(plan: Plan, source: Source, sites: list[Site]) -> Iterator[ConvertedSite]:
+    """Sites from the weights alone, in order; where that takes computing, as many at a time as there are threads.
+
+    Each is computed by one thread, so the result does not depend on their number.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1 or not (get_method(plan.method).needs_statistics or plan.searched):
+        for site in sites:
+            yield _blind_conversion(plan, source, site)()
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            running: deque[Future[ConvertedSite]] = deque()
+            for site in sites:
+                running.append(pool.submit(_blind_conversion(plan, source, site)))  # reads here, computes there
+                if len(running) > threads:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def carried(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[Tensor]:
@@ -117,25 +144,30 @@ def carried(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[Tensor
         yield result
 
 
-def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
-    """One site from the weights alone. Raises CheckpointError."""
+def _blind_conversion(plan: Plan, source: Source, site: Site) -> Callable[[], ConvertedSite]:
+    """Reads one site; what is returned converts it. Raises CheckpointError."""
     heads, partition = read_site(plan, source, site), plan.partitions[site.kind]
     if partition.is_identity:
-        return ConvertedSite(heads, SiteRecord("none", partition))
+        return lambda: ConvertedSite(heads, SiteRecord("none", partition))
     method = get_method(plan.method)
-    statistics = None
-    if method.needs_statistics or plan.searched:
+    if not (method.needs_statistics or plan.searched):
+        return lambda: ConvertedSite(method.convert(heads, partition, None), SiteRecord(method.name, partition))
+    norms = [_norm(plan, source, prefix) for prefix in plan.family.norms(site)]
+
+    def convert() -> ConvertedSite:
         import torch
 
         from .heads.search import search
         from .heads.statistics import from_norms
 
-        norms = [_norm(plan, source, prefix) for prefix in plan.family.norms(site)]
+        chosen = partition
         statistics = from_norms(heads, plan.family.attention(site, plan.source_config), *norms)
         if plan.searched:
             counts = len(partition.clusters), len(partition.groups)
-            partition = search(heads, statistics, *counts, torch.Generator().manual_seed(0))
-    return ConvertedSite(method.convert(heads, partition, statistics), SiteRecord(method.name, partition))
+            chosen = search(heads, statistics, *counts, torch.Generator().manual_seed(0))
+        return ConvertedSite(method.convert(heads, chosen, statistics), SiteRecord(method.name, chosen))
+
+    return convert
 
 
 def read_site(plan: Plan, source: Source, site: Site) -> AttentionHeads:
