@@ -43,7 +43,7 @@ class GroupCost:
         generator: torch.Generator,
         compared: int = _MOST_SPLITS,
     ) -> None:
-        self.clusters, self.compared = clusters, compared
+        self.clusters, self.most_compared = clusters, compared
         self.generator = generator
         self.statistics = statistics
         self.d = heads.key.shape[1]
@@ -54,22 +54,27 @@ class GroupCost:
         metric = with_ridge(statistics.value.mean(0))
         self.value_gram = _gram(heads.value.double() @ torch.linalg.cholesky(metric))
         self.output_gram = _gram(heads.output.double())
-        self._cost = cache(self._best)
+        self._known: dict[Group, tuple[float, Clusters]] = {}  # no functools.cache: its cycle would outlive the site
         self._roots: dict[Group, torch.Tensor] = {}
 
     def __call__(self, group: Group) -> float:
-        return self._cost(group)[0]
+        return self._cheapest(group)[0]
 
     def split(self, group: Group) -> Clusters:
-        return self._cost(group)[1]
+        return self._cheapest(group)[1]
 
-    def _best(self, group: Group) -> tuple[float, Clusters]:
+    def _cheapest(self, group: Group) -> tuple[float, Clusters]:
+        if group not in self._known:
+            self._known[group] = self._compared(group)
+        return self._known[group]
+
+    def _compared(self, group: Group) -> tuple[float, Clusters]:
         splits = list(islice(_even_partitions(group, self.clusters), _MOST_SPLITS + 1))
         if len(splits) > _MOST_SPLITS:
             splits = [arrange(group, self.clusters, self.pattern_cost, self.generator)]
-        elif len(splits) > self.compared:
+        elif len(splits) > self.most_compared:
             splits.sort(key=lambda split: sum(map(self.pattern_cost, split)))
-        return min((self.cost(split), split) for split in splits[: self.compared])
+        return min((self.cost(split), split) for split in splits[: self.most_compared])
 
     def pattern_cost(self, cluster: Group) -> float:
         return self.statistics.representative(cluster)[1]
