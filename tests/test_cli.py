@@ -481,7 +481,7 @@ def test_interruption_leaves_nothing(source, tmp_path, number, code):
         "write = c.ShardWriter.write\n"
         "def slow(*a):\n    write(*a)\n"
         "    if threading.current_thread() is threading.main_thread():\n"
-        "        print('written', flush=True)\n        time.sleep(60)\n"
+        "        print('written', flush=True)\n        while True:\n            time.sleep(0.01)\n"
         "c.ShardWriter.write = slow\ncli.main()"
     )
     process = subprocess.Popen(
