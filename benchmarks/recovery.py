@@ -210,6 +210,8 @@ def main() -> None:
         found = (
             json.loads(path.read_text()) if path.exists() else {"source": source, **describe(options.device, recipe)}
         )
+        if found["recipe"] != asdict(recipe):
+            parser.error(f"{path} holds runs of another recipe: move it away first")
         with tempfile.TemporaryDirectory() as scratch:
             measure(
                 source, name, (8, 4), recipe, SEEDS[: options.seeds], options.only, options.device, Path(scratch), found

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers.models.llama.modeling_llama import repeat_kv
 
 import sqa_convert.models as sqa
 from sqa_convert import bench
@@ -80,21 +81,31 @@ def operations(model: Any, length: int) -> list[tuple[str, int, Callable[[], Any
     merged = torch.randn(1, length, q * size, dtype=dtype, device=device)
     mask = torch.randn(1, q, length, length, dtype=dtype, device=device) if t5 else None
     sdpa = nn.functional.scaled_dot_product_attention
+
+    def attend() -> Any:
+        if t5:  # as the layer does
+            return sdpa(query, repeat_kv(key, q // kv), repeat_kv(value, q // kv), mask)
+        return sdpa(query, key, value, is_causal=True, enable_gqa=q != kv)
+
     rest = layers[0].layer[-1] if t5 else layers[0].mlp
     norm = layers[0].layer[0].layer_norm if t5 else layers[0].ln_1
     n = len(layers)
     found = [(kind, n, lambda kind=kind: getattr(layer, kind)(hidden)) for kind in kinds]
     found += [
-        ("attention", n, lambda: sdpa(query, key, value, mask, is_causal=not t5, enable_gqa=q != kv)),
+        ("attention", n, attend),
         ("output projection", n, lambda: out(merged)),
         ("feed-forward", n, lambda: rest(hidden)),
         ("norms", n if t5 else 2 * n, lambda: norm(hidden)),
         ("residuals", n if t5 else 2 * n, lambda: hidden + hidden),
     ]
     if t5:
-        places = torch.randint(2 * length - 1, (length * length,), device=device)
-        table = torch.randn(q, 2 * length - 1, dtype=dtype, device=device)
-        found.append(("position bias", n, lambda: table.index_select(1, places).view(1, q, length, length)))
+        if counts is None:  # made once a stack, and copied by every layer
+            found.append(("position bias", 1, lambda: layer.compute_bias(length, length, device=device)))
+            bias = layer.compute_bias(length, length, device=device)
+            found.append(("position bias, copied", n, lambda: bias.contiguous()))
+        else:
+            distances = layer.distances(length, length, 0, device)
+            found.append(("position bias", n, lambda: layer.position_bias(*distances, length, length)))
     else:
         found.append(("logits", 1, lambda: model.lm_head(hidden[:, -1:])))
     return found

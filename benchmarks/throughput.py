@@ -5,9 +5,9 @@
 
 Three trainings of random weights on the same blocks, in turn, several rounds of some steps: the original by stock
 Trainer (cross-entropy), the converted shape by cross-entropy, and by KL to the original. Steps are timed one by one,
-synchronised, the first of each round left out. Then the parts of a KL step alone: batch, teacher, student, backward,
-optimizer. MFU: of the student's forward and backward pass and the teacher's forward, against the device's dense
-bfloat16 peak. Writes benchmarks/results/throughput-DEVICE.json.
+synchronised, the first three of each round left out. Then the parts of a KL step alone: batch, teacher, student,
+backward, optimizer. MFU: of the student's forward and backward pass and the teacher's forward, against the device's
+dense bfloat16 peak. Writes benchmarks/results/throughput-DEVICE.json.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python benchmarks/variants.py            (GPU: the paper's dense shape, 8 layers of 16 heads of 16, context 1,024)
 
 MHA, GQA, MQA, SQA, sSQA, xSQA and xSMQA with our model class, on Python source with the sample's tokenizer. Reports
-held-out loss and accuracy, parameters, seconds of a training step (synchronised, the variants in turn) and cache bytes
-a token. Writes benchmarks/results/variants-DEVICE.json.
+held-out loss and accuracy, parameters, seconds of a forward and backward pass over a batch (synchronised, the variants
+in turn) and cache bytes a token. Writes benchmarks/results/variants-DEVICE.json.
 """
 
 from __future__ import annotations

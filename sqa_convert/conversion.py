@@ -94,7 +94,7 @@ def convert(
             from the weights alone. The published methods (mean, first, select) fit only when told to.
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".
         revision: of a hub id.
-        max_shard_size: such as "300MB"; about what a conversion from the weights alone needs in memory.
+        max_shard_size: such as "300MB".
         overwrite: replace an existing `output`.
         verify: read every written tensor again, and check names and shapes against the model class.
         evaluate: measure source and result on held-out text, one after the other, where the model has a language model

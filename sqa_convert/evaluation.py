@@ -79,7 +79,7 @@ def load_model(
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **overrides).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error

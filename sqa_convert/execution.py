@@ -1,11 +1,11 @@
-"""Run a plan: one attention site is read, converted and written at a time."""
+"""Run a plan: a few attention sites are in memory at a time, and beside them the rest is copied piece by piece."""
 
 from __future__ import annotations
 
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,8 @@ class Progress(Protocol):
     def __call__(self, stage: str, done: int, total: int, news: str = "") -> None: ...
 
 
+_SITE_ARRAYS = 12  # of (H d, H d) in float64, that converting one site from the weights alone holds at most
+_SITE_BUDGET = 2**31  # bytes for all sites at a time, as long as it is one
 _READERS = 2  # files verified at a time
 _LOOKED_AT = 0.2  # seconds between two looks at how far copying is
 MODELS = Path(__file__).parent / "models"
@@ -83,7 +85,7 @@ class Calibrated:
 
 def converted(
     plan: Plan, source: Source, calibrated: Sites, records: dict[Site, SiteRecord]
-) -> Iterator[tuple[OutputTensor, Tensor]]:
+) -> Generator[tuple[OutputTensor, Tensor], None, None]:
     """The tensors of one attention site after the other.
 
     Args:
@@ -118,20 +120,23 @@ def _converted_blindly(plan: Plan, source: Source, sites: list[Site]) -> Iterato
     import torch
 
     threads = torch.get_num_threads()
+    needed = _SITE_ARRAYS * 8 * (plan.dimensions.heads * plan.dimensions.head_dim) ** 2
+    workers = max(1, min(threads, _SITE_BUDGET // needed))
     if threads == 1 or not (get_method(plan.method).needs_statistics or plan.searched):
         for site in sites:
             yield _blind_conversion(plan, source, site)()
         return
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            running: deque[Future[ConvertedSite]] = deque()
-            for site in sites:
-                running.append(pool.submit(_blind_conversion(plan, source, site)))  # reads here, computes there
-                if len(running) > threads:
-                    yield running.popleft().result()
-            while running:
+        running: deque[Future[ConvertedSite]] = deque()
+        for site in sites:
+            running.append(pool.submit(_blind_conversion(plan, source, site)))  # reads here, computes there
+            if len(running) > workers:
                 yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 
 
@@ -246,29 +251,38 @@ def _write_tensors(
     done = {"computed": 0, "copied": 0}  # bytes, each counted by one thread
     stop = threading.Event()
 
-    def copy() -> None:
+    def pieces(tensor: OutputTensor) -> Iterator[Tensor]:
+        for piece in carried(plan, source, tensor):
+            if stop.is_set():
+                return
+            yield piece
+
+    def copy(said: Progress = silent) -> None:
         for tensor in plan.tensors:
             if isinstance(tensor.origin, str) and not stop.is_set():
-                writer_of[tensor.name].write(tensor.name, carried(plan, source, tensor))
+                writer_of[tensor.name].write(tensor.name, pieces(tensor))
                 done["copied"] += tensor.nbytes
+                said("convert", sum(done.values()), plan.nbytes)
 
     with ThreadPoolExecutor(1) as pool:
         copying = pool.submit(copy) if source.concurrent else None
+        computed = converted(plan, source, calibrated, records)
         try:
-            for tensor, values in converted(plan, source, calibrated, records):
+            for tensor, values in computed:
                 writer_of[tensor.name].write(tensor.name, [values])
                 done["computed"] += tensor.nbytes
                 progress("convert", sum(done.values()), plan.nbytes)
                 if copying is not None and copying.done():
                     copying.result()  # raises what went wrong there
             if copying is None:
-                copy()
+                copy(progress)
             while copying is not None and not wait([copying], _LOOKED_AT).done:
                 progress("convert", sum(done.values()), plan.nbytes)
             if copying is not None:
                 copying.result()
         finally:
             stop.set()
+            computed.close()
     progress("convert", plan.nbytes, plan.nbytes)
 
 

@@ -186,7 +186,7 @@ class ShardWriter:
     def verify(self) -> str:
         """Reads the whole file again; returns its SHA-256. Raises CheckpointError where it is not what was written."""
         digest, found = hashlib.sha256(), dict.fromkeys(self._places, 0)
-        ends = iter(sorted((end, name) for name, (_, end) in self._places.items()))
+        ends = iter(sorted((end, name) for name, (start, end) in self._places.items() if start < end))
         with self.path.open("rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != self._size:
                 raise CheckpointError(f"{self.path.name} has not the size that was written; is the disk sound?")
@@ -196,7 +196,7 @@ class ShardWriter:
                 digest.update(data)
                 left = memoryview(data)
                 while left:
-                    while at == end:
+                    if at == end:
                         end, name = next(ends)
                     part = left[: end - at]
                     found[name] = zlib.crc32(part, found[name])
@@ -207,8 +207,19 @@ class ShardWriter:
         return digest.hexdigest()
 
 
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(PIECE):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """In one step: a reader finds the old file or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def carry_files(source: Path, output: Path, tokenizer_class: str) -> None:

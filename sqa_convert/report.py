@@ -310,15 +310,18 @@ def speed_title(speed: dict[str, Any]) -> str:
     """Where, and how often, speed was measured."""
     row = speed["rows"][0]
     compiled = ", compiled" if speed["compiled"] else ""
+    extended = ", ".join(speed["positions_extended"])
+    repeated = f"; for timing alone {extended} repeat their positions beyond their own" if extended else ""
     return (
         f"{speed['device']} ({speed['machine']}), torch {speed['versions']['torch']}, {row['dtype']}, "
         f"{row['attention']}{compiled}, batch {row['batch']}; median (range) of {speed['repeats']} alternating rounds"
+        f"{repeated}"
     )
 
 
 def speed_rows(speed: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     """How fast models are: column heads, and a row for each model, part, mode and length."""
-    columns = ["", "tokens", "model", "heads", "ms", "tokens/s", "speed-up", "ideal", "peak MB", "cache MB"]
+    columns = ["", "tokens", "model", "ms", "tokens/s", "speed-up", "ideal", "peak MB", "cache MB"]
 
     def megabytes(value: int | None) -> str:
         return "" if value is None else f"{value / 1e6:,.1f}"
@@ -332,14 +335,13 @@ def speed_rows(speed: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]
             (
                 f"{row['part']}, {row['mode']}",
                 f"{row['length']:,}",
-                row["model"],
-                speed["heads"][row["model"]],
+                f"{row['model']} ({speed['heads'][row['model']]})",
                 ms,
                 "" if took is None else f"{row['tokens_per_second']:,.0f}",
                 ""
                 if first or gained is None
                 else f"{gained['median']:.2f}× ({gained['low']:.2f}–{gained['high']:.2f})",
-                "" if first else f"{row['ideal']:.2f}×",
+                "" if first or row["ideal"] is None else f"{row['ideal']:.2f}×",
                 megabytes(row["peak_bytes"]),
                 megabytes(row["cache_bytes"]),
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -33,6 +34,8 @@ from .workloads import (
 DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("model", "attention")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+LONGEST = 2**22
+"""tokens"""
 LENGTHS = {"cpu": (256, 1024), "mps": (1024, 4096), "cuda": (1024, 4096, 32768)}
 """tokens, where none are told"""
 GRID = ("mha", "gqa", "mqa", "sqa", "ssqa", "xsqa", "xsmqa")
@@ -56,13 +59,13 @@ class Settings:
     repeats: int = 5
     """rounds; each times every model once"""
     compiled: bool = False
-    """by torch.compile, for any length at once"""
+    """by torch.compile with dynamic shapes"""
     parts: tuple[str, ...] = PARTS
 
     def check(self) -> None:
         """Raises RecipeError for what cannot be."""
-        if any(length < 2 for length in self.lengths):
-            raise RecipeError(f"--lengths {','.join(map(str, self.lengths))}: give 2 tokens or more")
+        if any(not 2 <= length <= LONGEST for length in self.lengths):
+            raise RecipeError(f"--lengths {','.join(map(str, self.lengths))}: give 2 to {LONGEST:,} tokens")
         for flag, value in (("--batch", self.batch), ("--repeats", self.repeats)):
             if value < 1:
                 raise RecipeError(f"{flag} {value}: give 1 or more")
@@ -131,11 +134,16 @@ def speedup(base: Measurement, other: Measurement) -> Spread:
     return Spread.of([a / b for a, b in zip(base.seconds, other.seconds, strict=True)])
 
 
-def ideal(base: Measurement, other: Measurement) -> float:
-    """The speed-up that counting promises: of floating point operations, in decoding of bytes to be read."""
-    if base.bytes_read is not None and other.bytes_read is not None:
-        return base.bytes_read / other.bytes_read
-    return base.flops / other.flops
+def ideal(base: Measurement, other: Measurement) -> float | None:
+    """The speed-up that counting promises: of floating point operations, in decoding of bytes to be read.
+
+    None in decoding where memory did not suffice for one of them, so that its bytes are not known.
+    """
+    if other.mode != "decode":
+        return base.flops / other.flops
+    if base.bytes_read is None or other.bytes_read is None:
+        return None
+    return base.bytes_read / other.bytes_read
 
 
 def bench(
@@ -181,7 +189,7 @@ def bench(
         measured += _measure(of, make, part, mode, length, settings, device)
     progress("measure", len(cells), len(cells))
     heads = {name: heads_of(model.config) for name, model in loaded.items()}
-    return _result(measured, settings, device, heads) | ({"positions_extended": extended} if extended else {})
+    return _result(measured, settings, device, heads, extended)
 
 
 def bench_layers(
@@ -204,6 +212,8 @@ def bench_layers(
     from .models.modeling_sqa_gpt2 import SQAGPT2Attention
 
     settings.check()
+    if not variants:
+        raise RecipeError(f"--variants: choose mha, {', '.join(VARIANTS)}, or Hq/Hkv")
     if heads < 1 or head_dim < 1:
         raise RecipeError(f"--heads {heads} --head-dim {head_dim}: give 1 or more of each")
     device = choose_device(settings.device)
@@ -215,6 +225,7 @@ def bench_layers(
         config = SQAGPT2Config(
             n_embd=heads * head_dim, n_head=query_heads, num_key_value_heads=key_value_heads, head_dim=head_dim
         )
+        _check_attention(settings.attention, dtype)
         config._attn_implementation = settings.attention
         torch.manual_seed(0)
         layers[name] = SQAGPT2Attention(config, 0).to(device, dtype).eval()
@@ -226,6 +237,15 @@ def bench_layers(
         measured += _measure(layers, layer_workload, "attention", mode, length, settings, device)
     progress("measure", len(cells), len(cells))
     return _result(measured, settings, device, kept) | {"head_dim": head_dim}
+
+
+def _check_attention(attention: str, dtype: torch.dtype) -> None:
+    """Raises RecipeError where a kernel is not there, or does not take the dtype."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    known = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if attention in known and not (known[attention]() and dtype != torch.float32):
+        raise RecipeError(f"--attn {attention} needs its package, a GPU, and --dtype bfloat16 or float16")
 
 
 def grid_heads(name: str, heads: int) -> tuple[int, int]:
@@ -243,29 +263,37 @@ def grid_heads(name: str, heads: int) -> tuple[int, int]:
 
 
 def heads_of(config: Any) -> str:
-    """ "12" or "8/4": query heads, and key/value heads where they are fewer or other, of the decoder."""
-    if hasattr(config, "heads"):
-        return "/".join(map(str, config.heads()))
-    return str(config.num_attention_heads)
+    """ "12", "8/4" or "encoder 8/4, decoder 12/12, cross 12/12": query heads, when converted with key/value heads."""
+    if not hasattr(config, "heads"):
+        return str(config.num_attention_heads)
+    sites = ("encoder", "decoder", "cross") if config.is_encoder_decoder else ("decoder",)
+    counts = {site: "/".join(map(str, config.heads(site))) for site in sites}
+    if len(set(counts.values())) == 1:
+        return counts["decoder"]
+    return ", ".join(f"{site} {count}" for site, count in counts.items())
 
 
 def _measure(
     of: Mapping[str, nn.Module], make: Callable[..., Workload], part: str, mode: str, length: int, settings: Settings,
     device: torch.device,
 ) -> list[Measurement]:  # fmt: skip
+    if settings.compiled:
+        torch.compiler.reset()  # beyond some versions of one function torch goes on without compiling
     works: dict[str, Workload] = {}
     runs: dict[str, Callable[[], Any]] = {}
     for name, module in of.items():
-        try:
-            work = make(module, mode, length, settings.batch)
-            run = torch.compile(work.run, dynamic=True) if settings.compiled else work.run
-            run()
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-                continue
-            raise
-        works[name], runs[name] = work, run
-    seconds = alternate(runs, settings.repeats, device)
+        with _out_of_memory() as lacking:
+            works[name] = make(module, mode, length, settings.batch)
+            runs[name] = torch.compile(works[name].run, dynamic=True) if settings.compiled else works[name].run
+            runs[name]()
+        if lacking:
+            works.pop(name, None)
+            runs.pop(name, None)
+    seconds: dict[str, list[float]] = {}
+    with _out_of_memory() as lacking:
+        seconds = alternate(runs, settings.repeats, device)
+    if lacking:  # each fits alone, all of them do not
+        works.clear()
     found = []
     for name, module in of.items():
         measured: dict[str, Any] = {"tokens": 0, "seconds": []}
@@ -295,11 +323,29 @@ def _measure(
     return found
 
 
+@contextlib.contextmanager
+def _out_of_memory() -> Iterator[list[str]]:
+    """Stops where memory does not suffice, and says so in the list it gives."""
+    lacking: list[str] = []
+    try:
+        yield lacking
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        lacking.append(str(error))
+
+
 def _result(
-    measured: list[Measurement], settings: Settings, device: torch.device, heads: Mapping[str, str]
+    measured: list[Measurement],
+    settings: Settings,
+    device: torch.device,
+    heads: Mapping[str, str],
+    extended: list[str] | None = None,
 ) -> dict[str, Any]:
     import transformers
 
+    if not any(m.seconds for m in measured):
+        raise RecipeError(f"nothing fits into the memory of {device_name(device)}: shorter --lengths, smaller --batch")
     base = {(m.part, m.mode, m.length): m for m in reversed(measured)}  # the first of each
     return {
         "schema": 1,
@@ -309,6 +355,7 @@ def _result(
         "date": date.today().isoformat(),
         "repeats": settings.repeats,
         "compiled": settings.compiled,
+        "positions_extended": extended or [],
         "heads": dict(heads),
         "rows": [m.to_json(base[m.part, m.mode, m.length]) for m in measured],
     }

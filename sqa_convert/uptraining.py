@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -32,7 +33,7 @@ from .evaluation import compare, load_model, predict
 from .execution import Progress, silent
 from .families import family_of
 from .generation import answer_scores
-from .output import REPORT, check_output, staged_output, write_shard
+from .output import check_output, sha256_of, staged_output, write_shard
 from .recipe import Recipe, dump_recipe, load_recipe
 from .report import read_report, write_report
 from .trainer import COMPLETE
@@ -139,6 +140,7 @@ def _publish(
     with staged_output(folder, overwrite=True, size=size) as staging:
         _save(load_model(run / "uptrain" / FINAL, dtype="float32"), folder, staging)
         (staging / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
+        report["sha256"] = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
         if job.held_out is None:
             known = report.get("quality", {})
             report["quality"] = {key: known[key] for key in known if key not in ("uptrained", "control")}
@@ -191,8 +193,9 @@ def _settings(
 
 
 def _fingerprint(folder: Path) -> str:
-    """Of a conversion: two have not the same report."""
-    return hashlib.sha256((folder / REPORT).read_bytes()).hexdigest()
+    """Of a conversion: two have not the same report, but for what measuring its speed adds."""
+    report = {key: value for key, value in read_report(folder).items() if key != "speed"}
+    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
 
 
 def override(recipe: str | Recipe, **settings: Any) -> Recipe:

@@ -100,11 +100,15 @@ def layer_workload(attention: nn.Module, mode: str, length: int, batch: int) -> 
     weight = next(attention.parameters())
     width = getattr(attention.config, "hidden_size", None)
     hidden = torch.randn(batch, length, width, dtype=weight.dtype, device=weight.device)  # (B, T, D)
+    more: dict[str, Any] = {}
+    if mode != "decode" and hasattr(attention, "has_relative_attention_bias"):
+        # As in all layers but the first, which passes on what it has found of positions.
+        more = {"position_bias": _inference(lambda: attention(hidden))()[1]}
     if mode == "train":
         hidden.requires_grad_(True)
-        return Workload(_training(attention, lambda: attention(hidden)[0].sum()), batch * length)
+        return Workload(_training(attention, lambda: attention(hidden, **more)[0].sum()), batch * length)
     if mode == "prefill":
-        return Workload(_inference(lambda: attention(hidden)), batch * length)
+        return Workload(_inference(lambda: attention(hidden, **more)), batch * length)
     seen, one = (part.contiguous() for part in hidden.split([length - 1, 1], dim=1))
     if getattr(attention, "is_decoder", False):  # T5's cross-attention, which keeps the keys it has made
         both = EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -280,12 +280,19 @@ def test_every_layer_of_a_t5_follows_the_position_bias_of_what_it_kept(method):
             assert any(torch.allclose(column, row) for row in wanted)
 
 
-def test_the_number_of_threads_changes_no_bit_of_a_conversion_from_the_weights_alone():
-    source, results = gpt2(), []
+def test_the_number_of_threads_changes_no_bit_of_a_conversion_from_the_weights_alone(monkeypatch):
+    source, results, used = gpt2(), [], set()
+    method = METHODS["svd"]
+
+    def watched(*arguments):
+        used.add(torch.get_num_threads())
+        return method.convert(*arguments)
+
+    monkeypatch.setitem(METHODS, "svd", dataclasses.replace(method, convert=watched))
     for threads in (1, 3):
         torch.set_num_threads(threads)
         results.append(convert(source, 8, 4, calibration=None).model.state_dict())
-        assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == threads and used == {1}
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 

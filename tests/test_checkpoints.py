@@ -1,5 +1,6 @@
 """Sources in every shape the hub has them, and what arrives in the output."""
 
+import hashlib
 import json
 
 import pytest
@@ -19,6 +20,9 @@ from transformers import (
 from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
 from sqa_convert.evaluation import load_model, load_tokenizer
 from sqa_convert.models import SQAT5EncoderModel
+from sqa_convert.output import ShardWriter
+from sqa_convert.plan import OutputTensor
+from sqa_convert.sources import torch_dtype
 
 
 @pytest.fixture
@@ -338,3 +342,25 @@ def test_a_sentencepiece_tokenizer_alone_is_enough(folder, tmp_path):
     assert report["quality"]["converted"]["kl"] > 0
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.decode(tokenizer("the lazy fox").input_ids, skip_special_tokens=True) == "the lazy fox"
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "BOOL", "I64"])
+def test_what_is_written_piece_by_piece_is_what_the_library_reads(dtype, tmp_path):
+    """Sizes that no alignment fits, a scalar, and an empty tensor after others."""
+    path = tmp_path / "model.safetensors"
+    shapes = {"b": (3, 5), "odd": (7,), "scalar": (), "a": (0, 4), "half": (3,)}
+    tensors = [OutputTensor(name, shape, "F16" if name == "half" else dtype, name) for name, shape in shapes.items()]
+    values = {t.name: (torch.rand(t.shape) * 9).to(torch_dtype(t.dtype)) for t in tensors}
+    writer = ShardWriter(path, tensors, checked=True)
+    for name in reversed(shapes):
+        writer.write(name, values[name].flatten().split(2))
+    assert writer.verify() == hashlib.sha256(path.read_bytes()).hexdigest()
+    loaded = load_file(path)
+    assert loaded.keys() == values.keys()
+    assert all(torch.equal(loaded[name], values[name]) and loaded[name].dtype == values[name].dtype for name in values)
+
+
+def test_a_tensor_with_a_piece_missing_is_no_tensor(tmp_path):
+    writer = ShardWriter(tmp_path / "x.safetensors", [OutputTensor("a", (4,), "F32", "a")], checked=True)
+    with pytest.raises(OSError, match="8 bytes are missing"):
+        writer.write("a", [torch.ones(2)])

@@ -1,5 +1,6 @@
 """sqa-uptrain and sqa-eval as a user meets them."""
 
+import hashlib
 import json
 import os
 import sys
@@ -49,6 +50,8 @@ def test_uptraining_a_folder_ends_with_four_rows_and_a_plot(run, out):
     assert "plot: out/recovery.png" in said and "next: AutoModelForCausalLM" in said
     assert "uptrain 2/4: loss" in err and "control 4/4: loss" in err and "tokens/s" in err
     report = json.loads((out / "report.json").read_text())
+    weights = out / "model.safetensors"
+    assert report["sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
     assert report["uptraining"]["seed"] == 3 and report["uptraining"]["control"] is True
     assert sorted(os.listdir()) == ["few.yaml", "out"]
 

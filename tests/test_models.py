@@ -245,6 +245,21 @@ def test_a_single_position_attends_as_the_same_position_of_many():
         close(one, all_of_them[:, :, -1:], 1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_masks_of_every_shape_reach_a_single_position(attention):
+    model = sqa_t5(6, 3, attention)
+    layer = model.decoder.block[0].layer[1].EncDecAttention
+    hidden, read = torch.randn(2, 1, 20), torch.randn(2, 7, 20)
+    mask = torch.where(torch.rand(2, 6, 1, 7) < 0.3, -1e4, 0.0)
+    of_all = mask[:, :1]
+    twice = hidden.expand(-1, 2, -1)
+    for one in (mask, of_all, None):
+        many = None if one is None else one.expand(-1, -1, 2, -1)
+        alone = layer(hidden, one, key_value_states=read)[0]
+        close(alone, layer(twice, many, key_value_states=read)[0][:, :1], 1e-5)
+
+
 @pytest.mark.parametrize("option", ["scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"])
 def test_score_scaling_options_reach_the_scores(option):
     """The identity tests compare with the stock model; here: the option is not a no-op that passes by accident."""

@@ -159,6 +159,19 @@ def test_what_does_not_fit_into_memory_is_said_and_the_rest_measured(folders, mo
     assert converted["seconds"]["median"] > 0 and "speedup" not in converted and converted["ideal"] > 1
 
 
+def test_where_nothing_fits_into_memory_nothing_is_reported(folders, monkeypatch):
+    from sqa_convert import speed
+
+    def too_large(model, *rest):
+        if model.device.type != "meta":
+            raise torch.OutOfMemoryError
+        return model_workload(model, *rest)
+
+    monkeypatch.setattr(speed, "model_workload", too_large)
+    with pytest.raises(RecipeError, match="nothing fits"):
+        bench(folders, QUICK)
+
+
 def test_a_model_is_lengthened_for_timing_alone():
     model = gpt2()
     assert not extend_positions(model, 64)
@@ -192,7 +205,7 @@ def test_a_converted_folder_alone_is_measured_beside_its_source(kind, run, tmp_p
     for folder in ("out", "measured"):
         assert Path(folder, "speed.png").read_bytes()[:4] == b"\x89PNG"
     card = Path("out/README.md").read_text()
-    assert "speed.svg" in card and "| model, decode | 16 | out | 6/2 |" in card
+    assert "speed.svg" in card and "| model, decode | 16 | out (6/2) |" in card
 
 
 @pytest.mark.parametrize(
@@ -201,7 +214,11 @@ def test_a_converted_folder_alone_is_measured_beside_its_source(kind, run, tmp_p
         ([], "MODEL"),
         (["sample:gpt2", "--head-grid"], "--head-grid"),
         (["sample:gpt2", "--lengths", "1q"], "'1q'"),
-        (["sample:gpt2", "--lengths", "1"], "2 tokens or more"),
+        (["sample:gpt2", "--lengths", "1"], "give 2 to"),
+        (["sample:gpt2", "--lengths", "100000000k"], "give 2 to"),
+        (["--head-grid", "--variants", ","], "--variants"),
+        (["--head-grid", "--attn", "flash_attention_2"], "--attn flash_attention_2"),
+        (["--head-grid", "-o", "x" * 300], "--output"),
         (["sample:gpt2", "--modes", "decode,prefil"], "prefill"),
         (["sample:gpt2", "--repeats", "0"], "--repeats 0"),
         (["sample:gpt2", "--attn", "flashy"], "flash_attention_2"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import OutputError, RecipeError, one_line
+from ..errors import CheckpointError, OutputError, RecipeError, one_line
 from .console import Out, run_app
 from .options import EXIT_CODES, AsJson, Device, Quiet, TrustRemoteCode, Verbose, Version, make_app
 
@@ -39,7 +40,7 @@ def bench_command(
     attn: Annotated[
         str, typer.Option(help="sdpa, eager, flash_attention_2, flash_attention_3, flex_attention.")
     ] = "sdpa",
-    compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile, for any length at once.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile, dynamic shapes.")] = False,
     repeats: Annotated[int, typer.Option(metavar="N", help="Rounds; each times every model once.")] = 5,
     head_grid: Annotated[
         bool, typer.Option("--head-grid", rich_help_panel=GRID, help="Measure that instead of models.")
@@ -52,7 +53,7 @@ def bench_command(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for speed.json and plots. Converted folders get them anyway."),
+        typer.Option("--output", "-o", help="Folder for speed.json and plots. A converted FOLDER gets them anyway."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -68,6 +69,7 @@ def bench_command(
     names = list(models or [])
     if head_grid == bool(names):
         raise RecipeError("give MODEL, or --head-grid without one")
+    from ..checkpoint import local_folder
     from ..output import write_json
     from ..report import REPORT, read_report, speed_rows, speed_title, write_report, write_speed_pictures
     from ..speed import GRID as PAPER
@@ -79,8 +81,13 @@ def bench_command(
         device=device, attention=attn, compiled=compiled, repeats=repeats,
     )  # fmt: skip
     settings.check()
-    if output is not None and output.exists() and not output.is_dir():
-        raise RecipeError(f"--output {output} is a file")
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            if not os.access(output, os.W_OK):
+                raise PermissionError("no permission to write there")
+        except OSError as error:
+            raise OutputError(f"--output {str(output)[:200]} cannot be written to: {one_line(error)}") from error
     folders: dict[str, Path] = {}
     with out.progress() as progress:
         if head_grid:
@@ -90,18 +97,16 @@ def bench_command(
             result = bench(folders, settings, trust_remote_code=trust_remote_code, progress=progress)
     out.json(result)
     out.table(speed_title(result), *speed_rows(result))
-    if "positions_extended" in result:
-        out.result(f"positions beyond the model's own repeat them, for timing alone: {result['positions_extended']}")
     try:
-        for name, folder in folders.items():
-            if (folder / REPORT).is_file() and name != next(iter(folders)):
-                write_report(folder, read_report(folder) | {"speed": result})
-                out.result(f"plot: {folder / 'speed.png'}")
         if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
             write_json(output / RESULT, result)
             write_speed_pictures(output, result)
             out.result(f"written: {output / RESULT}, speed.svg, speed.png")
+        for name in names[1:] if len(names) > 1 else names:
+            folder = local_folder(name)
+            if folder is not None and (folder / REPORT).is_file() and "cost" in read_report(folder):
+                write_report(folder, read_report(folder) | {"speed": result})
+                out.result(f"plot: {folder / 'speed.png'}")
     except OSError as error:
         raise OutputError(f"the measurements cannot be written: {one_line(error)}") from error
 
@@ -128,7 +133,9 @@ def _resolve(names: list[str]) -> dict[str, Path]:
 
     folders: list[tuple[str, Path]] = [(name, resolve(name)) for name in names]
     if len(folders) == 1 and (folders[0][1] / REPORT).is_file():
-        source: dict[str, Any] = read_report(folders[0][1])["source"]
+        source: dict[str, Any] = read_report(folders[0][1]).get("source", {})
+        if not {"name", "revision"} <= source.keys():
+            raise CheckpointError(f"{names[0]}: its {REPORT} does not say what it was made from; give MODEL MODEL")
         folders.insert(0, (source["name"], resolve(source["name"], source["revision"])))
     short = {name: Path(name).name or name for name, _ in folders}
     unique = len(set(short.values())) == len(folders)

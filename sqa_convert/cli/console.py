@@ -20,6 +20,7 @@ from ..errors import RecipeError, SQAError
 from ..report import RECOVERY, auto_class, quality_table, uptraining_lines
 
 INTERRUPTED = 130
+_WIDE = 200
 TERMINATED = 143
 
 
@@ -84,7 +85,8 @@ class Out:
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in rows:
             table.add_row(*map(escape, row))
-        self.stdout.print(table)
+        # A log or a pipe has no width: nothing is cut off there.
+        self.stdout.print(table, width=None if self.stdout.is_terminal or "COLUMNS" in os.environ else _WIDE)
 
     def result(self, text: str) -> None:
         if not self.as_json and not self.quiet:

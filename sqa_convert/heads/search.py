@@ -192,18 +192,21 @@ def _swapped(members: Group, parts: int, cost: Cost, generator: torch.Generator)
 
 def _exact(members: Group, parts: int, cost: Cost) -> Clusters:
     small, larger = divmod(len(members), parts)
+    return _best(members, small, larger, cost, {})[1]
 
-    @cache
-    def best(rest: Group, larger: int) -> tuple[float, Clusters]:
-        if not rest:
-            return 0.0, ()
+
+def _best(
+    rest: Group, small: int, larger: int, cost: Cost, known: dict[tuple[Group, int], tuple[float, Clusters]]
+) -> tuple[float, Clusters]:
+    if not rest:
+        return 0.0, ()
+    if (rest, larger) not in known:
         options = []
         for mine, left, still_larger in _first_sets(rest, small, larger):
-            total, others = best(left, still_larger)
+            total, others = _best(left, small, still_larger, cost, known)
             options.append((cost(mine) + total, (mine, *others)))
-        return min(options)
-
-    return best(members, larger)[1]
+        known[rest, larger] = min(options)
+    return known[rest, larger]
 
 
 def _first_sets(rest: Group, small: int, larger: int) -> Iterator[tuple[Group, Group, int]]:

@@ -112,6 +112,7 @@ class SQAT5Attention(T5Attention):
             grouped = (-1, self.n_kv_heads, self.kv_repeats)
             query = query.reshape(*grouped, self.key_value_proj_dim)  # (B, Hkv, Hq / Hkv, d)
             bias = None if bias is None else bias.reshape(*grouped, key.shape[-2])
+            mask = mask if mask is None or mask.shape[1] == 1 else mask.reshape(*grouped, mask.shape[-1])
             kwargs["is_causal"] = False  # they are one position
         else:
             key, value = repeat_kv(key, self.kv_repeats), repeat_kv(value, self.kv_repeats)  # (B, Hq, S, d)
