@@ -113,6 +113,8 @@ def convert(
     """
     if isinstance(calibration, str):
         calibration = Calibration(calibration)
+    if not isinstance(calibration, Calibration | None):
+        raise RecipeError(f"calibration={calibration!r}: give a Calibration, its text, or None for none")
     request = Request(q_groups, kv_groups, variant, method, calibration, partition, sites, dtype, max_shard_size)
     opened: Source
     if isinstance(source, str | Path):

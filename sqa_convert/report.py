@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .checkpoint import read_json
+from .errors import CheckpointError
 from .heads import METHODS
 from .output import REPORT, write_json
 from .pictures import heads_picture, recovery_picture, similarity_picture, speed_picture
@@ -150,6 +151,8 @@ def most_merged(report: dict[str, Any]) -> dict[str, Any]:
 
 def read_report(folder: Path) -> dict[str, Any]:
     """Raises CheckpointError when the folder was not made by sqa-convert."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     return read_json(folder / REPORT, f"{folder} holds no {REPORT}: it was not made by sqa-convert")
 
 

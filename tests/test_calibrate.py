@@ -322,3 +322,8 @@ def test_calibration_recovers_most_of_what_mean_loses(tmp_path):
     assert len(config["sqa"]["partition"]["cross"]) == 4
     assert "</svg>" in (out / "similarity.svg").read_text() and "similarity.svg" in (out / "README.md").read_text()
     assert AutoConfig.from_pretrained(out, trust_remote_code=True).num_key_value_heads == 4
+
+
+def test_what_is_no_calibration_is_refused_in_one_line():
+    with pytest.raises(RecipeError, match="calibration=False"):
+        convert(gpt2(), 8, 4, calibration=False)

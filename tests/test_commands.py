@@ -79,7 +79,7 @@ def test_every_packaged_recipe_runs_dry(name, run, out):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["nowhere"], 3, "nowhere holds no report.json"),
+        (["nowhere"], 3, "nowhere: no such folder"),
         ([SAMPLES / "gpt2"], 3, "not made by sqa-convert"),
         (["out", "--recipe", "quikc"], 2, "quick"),
         (["out", "--recipe", "few.yaml", "--tokens", "5"], 2, "tokens: 5 must be at least"),
