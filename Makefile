@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 TRANSFORMERS_OLDEST := 5.17.0
+SMOKE := build/smoke
 PYTEST := -m pytest -n auto
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-oldest lint format samples clean
+.PHONY: demo test test-oldest coverage lint format docs dist smoke notebooks samples clean
 
 demo: $(VENV)/ready  ## convert sample:gpt2 from 12 heads to 8/4, uptrain it, report, let it write
 	$(BIN)/python benchmarks/demo.py
@@ -18,10 +19,30 @@ test: $(VENV)/ready  ## the whole suite, offline
 test-oldest: $(OLDEST)/ready  ## the same with the oldest transformers supported
 	$(OLDEST)/bin/python $(PYTEST)
 
-lint: $(VENV)/ready
+coverage: $(VENV)/ready  ## the same as `test`, with the branches it reached
+	$(BIN)/python $(PYTEST) --cov --cov-report=term-missing:skip-covered
+
+lint: $(VENV)/ready docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/ready  ## the documentation, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(VENV)/ready  ## wheel and source distribution, checked
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+smoke: dist  ## every command and snippet of README.md and docs/, from the installed wheel, offline
+	rm -rf $(SMOKE)
+	$(PYTHON) -m venv $(SMOKE)
+	$(SMOKE)/bin/pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[lora,eval,rouge,onnx]"
+	$(SMOKE)/bin/python tests/smoke.py
+
+notebooks: $(VENV)/ready  ## run them all
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
 format: $(VENV)/ready
 	$(BIN)/ruff format .

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from .conversion import Conversion, convert
     from .evaluation import evaluate
     from .heads import METHODS, VARIANTS, Partition
+    from .hub import push_to_hub
+    from .plan import Calibration
     from .recipe import Recipe, load_recipe
     from .speed import bench
     from .uptraining import uptrain
 
 _HOMES = {
+    "Calibration": "plan",
     "bench": "speed",
     "convert": "conversion",
     "Conversion": "conversion",
@@ -28,12 +31,14 @@ _HOMES = {
     "Partition": "heads",
     "Recipe": "recipe",
     "load_recipe": "recipe",
+    "push_to_hub": "hub",
     "uptrain": "uptraining",
 }
 
 __all__ = [
     "METHODS",
     "VARIANTS",
+    "Calibration",
     "Conversion",
     "Partition",
     "Recipe",
@@ -42,6 +47,7 @@ __all__ = [
     "convert",
     "evaluate",
     "load_recipe",
+    "push_to_hub",
     "uptrain",
 ]
 

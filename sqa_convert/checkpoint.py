@@ -12,6 +12,8 @@ from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, Ten
 
 SAMPLES = Path(__file__).parent / "samples"
 SAMPLE_PREFIX = "sample:"
+CARD = "README.md"
+"""the model card, of a source and of a result"""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CARRIED_FILES = (
@@ -61,7 +63,8 @@ def open_source(
         accept(config)
         source = _hub_headers(name, revision) if headers_only else None
         if source is None:
-            folder, commit = _download(name, revision, "config.json", *CARRIED_FILES, "model*.safetensors", _WEIGHTS[0])
+            patterns = ("config.json", CARD, *CARRIED_FILES, "model*.safetensors", _WEIGHTS[0])
+            folder, commit = _download(name, revision, *patterns)
             if not any(folder.glob("model*.safetensors")):
                 folder, commit = _download(name, revision, "pytorch_model*.bin", _WEIGHTS[2])
     if source is None:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import open_source
+from .describe import write_report
 from .errors import OutputError, RecipeError
 from .execution import Calibrated, Progress, SiteRecord, build_model, check_loads, model_tensors, silent, write_model
 from .families import Site
 from .output import staged_output
 from .plan import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Plan, Request, make_plan
-from .report import conversion_report, write_report
+from .report import conversion_report
 from .sources import ModelSource, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .evaluation import HeldOut
 
 
 @dataclass
@@ -148,7 +152,7 @@ def convert_to_folder(
     _refuse_overlap(source, output)
     held_out = None
     if settings.evaluate:
-        from .evaluation import compare, prepare
+        from .evaluation import prepare
 
         if source.folder is None:
             raise RecipeError(
@@ -176,16 +180,44 @@ def convert_to_folder(
         if plan.calibration is not None:
             report["seconds"]["calibrate"] = round(calibrating, 2)
         report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
-        if held_out is not None:
-            start = time.perf_counter()
-            assert source.folder is not None
-            models = {"source": source.folder, "converted": folder}
-            report["quality"] = compare(
-                models, held_out, trust_remote_code=settings.trust_remote_code, progress=progress
-            )
-            report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
+        with _reloaded(folder, report, settings):
+            if held_out is not None:
+                start = time.perf_counter()
+                report |= _measured(plan, source, folder, held_out, settings, progress)
+                report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(folder, report)
     return Conversion(report, output)
+
+
+def _reloaded(folder: Path, report: dict[str, Any], settings: Settings) -> AbstractContextManager[None]:
+    """Beside the measuring the folder is loaded as strangers load it, where it is measured and verified at all."""
+    if not (settings.verify and settings.evaluate):
+        return nullcontext()
+    from .verify import reloaded
+
+    return reloaded(folder, report)
+
+
+def _measured(
+    plan: Plan, source: Source, folder: Path, held_out: HeldOut, settings: Settings, progress: Progress
+) -> dict[str, Any]:
+    """The "quality" and "samples" of a report, with what averaging the heads would have cost."""
+    from .evaluation import compare
+    from .generation import continuations
+
+    def averaged() -> PreTrainedModel:
+        plain = replace(plan, method="mean", searched=False, partition_given=False, calibration=None)
+        records: dict[Site, SiteRecord] = {}
+        return build_model(plain, model_tensors(plain, source, {}, records), records)
+
+    assert source.folder is not None
+    models = {"source": source.folder, "converted": folder}
+    compared: dict[str, Any] = models if plan.method == "mean" else models | {"mean": averaged}
+    trust = settings.trust_remote_code
+    return {
+        "quality": compare(compared, held_out, trust_remote_code=trust, progress=progress, optional={"mean"}),
+        "samples": continuations(models, held_out, trust_remote_code=trust),
+    }
 
 
 def _calibrated(plan: Plan, source: Source, settings: Settings, progress: Progress) -> Calibrated:

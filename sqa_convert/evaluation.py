@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,11 +225,14 @@ def compare(
     trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     also: Callable[[Any], dict[str, float]] | None = None,
+    optional: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Measures folders, or models, one after the other on the same text; the first is what the others are held against.
+    """Measures models one after the other on the same text; the first is what the others are held against.
 
     Args:
+        models: folders, models, or functions that make one when its turn comes.
         also: what else to find out about each, for its row.
+        optional: those whose row is left out where they do not fit, or their loss is no number.
 
     Returns:
         {"data", "tokens", "device", and per model its `Quality` as a dict}.
@@ -250,9 +253,10 @@ def compare(
             progress(stage, done, total)
 
         try:
-            model = folder
-            if isinstance(folder, (str, Path)):
+            if isinstance(folder, str | Path):
                 model = load_model(folder, trust_remote_code=trust_remote_code)
+            else:
+                model = folder if isinstance(folder, torch.nn.Module) else folder()
             kind = (model.config.is_encoder_decoder, model.config.vocab_size)
             if kind != first.setdefault("kind", kind):
                 raise RecipeError(
@@ -260,7 +264,11 @@ def compare(
                 )
             predictions = predict(model, held_out, step)
             result[name] = asdict(measure(predictions, source)) | ({} if also is None else also(model))
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, QualityError) as error:
+            if name in optional:
+                continue
+            if isinstance(error, QualityError):
+                raise
             raise RecipeError(f"the {name} model does not fit on {device}: --device cpu or --no-evaluate") from error
         source = source or predictions
     return result

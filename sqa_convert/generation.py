@@ -15,11 +15,13 @@ GIVEN = 32
 """tokens a decoder-only model goes on from"""
 WRITTEN = 48
 """tokens of an answer"""
+SHOWN = 2
+"""texts, for the report"""
 
 
 @torch.no_grad()
 def continuations(
-    models: Mapping[str, Path], held_out: HeldOut, count: int, *, trust_remote_code: bool = False
+    models: Mapping[str, Path], held_out: HeldOut, count: int = SHOWN, *, trust_remote_code: bool = False
 ) -> list[dict[str, str]]:
     """Greedy continuations of held-out text; of an encoder-decoder, what it fills the gaps with.
 

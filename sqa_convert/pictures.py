@@ -1,16 +1,28 @@
-"""Pictures of a conversion."""
+"""Pictures of a conversion, as "svg", "png", or "page": an SVG that stands inside a page and takes its colours."""
 
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
+_GREY = "#888888"  # to be seen on white and on black
+_SCALE = "viridis"
 _MOST_SHOWN = 12  # sites in the picture of similarities, evenly chosen
+_MOST_NAMED = 16  # sites with their names below an axis
 
 
-def heads_picture(groups: Any, kind: str) -> str:
-    """The partition as SVG: source heads above, their query heads and key/value heads below, one colour a group."""
+def heads_picture(groups: Any, kind: str, alike: Mapping[int, float] | None = None) -> str:
+    """The partition as SVG: source heads above, their query heads and key/value heads below, one colour a group.
+
+    Args:
+        groups: of source heads, a list of clusters each.
+        kind: what the picture is of.
+        alike: instead of the group's colour, source heads get one for how alike the heads merged with them are, 0 to 1;
+            those that are not in it grey.
+    """
     step, size, left = 44, 32, 96
     clusters = [(g, cluster) for g, group in enumerate(groups) for cluster in group]
     order = [(g, h) for g, cluster in clusters for h in cluster]
@@ -18,27 +30,39 @@ def heads_picture(groups: Any, kind: str) -> str:
     at = {head: left + step * i + size / 2 for i, (_, head) in enumerate(order)}
     lines, boxes = [], []
 
-    def box(x: float, y: float, text: str, group: int) -> None:
-        colour = _COLOURS[group % len(_COLOURS)]
-        boxes.append(f'<rect x="{x - size / 2:g}" y="{y:g}" width="{size}" height="{size}" rx="6" fill="{colour}"/>')
-        boxes.append(f'<text x="{x:g}" y="{y + 21:g}" fill="#fff" text-anchor="middle">{text}</text>')
+    def box(x: float, y: float, text: str, colour: str, tip: str = "") -> None:
+        title = f"<title>{tip}</title>" if tip else ""
+        ink = "#000" if sum(int(colour[i : i + 2], 16) for i in (1, 3, 5)) > 384 else "#fff"
+        boxes.append(
+            f'<rect x="{x - size / 2:g}" y="{y:g}" width="{size}" height="{size}" rx="6" fill="{colour}">{title}</rect>'
+        )
+        boxes.append(f'<text x="{x:g}" y="{y + 21:g}" fill="{ink}" text-anchor="middle">{text}</text>')
+
+    def source_box(head: int, group: int) -> None:
+        if alike is None:
+            box(at[head], 40, f"{head}", _colour(group))
+        elif head in alike:
+            tip = f"head {head}: alike {alike[head]:.2f}"
+            box(at[head], 40, f"{head}", similarity_colour(alike[head]), tip)
+        else:
+            box(at[head], 40, f"{head}", _GREY, f"head {head}: shares with none")
 
     def line(x1: float, y1: float, x2: float, y2: float) -> None:
-        lines.append(f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" stroke="#888" stroke-width="2"/>')
+        lines.append(f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" stroke="#888888" stroke-width="2"/>')
 
     group_queries: dict[int, list[float]] = {}
     for i, (g, cluster) in enumerate(clusters):
         x = sum(at[h] for h in cluster) / len(cluster)
         for h in cluster:
             line(at[h], 40 + size, x, 110)
-            box(at[h], 40, f"{h}", g)
-        box(x, 110, f"q{i}", g)
+            source_box(h, g)
+        box(x, 110, f"q{i}", _colour(g))
         group_queries.setdefault(g, []).append(x)
     for g, queries in group_queries.items():
         x = sum(queries) / len(queries)
         for query in queries:
             line(query, 110 + size, x, 180)
-        box(x, 180, f"kv{g}", g)
+        box(x, 180, f"kv{g}", _colour(g))
     labels = [("source heads", 61), ("query heads", 131), ("key/value", 201)]
     texts = [f'<text x="4" y="{y}" fill="#777">{text}</text>' for text, y in labels]
     title = f"{len(order)} heads become {len(clusters)} query and {len(group_queries)} key/value heads ({kind})"
@@ -47,6 +71,18 @@ def heads_picture(groups: Any, kind: str) -> str:
         f'font-family="system-ui,sans-serif" font-size="13"><title>{title}</title>'
         f'<text x="4" y="20" fill="#777">{title}</text>{"".join(texts + lines + boxes)}</svg>\n'
     )
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def similarity_colour(value: float) -> str:
+    """The colour of a similarity from 0 to 1."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return to_hex(colormaps[_SCALE](value))
 
 
 def similarity_picture(sites: list[dict[str, Any]], kind: str = "svg") -> bytes:
@@ -100,7 +136,7 @@ def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
     for panel, (key, label) in zip(panels, keys.items(), strict=True):
         points = [(point["tokens"], point[key]) for point in curve if key in point]
         panel.plot(*zip(*points, strict=True), marker="o", markersize=3, color=_COLOURS[0], label="uptrained")
-        lines = {"source": ("--", "#555555"), "control": (":", _COLOURS[3])}
+        lines = {"source": ("--", _GREY), "control": (":", _COLOURS[3])}
         for name, (style, colour) in lines.items():
             value = quality.get(name, {}).get(key)
             if value:
@@ -109,7 +145,7 @@ def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
         if key == "kl":
             panel.set_yscale("log")
         panel.grid(alpha=0.3)
-        panel.legend()
+        panel.legend(framealpha=0)
     figure.suptitle(f"{report['source']['name']}: what uptraining took back")
     return _rendered(figure, kind)
 
@@ -140,16 +176,66 @@ def speed_picture(speed: dict[str, Any], kind: str) -> bytes:
         panel.grid(alpha=0.3)
     for panel in list(figure.axes)[len(cells) :]:
         panel.set_visible(False)
-    figure.axes[0].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8, framealpha=0)
     batch, dtype = rows[0]["batch"], rows[0]["dtype"]
     figure.suptitle(f"{speed['device']}, {dtype}, batch {batch}: median and range of {speed['repeats']}", fontsize=10)
     return _rendered(figure, kind)
 
 
+def quality_picture(quality: dict[str, Any], rows: Sequence[str], kind: str) -> bytes:
+    """KL to the source, and loss above the source's, of each of `rows` that was measured."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in reversed(rows) if quality.get(name, {}).get("kl") is not None]
+    panels_of = {
+        "KL to the source, nats/token": [quality[name]["kl"] for name in names],
+        "loss above the source's, nats/token": [quality[name]["loss"] - quality["source"]["loss"] for name in names],
+    }
+    figure = Figure(figsize=(9, 0.9 + 0.45 * len(names)), layout="constrained")
+    for panel, (label, values) in zip(figure.subplots(1, 2), panels_of.items(), strict=True):
+        bars = panel.barh(names, values, color=[_GREY if name == "mean" else _COLOURS[0] for name in names], height=0.6)
+        panel.bar_label(bars, fmt="%.4f", padding=3)
+        panel.set_xlabel(label)
+        panel.margins(x=0.25)
+        panel.axvline(0, color=_GREY, linewidth=0.8)
+        panel.spines[["top", "right"]].set_visible(False)
+    return _rendered(figure, kind)
+
+
+def errors_picture(sites: Sequence[Mapping[str, Any]], kind: str) -> bytes:
+    """The error of each site's output after each stage of its conversion, as a share of the output's variance."""
+    from matplotlib.figure import Figure
+
+    shown = [site for site in sites if site.get("output_error")]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panel = figure.subplots()
+    stages = list(dict.fromkeys(stage for site in shown for stage in site["output_error"]))
+    for i, stage in enumerate(stages):
+        points = [(x, site["output_error"][stage]) for x, site in enumerate(shown) if stage in site["output_error"]]
+        panel.plot(*zip(*points, strict=True), marker="o", markersize=4, linestyle=":", color=_colour(i), label=stage)
+    names = [f"{site['kind']} {site['layer']}" for site in shown]
+    step = -(-len(names) // _MOST_NAMED)
+    panel.set_xticks(range(0, len(names), step), names[::step], rotation=45, ha="right", fontsize=8)
+    panel.set(ylabel="output error / variance", ylim=(0, None))
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, framealpha=0)
+    return _rendered(figure, kind)
+
+
 def _rendered(figure: Any, kind: str) -> bytes:
+    """The figure as a file. In a page, words are words, black is the page's colour of text, and nothing lies below."""
     from matplotlib import rc_context
 
-    content = io.BytesIO()
-    with rc_context({"svg.hashsalt": "sqa_convert"}):  # the same picture is the same file
-        figure.savefig(content, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
-    return content.getvalue()
+    content, page = io.BytesIO(), kind == "page"
+    settings: dict[Any, Any] = {"svg.hashsalt": "sqa_convert"} | ({"svg.fonttype": "none"} if page else {})
+    with rc_context(settings):  # the same picture is the same file
+        metadata = None if kind == "png" else {"Date": None}
+        figure.savefig(content, format="svg" if page else kind, dpi=144, metadata=metadata, transparent=page)
+    if not page:
+        return content.getvalue()
+    svg = content.getvalue().decode()
+    svg = re.sub(r' id="[a-zA-Z]+(\.[a-z]+)?_\d+"', "", svg[svg.index("<svg") :])  # names that nothing refers to
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) (width|height)="[^"]*"', r"\1", svg)
+    svg = re.sub(r'(<svg[^>]*?) (width|height)="[^"]*"', r"\1", svg)
+    return svg.replace("#000000", "currentColor").encode()

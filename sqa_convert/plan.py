@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -221,7 +222,7 @@ class Plan:
         """Of the result, shard by shard."""
         return chain.from_iterable(self.shards.values())
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 

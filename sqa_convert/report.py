@@ -1,4 +1,4 @@
-"""What a conversion did and cost: report.json, the picture of the heads, the model card."""
+"""What a conversion did and cost, as numbers (report.json), tables and sentences."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .checkpoint import read_json
+from .checkpoint import CARD, read_json
 from .errors import CheckpointError
 from .heads import METHODS
-from .output import REPORT, write_json
-from .pictures import heads_picture, recovery_picture, similarity_picture, speed_picture
+from .output import REPORT
 from .plan import Cost, Plan
 from .sources import Source
 
@@ -21,12 +20,10 @@ if TYPE_CHECKING:
     from .families import Site
 
 SCHEMA = 1
-CARD = "README.md"
-PICTURE = "heads.svg"
-SIMILARITY = "similarity.svg"
-RECOVERY = "recovery"
-SPEED = "speed"
-ROWS = ("source", "converted", "uptrained", "control")
+TAKEN_OVER = ("license", "license_name", "license_link", "language", "datasets")
+"""of the source's card, into the report and the result's card"""
+ROWS = ("source", "converted", "uptrained", "control", "mean")
+"""models a report may hold measurements of; "mean" is the source with its heads averaged, for comparison"""
 _LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
 _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -34,11 +31,6 @@ _AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "EncoderModel": "AutoModelForTextEncoding",
     "Model": "AutoModel",
-}
-_PIPELINES = {
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForTextEncoding": "feature-extraction",
 }
 
 
@@ -63,6 +55,7 @@ def conversion_report(
             "name": source.name,
             "revision": source.revision,
             "architecture": plan.family.source_architecture(source.config),
+            "card": {} if source.folder is None else _source_card(source.folder),
         },
         "output": None if output is None else str(output),
         "architecture": plan.config["architectures"][0],
@@ -75,6 +68,18 @@ def conversion_report(
         "versions": {name: version(name) for name in _LIBRARIES},
     }
     return report if calibration is None else report | {"calibration": calibration}
+
+
+def _source_card(folder: Path) -> dict[str, Any]:
+    """What the result's card takes over from the source's; empty where it has none that can be read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):
+        return {}
+    return {key: data[key] for key in TAKEN_OVER if isinstance(data.get(key), str | list)}
 
 
 def _site(site: Site, record: SiteRecord | None, plan: Plan) -> dict[str, Any]:
@@ -143,94 +148,11 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def most_merged(report: dict[str, Any]) -> dict[str, Any]:
-    """The first site whose heads were merged, for a picture."""
-    sites = report["sites"]
-    return next((site for site in sites if any(len(c) > 1 for g in site["partition"] for c in g)), sites[0])
-
-
 def read_report(folder: Path) -> dict[str, Any]:
     """Raises CheckpointError when the folder was not made by sqa-convert."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     return read_json(folder / REPORT, f"{folder} holds no {REPORT}: it was not made by sqa-convert")
-
-
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """report.json, and the pictures and the model card made from it."""
-    write_json(folder / REPORT, report)
-    site = most_merged(report)
-    (folder / PICTURE).write_text(heads_picture(site["partition"], f"{site['kind']} {site['layer']}"), encoding="utf-8")
-    (folder / SIMILARITY).unlink(missing_ok=True)
-    if any("similarity" in site for site in report["sites"]):
-        (folder / SIMILARITY).write_bytes(similarity_picture(report["sites"]))
-    for kind in ("svg", "png"):
-        (folder / f"{RECOVERY}.{kind}").unlink(missing_ok=True)
-        if report.get("uptraining", {}).get("curve"):
-            (folder / f"{RECOVERY}.{kind}").write_bytes(recovery_picture(report, kind))
-    if report.get("speed"):
-        write_speed_pictures(folder, report["speed"])
-    (folder / CARD).write_text(model_card(report), encoding="utf-8")
-
-
-def write_speed_pictures(folder: Path, speed: dict[str, Any]) -> None:
-    for kind in ("svg", "png"):
-        (folder / f"{SPEED}.{kind}").write_bytes(speed_picture(speed, kind))
-
-
-def model_card(report: dict[str, Any]) -> str:
-    """README.md of the result."""
-    from huggingface_hub import ModelCardData
-
-    source, quality = report["source"]["name"], report.get("quality")
-    auto, folder = auto_class(report), Path(report["output"] or source).name
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=_PIPELINES.get(auto),
-        base_model=source if report["source"]["revision"] else None,  # only models on the hub have one
-        base_model_relation="finetune",
-        tags=["sqa", "sparse-query-attention"],
-    )
-    lines = ["---", data.to_yaml(), "---", "", f"# {Path(report['output'] or source).name}", ""]
-    lines += [
-        (
-            f"`{source}` with Sparse Query Attention ([arXiv 2510.01817](https://arxiv.org/abs/2510.01817)), "
-            f"converted by sqa-convert {report['sqa_convert']}, method `{report['method']}`."
-        ),
-        "",
-        f"![heads]({PICTURE})",
-        "",
-        *([f"![how alike the heads are]({SIMILARITY})", ""] if any("similarity" in s for s in report["sites"]) else []),
-        *_markdown_table(*costs(report)),
-        "",
-    ]
-    lines += [*(f"- {line}" for line in calibration_lines(report)), ""]
-    if quality and quality_table(report)[1]:
-        lines += [*_markdown_table(*quality_table(report)), ""]
-        if report.get("uptraining", {}).get("curve"):
-            lines += [f"![loss and KL while it was uptrained]({RECOVERY}.svg)", ""]
-        lines += [*(f"- {line}" for line in uptraining_lines(report)), ""]
-        lines += [
-            f"Measured on {quality['tokens']:,} tokens of {quality['data']}. Loss above the source's is what it cost.",
-            "",
-        ]
-    if report.get("speed"):
-        lines += [*_markdown_table(*speed_rows(report["speed"])), "", f"![time against length]({SPEED}.svg)", ""]
-        lines += [f"{speed_title(report['speed'])}.", ""]
-    lines += [
-        "```python",
-        f"from transformers import {auto}, AutoTokenizer",
-        "",
-        f'model = {auto}.from_pretrained("{folder}", trust_remote_code=True)  # or `import sqa_convert.models` first',
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _markdown_table(columns: list[str], rows: list[tuple[str, ...]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
 def uptraining_lines(report: dict[str, Any]) -> list[str]:

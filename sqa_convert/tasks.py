@@ -31,7 +31,7 @@ def run_tasks(
     except ImportError as error:
         raise RecipeError("--tasks needs lm-evaluation-harness: pip install 'sqa-convert[eval]'") from error
 
-    from . import models  # noqa: F401 - registers the architectures
+    from .evaluation import load_config
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     folders = {str(Path(name).resolve().parent) for name in names if name.endswith(".yaml")}
@@ -40,7 +40,11 @@ def run_tasks(
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown or not names:
         raise RecipeError(f"--tasks {tasks}: no such task: {', '.join(unknown) or 'none is given'}")
-    arguments: dict[str, Any] = {"pretrained": str(folder), "trust_remote_code": trust_remote_code}
+    # The harness takes a model type it does not know for a decoder.
+    backend = "seq2seq" if load_config(folder, trust_remote_code).is_encoder_decoder else "causal"
+    arguments: dict[str, Any] = {
+        "pretrained": str(folder), "trust_remote_code": trust_remote_code, "backend": backend,
+    }  # fmt: skip
     try:
         found = lm_eval.simple_evaluate(
             model="hf", model_args=arguments, tasks=names, device=str(device), limit=limit, task_manager=manager

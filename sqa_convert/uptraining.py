@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .checkpoint import read_config, resolve
+from .describe import write_report
 from .devices import choose_device, device_name
 from .errors import (
     CheckpointError,
@@ -32,10 +33,10 @@ from .errors import (
 from .evaluation import compare, load_model, predict
 from .execution import Progress, silent
 from .families import family_of
-from .generation import answer_scores
+from .generation import answer_scores, continuations
 from .output import check_output, sha256_of, staged_output, write_shard
 from .recipe import Recipe, dump_recipe, load_recipe
-from .report import read_report, write_report
+from .report import read_report
 from .trainer import COMPLETE
 from .training import FINAL, Job, check_settings, is_first, step_of, train
 from .training_data import training_data
@@ -141,8 +142,8 @@ def _publish(
         _save(load_model(run / "uptrain" / FINAL, dtype="float32"), folder, staging)
         (staging / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
         report["sha256"] = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
+        known = report.get("quality", {})
         if job.held_out is None:
-            known = report.get("quality", {})
             report["quality"] = {key: known[key] for key in known if key not in ("uptrained", "control")}
         else:
             start = time.perf_counter()
@@ -157,6 +158,11 @@ def _publish(
                 progress=progress,
                 also=scores if settings.pairs else None,
             )
+            averaged = known.get("mean")
+            if averaged is not None and all(known[key] == report["quality"][key] for key in ("data", "tokens")):
+                report["quality"]["mean"] = averaged
+            shown = {name: rows[name] for name in ("source", "converted", "uptrained")}
+            report["samples"] = continuations(shown, job.held_out, trust_remote_code=job.trust_remote_code)
             report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(staging, report)
 

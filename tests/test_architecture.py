@@ -9,15 +9,19 @@ PACKAGE = Path(__file__).parent.parent / "sqa_convert"
 LAYERS = [  # a module may import only from lines below its own; within a folder, freely
     {"cli"},
     {"conversion", "speed", "uptraining"},
+    {"describe"},
+    {"card", "page"},
     {"calibrate", "training"},
     {"calibration_text", "trainer", "training_data"},
-    {"activations", "generation"},
+    {"activations", "generation", "tasks"},
+    {"verify"},
     {"evaluation", "execution", "report"},
+    {"hub"},
     {"batches", "data", "output", "pictures", "plan"},
     {"checkpoint", "families"},
     {"sources"},
     {"heads", "recipe", "workloads"},
-    {"distill", "flops", "tasks", "timing"},
+    {"distill", "flops", "timing"},
     {"devices"},
     {"errors", "models"},
 ]
@@ -35,6 +39,10 @@ LIGHT = [
     "output",
     "pictures",
     "report",
+    "card",
+    "describe",
+    "hub",
+    "page",
 ]
 MATHEMATICS = {"attention", "circuits", "refine", "refit", "search", "statistics"}  # loaded when a site is computed
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}

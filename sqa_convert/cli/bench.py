@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import CheckpointError, OutputError, RecipeError, one_line
-from .console import Out, run_app
+from .console import Out, run_app, show_report
 from .options import EXIT_CODES, AsJson, Device, Quiet, TrustRemoteCode, Verbose, Version, make_app
 
 GRID = "One attention layer of random weights"
@@ -70,8 +70,9 @@ def bench_command(
     if head_grid == bool(names):
         raise RecipeError("give MODEL, or --head-grid without one")
     from ..checkpoint import local_folder
+    from ..describe import write_report, write_speed_pictures
     from ..output import write_json
-    from ..report import REPORT, read_report, speed_rows, speed_title, write_report, write_speed_pictures
+    from ..report import REPORT, read_report, speed_rows, speed_title
     from ..speed import GRID as PAPER
     from ..speed import Settings, bench, bench_layers
 
@@ -106,7 +107,7 @@ def bench_command(
             folder = local_folder(name)
             if folder is not None and (folder / REPORT).is_file() and "cost" in read_report(folder):
                 write_report(folder, read_report(folder) | {"speed": result})
-                out.result(f"plot: {folder / 'speed.png'}")
+                show_report(out, folder)
     except OSError as error:
         raise OutputError(f"the measurements cannot be written: {one_line(error)}") from error
 

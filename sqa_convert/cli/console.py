@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.table import Table
 
 from ..errors import RecipeError, SQAError
-from ..report import RECOVERY, auto_class, quality_table, uptraining_lines
+from ..page import PAGE
+from ..report import auto_class, quality_table, uptraining_lines
 
 INTERRUPTED = 130
 _WIDE = 200
@@ -107,10 +108,22 @@ def show_quality(out: Out, report: dict[str, Any]) -> None:
     out.result(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in report['seconds'].items())}")
 
 
+def show_report(out: Out, folder: Path) -> None:
+    """Where all of it can be looked at."""
+    out.result(f"report: {folder / PAGE}")
+
+
+def push(out: Out, folder: Path, repo_id: str | None, public: bool) -> None:
+    """Uploads a complete output folder, where that is wanted."""
+    if repo_id is not None:
+        from ..hub import push_to_hub
+
+        out.result(f"pushed: {push_to_hub(folder, repo_id, private=not public)}")
+
+
 def show_loading(out: Out, report: dict[str, Any], folder: Path) -> None:
     """Where to look, and how to go on."""
-    if report.get("uptraining", {}).get("curve"):
-        out.result(f"plot: {folder / RECOVERY}.png")
+    show_report(out, folder)
     out.result(f'next: {auto_class(report)}.from_pretrained("{folder}", trust_remote_code=True)')
 
 

@@ -16,8 +16,8 @@ from ..output import check_output
 from ..plan import AUTO, REFINE_STEPS, Calibration, Request, make_plan
 from ..recipe import load_recipe
 from ..report import calibration_lines, conversion_report, costs
-from .console import Out, run_app, show_loading, show_quality
-from .options import EXIT_CODES, TEXT, AsJson, Quiet, Verbose, Version, listing, make_app
+from .console import Out, push, run_app, show_loading, show_quality, show_report
+from .options import EXIT_CODES, TEXT, AsJson, Public, PushToHub, Quiet, Verbose, Version, listing, make_app
 
 app = make_app()
 
@@ -168,6 +168,8 @@ def convert(
             help="Do not measure loss and KL (for models that do not fit, with --no-calibration).",
         ),
     ] = False,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
     device: Annotated[
         str, typer.Option(rich_help_panel=MEASURE, help="To calibrate, measure and train on: auto, cpu, cuda, mps.")
     ] = "auto",
@@ -236,9 +238,12 @@ def convert(
     from ..conversion import Settings, convert_to_folder
     from ..data import check_data
     from ..devices import choose_device
+    from ..hub import check_push
 
     out.quieten_libraries()
     choose_device(device)
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     if recipe is None and not no_evaluate:
         check_data(data)
     if calibration is not None:
@@ -288,6 +293,7 @@ def convert(
                 progress=progress,
             )
     _show(out, report, target, uptrained=recipe is not None)
+    push(out, target, push_to_hub, public)
 
 
 def _default_output(model: str, partitions: dict[str, Partition]) -> Path:
@@ -323,6 +329,7 @@ def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> No
     if uptrained:
         show_loading(out, report, target)
     elif report["architecture"].endswith(("ForCausalLM", "ForConditionalGeneration")):
+        show_report(out, target)
         out.result(f"next: sqa-uptrain {shlex.quote(str(target))}")
     else:
         show_loading(out, report, target)

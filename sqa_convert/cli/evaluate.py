@@ -41,6 +41,12 @@ def evaluate_command(
         typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness, or a YAML file (extra: sqa-convert[eval])."),
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Examples of each task.")] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Instead: is FOLDER still what was written, and does it load without this package?"
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of span corruption.")] = 0,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -60,6 +66,17 @@ def evaluate_command(
     from ..report import quality_rows, read_report
 
     out.quieten_libraries()
+    if verify:
+        from ..verify import verify as check
+
+        found = check(model)
+        out.json({"schema": 1, "verified": found})
+        sums = f"{found['files']} with the checksums of report.json" if found["files"] else "no checksums recorded"
+        out.result(
+            f"{model}: {found['tensors']} tensors as the model calls for them, finite; files: {sums}; "
+            f"loads without sqa_convert, largest difference of logits {found['difference']:g}"
+        )
+        return
     folder, revision = resolve(model), None
     if against is None and (folder / REPORT).is_file():
         source = read_report(folder)["source"]

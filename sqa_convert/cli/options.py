@@ -50,6 +50,11 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", rich_help_panel=SAY, h
 Version = Annotated[
     bool, typer.Option("--version", callback=_version, is_eager=True, rich_help_panel=SAY, help="Show the version.")
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="REPO", help="Then upload the folder, as NAME or OWNER/NAME; private."),
+]
+Public = Annotated[bool, typer.Option("--public", help="A repository made by --push-to-hub is public.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let code that the source brings along run. Default: never.")

@@ -10,12 +10,14 @@ import typer
 
 from ..errors import RecipeError
 from ..recipe import dump_recipe, load_recipe, recipe_names, summary
-from .console import Out, run_app, show_loading, show_quality
+from .console import Out, push, run_app, show_loading, show_quality
 from .options import (
     EXIT_CODES,
     TEXT,
     AsJson,
     Device,
+    Public,
+    PushToHub,
     Quiet,
     TrustRemoteCode,
     Verbose,
@@ -54,6 +56,8 @@ def uptrain_command(
     restart: Annotated[bool, typer.Option("--restart", help="Throw such a run away and begin again.")] = False,
     no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Do not measure loss and KL.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the recipe as it would run, and stop.")] = False,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -93,11 +97,14 @@ def uptrain_command(
         out.json({"schema": 1, "recipe": dataclasses.asdict(settings), "steps": settings.steps})
         out.result(dump_recipe(settings) + f"# {settings.steps:,} steps of {settings.tokens_per_step:,} tokens")
         return
+    from ..hub import check_push
     from ..training import is_first
     from ..uptraining import uptrain
 
     out = Out(as_json=as_json, quiet=quiet or not is_first(), verbose=verbose)  # of many processes one speaks
     out.quieten_libraries()
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     with out.progress() as progress:
         report = uptrain(
             folder,
@@ -115,6 +122,7 @@ def uptrain_command(
     out.json(report)
     show_quality(out, report)
     show_loading(out, report, folder)
+    push(out, folder, push_to_hub, public)
 
 
 def main() -> None:

@@ -1,0 +1,76 @@
+"""The model card of a converted checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .report import (
+    auto_class,
+    calibration_lines,
+    costs,
+    quality_table,
+    speed_rows,
+    speed_title,
+    uptraining_lines,
+)  # fmt: skip
+
+TEMPLATE = Path(__file__).parent / "templates" / "card.md"
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTextEncoding": "feature-extraction",
+}
+
+
+def model_card(report: dict[str, Any], folder: Path) -> str:
+    """README.md of the result in `folder`."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    auto = auto_class(report)
+    source, name = report["source"], Path(report["output"] or report["source"]["name"]).name
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_PIPELINES.get(auto),
+        base_model=source["name"] if source["revision"] else None,  # only models on the hub have one
+        base_model_relation="finetune",
+        tags=["sqa", "sparse-query-attention"],
+        model_name=name,
+        eval_results=_results(report, _PIPELINES.get(auto, "text2text-generation")),
+        **source.get("card", {}),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        report=report,
+        name=name,
+        auto=auto,
+        pictures={path.stem: path.name for path in folder.glob("*.svg")},
+        cost=_markdown(*costs(report)),
+        quality=_markdown(*quality_table(report)) if quality_table(report)[1] else "",
+        how=calibration_lines(report),
+        uptraining=uptraining_lines(report),
+        speed=_markdown(*speed_rows(report["speed"])) if report.get("speed") else "",
+        speed_title=speed_title(report["speed"]) if report.get("speed") else "",
+    )
+    return str(card)
+
+
+def _results(report: dict[str, Any], task: str) -> list[Any] | None:
+    from huggingface_hub import EvalResult
+
+    quality = report.get("quality", {})
+    last = quality.get("uptrained") or quality.get("converted")
+    if last is None:
+        return None
+    text = {"task_type": task, "dataset_type": "text", "dataset_name": quality["data"]}
+    names = {"perplexity": "perplexity", "loss": "loss, nats/token", "kl": "KL to the source, nats/token"}
+    return [
+        EvalResult(**text, metric_type=key, metric_name=name, metric_value=round(last[key], 4))
+        for key, name in names.items()
+        if last.get(key) is not None
+    ]
+
+
+def _markdown(columns: list[str], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows))

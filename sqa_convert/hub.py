@@ -1,0 +1,82 @@
+"""Output folders on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from .errors import OutputError, RecipeError, one_line
+from .output import REPORT
+
+FLAG = "--push-to-hub"
+_STALE = ["*.safetensors", "*.safetensors.index.json"]
+"""files of an earlier upload that go when this one has none of that name"""
+
+
+def check_push(repo_id: str) -> None:
+    """Raises RecipeError or OutputError where an upload could not even begin, before hours of work."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise RecipeError(f"{FLAG} {repo_id}: give NAME or OWNER/NAME ({one_line(error)})") from error
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no token, a bad one, offline, and whatever the HTTP library raises
+        raise OutputError(f"{FLAG} {repo_id}: {_said(error)}") from error
+
+
+def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> str:
+    """Uploads an output folder. Run again after a failure it does not send again what the hub has already.
+
+    Args:
+        folder: made by `convert`.
+        repo_id: NAME or OWNER/NAME; it is made where there is none, else its weights are replaced.
+        private: whether a repository that is made is private; one that exists stays as it is.
+
+    Returns:
+        Its address.
+
+    Raises:
+        OutputError: not an output folder, not logged in, out of reach, or no right to write there.
+    """
+    from huggingface_hub import HfApi
+
+    if not (Path(folder) / REPORT).is_file():
+        raise OutputError(f"{folder} holds no {REPORT}: only what sqa-convert made is pushed")
+    api = HfApi()
+    try:
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            commit_message="Sparse Query Attention by sqa-convert",
+            delete_patterns=_STALE,
+        )
+    except Exception as error:
+        private_flag = "--private " if private else ""
+        again = f"hf upload {private_flag}{shlex.quote(repo_id)} {shlex.quote(str(folder))}"
+        raise OutputError(
+            f"{folder} is complete, but not on the hub as {repo_id}: {_said(error)}; try again with: {again}"
+        ) from error
+    return str(address)
+
+
+def _said(error: Exception) -> str:
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the hub is switched off by HF_HUB_OFFLINE"
+    if isinstance(error, LocalTokenNotFoundError):
+        return "not logged in: `hf auth login`, or a token in HF_TOKEN"
+    cause: BaseException = error
+    while cause.__cause__ is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__
+    if isinstance(cause, HfHubHTTPError) and cause.response is not None and cause.response.status_code in (401, 403):
+        return f"no right to write there ({cause.response.status_code}): `hf auth login` with a token that may write"
+    text, token = one_line(cause), get_token()
+    return text.replace(token, "…") if token else text

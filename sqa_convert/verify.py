@@ -1,0 +1,166 @@
+"""Whether an output folder is what was written: its files, its weights, and the model a stranger loads from it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from . import models
+from .checkpoint import read_config
+from .errors import CheckpointError, one_line
+from .output import sha256_of
+from .report import auto_class, read_report
+from .sources import SafetensorsSource
+
+POSITIONS = 16
+"""tokens of the input that a model is compared on"""
+_TOLERANCE = 1e-4  # of the largest logit: the same weights in the same code on the same machine
+_COPIES = 4
+"""of the weights that must fit into memory for a stranger to load them beside what is measured"""
+_STRANGER = """
+import sys, torch, transformers
+auto, folder, inputs, result = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+own = "sqa_convert" not in sys.modules and type(model).__module__.startswith("transformers_modules.")
+assert own, "it is not the folder's own code that was loaded"
+with torch.no_grad():
+    torch.save(model(**torch.load(inputs))[0], result)
+"""
+
+
+def verify(folder: str | Path) -> dict[str, Any]:
+    """Checks an output folder.
+
+    Every file of weights is held against its checksum in report.json, every tensor must be finite and have the shape
+    that the model class calls for, and the folder is loaded twice: here, and by a process that has only transformers
+    and the folder's own modeling files. Both must compute the same.
+
+    Args:
+        folder: made by `convert`.
+
+    Returns:
+        {"files": with a checksum, "tensors": read, "difference": largest between the logits of the two}.
+
+    Raises:
+        CheckpointError: what is not as it was written.
+    """
+    folder = Path(folder)
+    report = read_report(folder)
+    found = {path.name for path in folder.glob("*.safetensors")}
+    recorded = report.get("sha256", {})
+    if recorded and found != recorded.keys():
+        raise CheckpointError(f"{folder} holds {_names(found)}; written were {_names(recorded)}")
+    for name, checksum in recorded.items():
+        if sha256_of(folder / name) != checksum:
+            raise CheckpointError(f"{folder / name} is not the file that was written: its checksum differs")
+    tensors = _check_tensors(folder, report, sorted(found))
+    with stranger(folder, report) as logits:
+        return {"files": len(recorded), "tensors": tensors, "difference": same(logits(), folder, report)}
+
+
+def _names(names: Any) -> str:
+    return ", ".join(sorted(names)) or "no weights"
+
+
+def _check_tensors(folder: Path, report: dict[str, Any], files: list[str]) -> int:
+    if not files:
+        raise CheckpointError(f"{folder} holds no weights (*.safetensors)")
+    source = SafetensorsSource(folder, files)
+    model_class = getattr(models, report["architecture"])
+    try:
+        config = model_class.config_class.from_pretrained(folder)
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # validation, JSON and look-ups share no base class
+        raise CheckpointError(f"{folder}: its config does not load: {one_line(error)}") from error
+    tied = set(model.all_tied_weights_keys)
+    for name, tensor in model.state_dict().items():
+        stored = source.index.get(name) or source.index.get(f"{model.base_model_prefix}.{name}")
+        if stored is None and name not in tied:
+            raise CheckpointError(f"{folder}: {name} is missing from the weights")
+        if stored is not None and stored.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{folder}: {name} has shape {list(stored.shape)}, the model calls for {list(tensor.shape)}"
+            )
+    for name in source.index:
+        for piece in source.pieces(name):
+            if piece.is_floating_point() and not piece.isfinite().all():
+                raise CheckpointError(f"{folder}: {name} holds NaN or infinite values")
+    return len(source.index)
+
+
+@contextlib.contextmanager
+def reloaded(folder: Path, report: dict[str, Any]) -> Iterator[None]:
+    """While the block runs a stranger loads the folder; after it the report says how far its logits are from ours.
+
+    Raises:
+        CheckpointError: it does not load, or computes something else.
+    """
+    if psutil.virtual_memory().available < _COPIES * sum(p.stat().st_size for p in folder.glob("*.safetensors")):
+        yield
+        return
+    with stranger(folder, report) as logits:
+        yield
+        report["reloaded"] = {"difference": same(logits(), folder, report)}
+
+
+@contextlib.contextmanager
+def stranger(folder: Path, report: dict[str, Any]) -> Iterator[Any]:
+    """While the block runs, another process loads the folder; the function it is given waits for its logits."""
+    with tempfile.TemporaryDirectory() as work:
+        inputs, result = Path(work) / "inputs.pt", Path(work) / "logits.pt"
+        torch.save(_probe(folder), inputs)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(work) / "modules")}
+        process = subprocess.Popen(
+            [sys.executable, "-c", _STRANGER, auto_class(report), folder.resolve(), inputs, result],
+            env=environment,
+            cwd=work,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+        def logits() -> Tensor:
+            _, said = process.communicate()
+            if process.returncode:
+                last = (said.strip().splitlines() or ["it was killed"])[-1]
+                raise CheckpointError(f"{folder} does not load where sqa_convert is not: {one_line(Exception(last))}")
+            return torch.load(result, weights_only=True)
+
+        try:
+            yield logits
+        finally:
+            process.kill()
+            process.wait()
+            if process.stderr is not None:
+                process.stderr.close()
+
+
+def _probe(folder: Path) -> dict[str, Tensor]:
+    """What the model in `folder` is compared on."""
+    config = read_config(str(folder), folder)
+    ids = torch.arange(1, min(POSITIONS, config.get("n_positions", POSITIONS)) + 1)[None] % config["vocab_size"]
+    both = config["architectures"][0].endswith(("ForConditionalGeneration", "SQAT5Model"))
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if both else {})
+
+
+@torch.no_grad()
+def same(theirs: Tensor, folder: Path, report: dict[str, Any]) -> float:
+    """The largest difference to what the folder's model computes here. Raises CheckpointError where it is large."""
+    model = getattr(models, report["architecture"]).from_pretrained(folder, dtype="auto").eval()
+    ours = model(**_probe(folder))[0]
+    difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
+    if not difference <= _TOLERANCE * max(1.0, ours.abs().max().item()):
+        raise CheckpointError(f"{folder}: where sqa_convert is not, its model computes something else ({difference:g})")
+    return difference

@@ -1,0 +1,48 @@
+"""The family worked out in CONTRIBUTING.md is one."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import VOCABULARY, randomize, tokens
+from transformers import OPTConfig, OPTForCausalLM
+
+from sqa_convert import convert, models
+from sqa_convert.families import FAMILIES
+
+GUIDE = Path(__file__).parent.parent / "CONTRIBUTING.md"
+
+
+@pytest.fixture
+def source(monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    example = {"__name__": "example"}
+    for block in blocks:
+        exec(block, example)
+    for name in ("SQAOPTConfig", "SQAOPTForCausalLM"):
+        monkeypatch.setattr(models, name, example[name], raising=False)
+    monkeypatch.setitem(FAMILIES, "opt", example["OPT"]())
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=48, word_embed_proj_dim=48, ffn_dim=40, num_hidden_layers=2,
+        num_attention_heads=12, max_position_embeddings=32, dropout=0.0, pad_token_id=1, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return randomize(OPTForCausalLM(config))
+
+
+@torch.no_grad()
+def test_the_worked_example_keeps_the_logits_of_an_identity_conversion(source):
+    ids = tokens()
+    converted = convert(source, 12, 12, "mean").model
+    assert torch.allclose(converted(ids).logits, source(ids).logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_worked_example_merges_heads_and_writes(source):
+    model = convert(source, 8, 4, "svd", calibration=None).model
+    attention = model.model.decoder.layers[0].self_attn
+    assert (attention.q_proj.out_features, attention.k_proj.out_features) == (32, 16)
+    ids = tokens(1, 6)
+    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
+    assert torch.equal(model.generate(ids, **how), model.generate(ids, use_cache=False, **how))

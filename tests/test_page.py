@@ -1,0 +1,143 @@
+"""report.html: what a person sees of a report."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import gpt2
+
+from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.cli.bench import main as bench
+from sqa_convert.cli.convert import main as convert
+from sqa_convert.cli.uptrain import main as uptrain
+from sqa_convert.page import report_page
+
+RECIPE = (
+    "tokens: 1_024\nsequence_length: 32\nbatch_size: 8\nlearning_rate: 1.0e-3\nevaluations: 2\nheld_out_tokens: 2_048\n"
+)
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: what is opened is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.headings, self.links, self.ids, self.words, self.tags = [], [], [], [], "", []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href", "action")]
+        self.ids += [value for name, value in attributes if name == "id" and tag in ("h2",)]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def read(path):
+    return Page(Path(path).read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model, converted, uptrained and timed, and the page after each."""
+    work, pages = tmp_path_factory.mktemp("work"), []
+    torch.manual_seed(0)
+    gpt2(vocab_size=2048, n_positions=256).save_pretrained(work / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (work / "source" / name).write_bytes((SAMPLES / "gpt2" / name).read_bytes())
+    (work / "few.yaml").write_text(RECIPE)
+    source, out = str(work / "source"), str(work / "out")
+    fitted = ["--calibration-tokens", "1024", "--refine-steps", "2"]
+    commands = [
+        (convert, [source, "--q-groups", "8", "--kv-groups", "4", *fitted, "-o", out, "-q"]),
+        (uptrain, [out, "--recipe", str(work / "few.yaml"), "--control", "-q"]),
+        (bench, [out, "--lengths", "16,32", "--repeats", "2", "--parts", "attention", "-q"]),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for command, arguments in commands:
+            patch.setattr(sys, "argv", ["command", *arguments])
+            with pytest.raises(SystemExit) as stop:
+                command()
+            assert stop.value.code == 0
+            pages.append(read(work / "out/report.html"))
+    return work / "out", pages
+
+
+def test_every_command_that_adds_to_the_report_adds_to_the_page(folder):
+    _, (converted, uptrained, timed) = folder
+    always = ["quality", "samples", "heads", "errors", "similarity", "load"]
+    assert converted.ids == always
+    assert set(uptrained.ids) == {*always, "recovery"}
+    assert set(timed.ids) == {*always, "recovery", "speed"}
+
+
+def test_it_needs_no_network_and_runs_nothing(folder):
+    for page in folder[1]:
+        assert "script" not in page.tags
+        assert all(link.startswith(("#", "data:")) or link == "report.json" for link in page.links)
+    text = (folder[0] / "report.html").read_text()
+    assert "default-src 'none'" in text and not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org)", text)
+
+
+def test_it_shows_what_was_measured(folder):
+    out, (*_, page) = folder
+    report = json.loads((out / "report.json").read_text())
+    for row in ("source", "converted", "uptrained", "control"):
+        assert f"{report['quality'][row]['loss']:.4f}" in page.words
+    for text in report["samples"]:
+        assert text.keys() == {"given", "source", "converted", "uptrained"}
+        assert all(words in page.words for words in text.values())
+    assert page.tags.count("svg") == 4 + len(report["sites"])
+    assert "12 heads become 8 query and 4 key/value heads (decoder 0)" in page.words
+
+
+def test_a_conversion_is_held_against_averaging(folder):
+    first = folder[1][0]
+    assert "mean is not this model" in " ".join(first.words.split())
+
+
+def test_no_name_of_a_picture_is_there_twice(folder):
+    text = (folder[0] / "report.html").read_text()
+    defined = re.findall(r'<(?:clipPath|linearGradient|path|g)[^>]* id="([^"]+)"', text)
+    contents = {name: set() for name in defined}
+    for name, content in re.findall(r'<clipPath id="([^"]+)">(.*?)</clipPath>', text, re.DOTALL):
+        contents[name].add(" ".join(content.split()))
+    assert all(len(found) <= 1 for found in contents.values())
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) <= contents.keys()
+
+
+def test_names_and_texts_are_only_text(folder):
+    report = json.loads((folder[0] / "report.json").read_text())
+    evil = "</pre><script>alert(1)</script><b>"
+    report["source"]["name"] = report["output"] = evil
+    report["samples"][0]["converted"] = evil
+    page = Page(report_page(report))
+    assert "script" not in page.tags and page.words.count("alert(1)") >= 3
+
+
+def test_a_plain_conversion_has_a_page_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["sample:t5", "--variant", "sqa", "--method", "mean", "--no-evaluate", "-o", "out", "-q"]
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        convert()
+    assert stop.value.code == 0
+    page = read("out/report.html")
+    assert page.ids == ["heads", "load"] and "AutoModelForSeq2SeqLM" in page.words
