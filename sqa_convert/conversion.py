@@ -85,7 +85,7 @@ def convert(
         source: a hub id, a folder, "sample:gpt2", "sample:t5", or a model in memory.
         q_groups: query heads to keep, Hq <= H.
         kv_groups: key/value heads to keep, a divisor of `q_groups`.
-        method: "auto", which tries several on text and takes the best, or a name of `sqa_convert.METHODS`.
+        method: by default "auto", which tries several on text and takes the best; or a name of `sqa_convert.METHODS`.
         output: a folder to stream the result to, a few attention sites at a time; None keeps it in memory.
         variant: instead of the two numbers, a name of `sqa_convert.VARIANTS`.
         sites: kinds of attention to convert ("encoder", "decoder", "cross"); by default all.
@@ -94,7 +94,7 @@ def convert(
             from the weights alone. The published methods (mean, first, select) fit only when told to.
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".
         revision: of a hub id.
-        max_shard_size: such as "300MB".
+        max_shard_size: of a weight file, such as "300MB"; by default "5GB".
         overwrite: replace an existing `output`.
         verify: of an `output`, read every written tensor again, and check names and shapes against the model class.
         evaluate: measure source and result on held-out text, one after the other, where the model has a language model
@@ -103,7 +103,7 @@ def convert(
         device: to calibrate and evaluate on: "auto", "cpu", "cuda", "mps".
         seed: of everything random.
         trust_remote_code: let code that the source brings along run when it is calibrated or evaluated.
-        progress: called as the work goes on.
+        progress: called as the work goes on, with the stage, how much of it is done, and how much there is.
 
     Returns:
         The model and the report.
