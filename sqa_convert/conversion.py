@@ -30,14 +30,14 @@ class Conversion:
     """What `convert` returns."""
 
     report: dict[str, Any]
-    """as written to report.json"""
+    """As written to report.json: sites and their partitions, costs, quality, seconds, versions."""
     output: Path | None
-    """the folder, where one was asked for"""
+    """The folder, where one was asked for."""
     _model: PreTrainedModel | None = None
 
     @property
     def model(self) -> PreTrainedModel:
-        """The converted model; loaded from `output` when first asked for."""
+        """The converted model in eval mode, in the source's dtype; loaded from `output` when first asked for."""
         if self._model is None:
             from . import models
 
@@ -89,8 +89,8 @@ def convert(
         source: a hub id, a folder, "sample:gpt2", "sample:t5", or a model in memory.
         q_groups: query heads to keep, Hq <= H.
         kv_groups: key/value heads to keep, a divisor of `q_groups`.
-        method: "auto", or a name of `sqa_convert.METHODS`.
-        output: a folder to stream the result to, one attention site at a time; None keeps it in memory.
+        method: by default "auto", which tries several on text and takes the best; or a name of `sqa_convert.METHODS`.
+        output: a folder to stream the result to, a few attention sites at a time; None keeps it in memory.
         variant: instead of the two numbers, a name of `sqa_convert.VARIANTS`.
         sites: kinds of attention to convert ("encoder", "decoder", "cross"); by default all.
         partition: which heads go together: "searched" or "contiguous"; by default as suits the method.
@@ -98,22 +98,29 @@ def convert(
             from the weights alone. The published methods (mean, first, select) fit only when told to.
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".
         revision: of a hub id.
-        max_shard_size: such as "300MB".
+        max_shard_size: of a weight file, such as "300MB"; by default "5GB".
         overwrite: replace an existing `output`.
-        verify: read every written tensor again, and check names and shapes against the model class.
+        verify: of an `output`, read every written tensor again, and check names and shapes against the model class.
         evaluate: measure source and result on held-out text, one after the other, where the model has a language model
             head. Needs `output`.
-        data: that text; by default the built-in corpus. See `sqa_convert.data.documents`.
+        data: that text, as `sqa_convert.data.documents` takes it; by default the built-in corpus.
         device: to calibrate and evaluate on: "auto", "cpu", "cuda", "mps".
         seed: of everything random.
         trust_remote_code: let code that the source brings along run when it is calibrated or evaluated.
-        progress: called as the work goes on.
+        progress: called as the work goes on, with the stage, how much of it is done, and how much there is.
 
     Returns:
         The model and the report.
 
     Raises:
-        RecipeError, UnsupportedModelError, CheckpointError, OutputError, DataError: see `sqa_convert.errors`.
+        RecipeError: an argument is not possible, or the work does not fit into the device's memory.
+        CheckpointError: the source is missing, damaged or out of reach.
+        UnsupportedModelError: the source is of an architecture that cannot be converted.
+        DataError: the text is missing, too short, or does not fit the model.
+        OutputError: `output` exists already or cannot be written.
+        QualityError: a measured loss is not finite.
+
+    Source: Filipek, Sparse Query Attention, arXiv 2510.01817, for the architecture; of a method `METHODS[name].source`.
     """
     if isinstance(calibration, str):
         calibration = Calibration(calibration)

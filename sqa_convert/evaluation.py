@@ -287,12 +287,22 @@ def evaluate(
 
     Args:
         folder: a model folder, "sample:gpt2" or a hub id.
-        against: likewise, usually the source.
-        data, tokens, seed: the text, see `prepare`.
+        against: likewise, usually the source; of the same kind and vocabulary.
+        data: as `sqa_convert.data.documents` takes it, its held-out part is used; by default the built-in corpus.
+        tokens: of text.
         device: "auto", "cpu", "cuda", "mps".
+        seed: of the span corruption of T5.
 
     Returns:
-        {"data", "tokens", "device", "model": Quality as a dict, and "against" likewise}.
+        "data" (what the text is), "tokens" (predicted) and "device", and for "model" and "against" a dict each: "loss"
+        in nats a token, "perplexity", "kl" to `against` in nats a token, and "top1", the share of predictions whose
+        most likely token is that of `against`. "kl" and "top1" are None where there is nothing to compare with.
+
+    Raises:
+        CheckpointError: a model or its tokenizer cannot be loaded.
+        DataError: there is too little text, or the tokenizer does not fit the model.
+        RecipeError: the models cannot be compared, or one does not fit into the device's memory.
+        QualityError: the loss is not finite.
     """
     from .checkpoint import resolve
 

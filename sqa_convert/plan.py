@@ -36,13 +36,13 @@ class Calibration:
     """What is asked of calibration: fitting converted heads to what the source's do on text."""
 
     text: str | None = None
-    """as `sqa_convert.data.documents` takes it; None: GPT-2 samples its own, T5 reads the built-in corpus"""
+    """As `sqa_convert.data.documents` takes it; None: GPT-2 samples its own, T5 reads the built-in corpus."""
     tokens: int | None = None
-    """of text; None: 20 for each unknown of a fit, and at least 65,536"""
+    """Tokens of text, a tenth of them held out; None: 20 for each unknown of a fit, and at least 65,536."""
     refit: bool | None = None
-    """output projections by least squares; None: where the method uses statistics"""
+    """Fit output projections by least squares; None: with "auto", "svd" and "procrustes"."""
     refine_steps: int | None = None
-    """of layer-wise training; None: as many as pay, where the method uses statistics"""
+    """Steps of layer-wise training; None: 100 with "auto", "svd" and "procrustes", else 0."""
 
 
 CALIBRATED = Calibration()

@@ -58,9 +58,9 @@ class Recipe:
     precision: str = "auto"
     """Of the arithmetic; weights are trained in float32. "auto": bfloat16 on GPUs that have it."""
     compile: bool = False
-    """torch.compile."""
+    """Whether the model is compiled, by torch.compile."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
     fsdp: bool = False
     """Shard weights, gradients and optimizer over the processes of a torchrun."""
     evaluations: int = 8
@@ -76,7 +76,7 @@ class Recipe:
     control: bool = False
     """Also train the source on the same tokens, by cross-entropy: what the text alone teaches."""
     seed: int = 0
-    """Of data order and span corruption."""
+    """Of the order of the data and of span corruption."""
 
     def __post_init__(self) -> None:
         faults = [
@@ -138,7 +138,11 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str, **overrides: Any) -> Recipe:
-    """A packaged recipe by name, or a YAML file by path; `overrides` that are not None win.
+    """A packaged recipe by name, or a YAML file by path.
+
+    Args:
+        name: of a packaged recipe (`sqa-uptrain --list-recipes`), or a path.
+        overrides: settings of `Recipe` that win over the file's where they are not None.
 
     Raises:
         RecipeError: no such recipe, or it has faults; all of them are named.

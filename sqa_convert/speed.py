@@ -47,20 +47,23 @@ class Settings:
     """How to measure."""
 
     lengths: tuple[int, ...] = ()
-    """tokens; empty: as suits the device"""
+    """Tokens; empty: as suits the device."""
     modes: tuple[str, ...] = MODES
+    """Of "prefill", "decode" and "train"."""
     batch: int = 1
-    """rows"""
+    """Rows."""
     dtype: str = "auto"
-    """ "auto": as stored, which must be the same for all"""
+    """"float32", "bfloat16", "float16"; "auto": as stored, which must be the same for all."""
     device: str = "auto"
+    """"auto", "cpu", "cuda", "mps"."""
     attention: str = "sdpa"
-    """of ATTENTION"""
+    """The attention kernel, a name of ATTENTION."""
     repeats: int = 5
-    """rounds; each times every model once"""
+    """Rounds; each times every model once."""
     compiled: bool = False
-    """by torch.compile with dynamic shapes"""
+    """By torch.compile with dynamic shapes."""
     parts: tuple[str, ...] = PARTS
+    """Of "model" (the whole) and "attention" (one layer)."""
 
     def check(self) -> None:
         """Raises RecipeError for what cannot be."""
@@ -159,10 +162,12 @@ def bench(
         progress: called as the work goes on.
 
     Returns:
-        What was measured where, and a row for every model, part, mode and length.
+        What was measured where, and under "rows" a row for every model, part, mode and length: "seconds" of a run and
+        "speedup" over the first model as median, low and high over the rounds, "ideal" (the speed-up that counting
+        promises), "tokens_per_second", "flops" and, where known, "cache_bytes" and "peak_bytes".
 
     Raises:
-        RecipeError: the settings cannot be, or the models have different dtypes.
+        RecipeError: the settings cannot be, the models have different dtypes, or nothing fits into memory.
         CheckpointError: a model cannot be loaded.
     """
     settings.check()
@@ -204,6 +209,9 @@ def bench_layers(
         variants: of "mha" and VARIANTS, or "Hq/Hkv".
         settings: how to measure; `parts` does not count.
         progress: called as the work goes on.
+
+    Returns:
+        As `bench`, for the part "attention".
 
     Raises:
         RecipeError: the settings or variants cannot be.

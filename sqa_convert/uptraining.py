@@ -80,13 +80,19 @@ def uptrain(
         progress: called as the work goes on.
 
     Returns:
-        The report, with "uptraining" and the new rows of "quality".
+        The report, with "uptraining" and the rows "uptrained" and, of a control, "control" in "quality".
 
     Raises:
-        RecipeError, CheckpointError, DataError: see `sqa_convert.errors`; nothing was written.
+        RecipeError: the recipe is not possible, or the work does not fit into the device's memory.
+        CheckpointError: the folder was not made by `convert`, or the source is missing or another model.
+        DataError: the text is missing, too short, or does not fit the model.
         InterruptedByUserError: by Ctrl-C, after a checkpoint.
         QualityError: the loss was no number.
         OutputError: the disk is full.
+
+    After any of them the folder is as it was.
+
+    Source: distillation on the source's logits alone as in Minitron, arXiv 2407.14679.
     """
     folder = Path(folder)
     report = read_report(folder)

@@ -18,6 +18,12 @@ from .pool import first_of, pool, sum_of
 def first(heads: AttentionHeads, partition: Partition, statistics: Any = None) -> AttentionHeads:
     """The first head's Wq of each query cluster and Wk, Wv of each key/value group; Wo is summed over the cluster.
 
-    Args, Returns: as `mean`.
+    Args:
+        heads: the H heads of the source.
+        partition: of those H heads.
+        statistics: not used.
+
+    Returns:
+        Hq query heads and Hkv key/value heads, in the dtype of the source.
     """
     return pool(heads, partition, query=first_of, key_value=first_of, output=sum_of)

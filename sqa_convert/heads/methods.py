@@ -23,16 +23,24 @@ class Method:
     source: str
     """Where it was published."""
     convert: Convert
-    """(heads, partition, statistics) -> heads; a group of one head is copied verbatim"""
+    """(heads, partition, statistics) -> heads; a group of one head is copied verbatim."""
     needs_statistics: bool = False
-    """of the site's inputs: from calibration text, or without it from the norms' weights; others are given None"""
+    """Of the site's inputs: from calibration text, or without it from the norms' weights; others use none."""
 
 
 METHODS: dict[str, Method] = {}
+"""The methods by name, the best first."""
 
 
 def method(name: str, *, summary: str, source: str, needs_statistics: bool = False) -> Callable[[Convert], Convert]:
-    """Registers a function as a method under `name`."""
+    """Registers a function as a method under `name`.
+
+    Args:
+        name: for `--method`.
+        summary: one line, for `--list-methods` and the model card.
+        source: where it was published.
+        needs_statistics: whether the function is to be given `Statistics`.
+    """
 
     def register(convert: Convert) -> Convert:
         METHODS[name] = Method(name, summary, source, convert, needs_statistics)

@@ -27,6 +27,7 @@ class Partition:
     """
 
     groups: tuple[tuple[tuple[int, ...], ...], ...]
+    """Hkv groups, each of Hq / Hkv clusters, each of one or more heads of the source, counted from 0."""
 
     def __post_init__(self) -> None:
         members = sorted(h for cluster in self.clusters for h in cluster)
@@ -39,6 +40,11 @@ class Partition:
     @classmethod
     def contiguous(cls, heads: int, q_groups: int, kv_groups: int) -> Partition:
         """Neighbouring heads together, sizes differing by at most one.
+
+        Args:
+            heads: of the source, H.
+            q_groups: query heads kept, Hq.
+            kv_groups: key/value heads kept, Hkv.
 
         Raises:
             RecipeError: not 1 <= kv_groups <= q_groups <= heads, or q_groups is no multiple of kv_groups.
@@ -70,6 +76,7 @@ class Partition:
 
     @property
     def is_identity(self) -> bool:
+        """Whether every head stays on its own."""
         return all(len(group) == 1 for group in self.kv_groups)
 
 
@@ -84,7 +91,16 @@ def _spread(members: tuple[int, ...], parts: int) -> Iterable[tuple[int, ...]]:
 
 
 def check_head_counts(heads: int, q_groups: int, kv_groups: int) -> None:
-    """Raises RecipeError, naming the nearest allowed values, unless 1 <= kv | q <= heads."""
+    """Refuses counts that are not possible.
+
+    Args:
+        heads: of the source, H.
+        q_groups: query heads to keep, at most H.
+        kv_groups: key/value heads to keep, a divisor of `q_groups`.
+
+    Raises:
+        RecipeError: naming the nearest counts that are possible.
+    """
     if not 1 <= q_groups <= heads:
         raise RecipeError(
             f"--q-groups {q_groups}: the source has {heads} heads, so 1 to {heads} query heads can be kept"
@@ -109,6 +125,13 @@ def variant_heads(variant: str, heads: int) -> tuple[int, int]:
 
     Query heads are the fraction rounded half up, at least one; key/value heads are the divisor of that number nearest
     to their fraction, ties to the larger.
+
+    Args:
+        variant: a name of `VARIANTS`.
+        heads: of the source, H.
+
+    Returns:
+        Hq and Hkv.
 
     Raises:
         RecipeError: no such variant.

@@ -30,7 +30,13 @@ def procrustes(heads: AttentionHeads, partition: Partition, statistics: Statisti
     it goes. Then queries are averaged over the cluster, keys and values over the group, each mean brought back to its
     members' mean norm, and output projections summed. Without rotary embeddings the rotation changes no head.
 
-    Args, Returns: as `svd`.
+    Args:
+        heads: the H heads of the source.
+        partition: of those H heads.
+        statistics: moments of the inputs, from data or from the norms' weights.
+
+    Returns:
+        Hq query heads and Hkv key/value heads, in the dtype of the source; groups of one head verbatim.
     """
     import torch
 

@@ -43,6 +43,9 @@ def refine(
         steps: of about `BATCH_TOKENS` positions.
         generator: draws the batches.
 
+    Returns:
+        The heads with trained weights.
+
     Source: layer-wise reconstruction before distillation, as in LoLCATs, arXiv 2410.10254.
     """
     trained = {

@@ -30,6 +30,9 @@ def refit(heads: AttentionHeads, attention: Attention, batches: Batches) -> Atte
         attention: how the site attends.
         batches: inputs and wanted outputs.
 
+    Returns:
+        The heads with another output projection, and bias where there is one.
+
     Source: least-squares reconstruction as in He et al., arXiv 1707.06168, and ZipLM, arXiv 2302.04089.
     """
     count, d, _ = heads.query.shape

@@ -160,6 +160,9 @@ def search(
         q_groups: Hq, a multiple of `kv_groups`.
         kv_groups: Hkv.
         generator: draws the starts of the search by swaps.
+
+    Returns:
+        The partition, its groups in the order of their first heads.
     """
     count, d = heads.query.shape[:2]
     if q_groups == kv_groups == count:

@@ -24,7 +24,13 @@ def select(heads: AttentionHeads, partition: Partition, statistics: Any = None) 
     Calibration hands in heads whose output projections are in the metric of what matters to the model's predictions, so
     that strength is measured in it.
 
-    Args, Returns: as `mean`.
+    Args:
+        heads: the H heads of the source.
+        partition: of those H heads.
+        statistics: not used.
+
+    Returns:
+        Hq query heads and Hkv key/value heads, in the dtype of the source.
     """
     strength = output_map_norm(heads)
 

@@ -6,13 +6,15 @@ from transformers import GPT2Config
 
 @strict
 class SQAGPT2Config(GPT2Config):
-    r"""
-    num_key_value_heads (`int`, *optional*, defaults to 12):
-        Key/value heads; `num_attention_heads` (`n_head`) counts the query heads kept and is a multiple of it.
-    head_dim (`int`, *optional*, defaults to 64):
-        Size of one head. It is the source model's: `hidden_size // num_attention_heads` does not give it.
-    sqa (`dict`, *optional*):
-        Where the weights come from: source, revision, source heads, method, partition, version of the converter.
+    """A GPT2Config with the head counts of Sparse Query Attention.
+
+    `num_attention_heads` (`n_head`) counts the query heads kept.
+
+    Attributes:
+        num_key_value_heads (int): key/value heads, a divisor of the query heads.
+        head_dim (int): size of one head, the source's; `hidden_size // num_attention_heads` does not give it.
+        sqa (dict | None): where the weights come from, with the keys source, revision, source_heads, method,
+            partition and sqa_convert (the converter's version).
     """
 
     model_type = "sqa_gpt2"

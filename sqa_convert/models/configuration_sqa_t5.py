@@ -6,13 +6,16 @@ from transformers import T5Config
 
 @strict
 class SQAT5Config(T5Config):
-    r"""
-    num_key_value_heads (`int`, *optional*, defaults to 8):
-        Key/value heads of decoder self-attention; `num_attention_heads` (`num_heads`) counts its query heads.
-    site_heads (`dict`, *optional*):
-        `{site: [query heads, key/value heads]}` of the sites "encoder" and "cross" that differ from the decoder's.
-    sqa (`dict`, *optional*):
-        Where the weights come from: source, revision, source heads, method, partition, version of the converter.
+    """A T5Config with the head counts of Sparse Query Attention.
+
+    `num_attention_heads` (`num_heads`) counts the query heads that decoder self-attention keeps; of an encoder alone
+    the encoder's. The size of a head is `d_kv`.
+
+    Attributes:
+        num_key_value_heads (int): key/value heads of the same attention, a divisor of its query heads.
+        site_heads (dict | None): by site, "encoder" or "cross", its query and key/value heads where they differ.
+        sqa (dict | None): where the weights come from, with the keys source, revision, source_heads, method,
+            partition and sqa_convert (the converter's version).
     """
 
     model_type = "sqa_t5"

@@ -38,6 +38,8 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 class SQAGPT2Attention(nn.Module):
+    """Causal self-attention: (B, T, D) -> (B, T, D), Linear projections `q_proj`, `k_proj`, `v_proj` and `o_proj`."""
+
     is_causal = True
 
     def __init__(self, config, layer_idx):
@@ -101,6 +103,8 @@ class SQAGPT2PreTrainedModel(GPT2PreTrainedModel):
 
 
 class SQAGPT2Model(SQAGPT2PreTrainedModel, GPT2Model):
+    """GPT-2 without a head: hidden states (B, T, D)."""
+
     def __init__(self, config):
         GPT2PreTrainedModel.__init__(self, config)
         self.embed_dim = config.hidden_size
@@ -114,6 +118,8 @@ class SQAGPT2Model(SQAGPT2PreTrainedModel, GPT2Model):
 
 
 class SQAGPT2ForCausalLM(SQAGPT2PreTrainedModel, GPT2LMHeadModel):
+    """GPT-2 with the language model head: logits (B, T, vocabulary)."""
+
     def __init__(self, config):
         GPT2PreTrainedModel.__init__(self, config)
         self.transformer = SQAGPT2Model(config)
@@ -122,6 +128,8 @@ class SQAGPT2ForCausalLM(SQAGPT2PreTrainedModel, GPT2LMHeadModel):
 
 
 class SQAGPT2ForSequenceClassification(SQAGPT2PreTrainedModel, GPT2ForSequenceClassification):
+    """GPT-2 with a classification head on the last token: logits (B, labels)."""
+
     def __init__(self, config):
         GPT2PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels

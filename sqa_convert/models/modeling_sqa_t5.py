@@ -32,6 +32,8 @@ from .configuration_sqa_t5 import SQAT5Config
 
 
 class SQAT5Attention(T5Attention):
+    """Self-attention of the encoder or decoder, with a position bias table of its own, or cross-attention."""
+
     def __init__(self, config, site, layer_idx):
         nn.Module.__init__(self)
         self.config = config
@@ -192,6 +194,8 @@ def _stack(config, is_decoder):
 
 
 class SQAT5Model(SQAT5PreTrainedModel, T5Model):
+    """T5 without a head: hidden states of the decoder (B, T, D)."""
+
     def __init__(self, config):
         T5PreTrainedModel.__init__(self, config)
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
@@ -201,6 +205,8 @@ class SQAT5Model(SQAT5PreTrainedModel, T5Model):
 
 
 class SQAT5EncoderModel(SQAT5PreTrainedModel, T5EncoderModel):
+    """The encoder alone: hidden states (B, S, D). Loads the encoder of a whole converted T5, too."""
+
     _keys_to_ignore_on_load_unexpected = [r"decoder", r"lm_head"]  # type: ignore[assignment]
 
     def __init__(self, config):
@@ -213,6 +219,8 @@ class SQAT5EncoderModel(SQAT5PreTrainedModel, T5EncoderModel):
 
 
 class SQAT5ForConditionalGeneration(SQAT5PreTrainedModel, T5ForConditionalGeneration):
+    """T5 with the language model head: logits (B, T, vocabulary)."""
+
     def __init__(self, config):
         T5PreTrainedModel.__init__(self, config)
         self.model_dim = config.d_model
