@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .checks import LARGEST_CARRIED, LARGEST_JSON, MOST_TENSORS, check_pickle, parse_json, regular_file
+from .checks import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, carried_file, check_pickle, parse_json, regular_file
 from .errors import CheckpointError, RecipeError, SQAError, one_line, shown
 from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, indexed
 
@@ -89,7 +89,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
 
 def check_folder(folder: Path) -> None:
     """Whether a model folder's files may be left to a library. Raises CheckpointError."""
-    regular_file(folder, "config.json", LARGEST_JSON)
+    regular_file(folder, "config.json", LARGEST_CONFIG)
     _check_carried(folder)
     if any((folder / candidate).is_file() for candidate in _WEIGHTS):
         for file in _weight_files(str(folder), folder)[0]:
@@ -100,7 +100,7 @@ def check_folder(folder: Path) -> None:
 def _check_carried(folder: Path) -> None:
     """Whether tokenizer and all else that is copied are plain files of the folder's own. Raises CheckpointError."""
     for file in CARRIED_FILES:
-        regular_file(folder, file, LARGEST_CARRIED)
+        carried_file(folder, file)
 
 
 def local_folder(name: str, revision: str | None = None) -> Path | None:
@@ -131,7 +131,7 @@ def local_folder(name: str, revision: str | None = None) -> Path | None:
 
 
 def read_config(name: str, folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json", f"{name} holds no config.json, so it is no model folder", LARGEST_JSON)
+    return read_json(folder / "config.json", f"{name} holds no config.json, so it is no model folder", LARGEST_CONFIG)
 
 
 def read_json(path: Path, missing: str, largest: int | None = None) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _weight_files(name: str, folder: Path) -> tuple[list[str], set[str]]:
             continue
         files, names = [candidate], set()
         if candidate.endswith(".json"):
-            weight_map = read_json(folder / candidate, "", LARGEST_JSON).get("weight_map")
+            weight_map = read_json(folder / candidate, "", LARGEST_INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not 0 < len(weight_map) <= MOST_TENSORS:
                 raise CheckpointError(f"{folder / candidate}: no weight_map of 1 to {MOST_TENSORS:,} tensors")
             files, names = sorted(set(map(str, weight_map.values()))), set(weight_map)

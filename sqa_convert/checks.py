@@ -19,12 +19,15 @@ from typing import Any, BinaryIO
 
 from .errors import CheckpointError, one_line, shown
 
-LARGEST_JSON = 16 * 10**6
-"""bytes of config.json, of an index, of a tokenizer's settings"""
+LARGEST_CONFIG = 10**6
+"""bytes of config.json, which is copied again and again"""
+LARGEST_INDEX = 16 * 10**6
 LARGEST_HEADER = 16 * 10**6
 """bytes of a safetensors header, or of the pickle that lists a .bin file's tensors"""
-LARGEST_CARRIED = 32 * 10**6
-"""bytes of a tokenizer's file, and of all else that is carried over"""
+LARGEST_CARRIED = 24 * 10**6
+"""bytes of a tokenizer's file, and of all else that is carried over; mT5's has 16 million"""
+MOST_NESTED = 10**6
+"""lists and tables in one of these"""
 MOST_TENSORS = 50_000
 _MOST_OPERATIONS = 1_000_000  # of a pickle; a tensor takes about 60
 _DEEPEST = 16  # tuples in tuples
@@ -72,6 +75,19 @@ def regular_file(folder: Path, name: str, largest: int | None = None) -> Path | 
     if largest is not None and status.st_size > largest:
         raise CheckpointError(f"{path} has {status.st_size:,} bytes, at most {largest:,} are read")
     return path
+
+
+def carried_file(folder: Path, name: str) -> None:
+    """Raises CheckpointError where a file that is carried over is not fit for it, or for the tokenizer's libraries."""
+    path = regular_file(folder, name, LARGEST_CARRIED)
+    if path is None or path.suffix != ".json":
+        return
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
+    if content.count(b"[") + content.count(b"{") > MOST_NESTED:
+        raise CheckpointError(f"{path} holds more than {MOST_NESTED:,} lists and tables")
 
 
 def parse_json(text: str, *, unique: bool = False) -> Any:
@@ -136,6 +152,8 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged or truncated: {one_line(error)}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is damaged or truncated: its header is no JSON object")
+    if len(header) > MOST_TENSORS + 1:  # with its metadata
+        raise CheckpointError(f"{path} holds more than {MOST_TENSORS:,} tensors")
     return length + 8, header
 
 
@@ -187,6 +205,8 @@ def _check_archive(path: Path) -> None:
                 raise CheckpointError(
                     f"{path}: {shown(entry.filename)} has {entry.file_size:,} bytes, allowed are {LARGEST_HEADER:,}"
                 )
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise CheckpointError(f"{path} is a TorchScript program, which is not supported; save the model's weights")
         for entry in entries:
             if entry.filename.lower().endswith("data.pkl"):
                 _check_operations(archive.read(entry), path)

@@ -132,7 +132,7 @@ class SafetensorsSource(Source):
             try:
                 with safe_open(path, framework="numpy", backend="pread") as handle:  # finds holes and overlaps
                     names = handle.offset_keys()
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, MemoryError) as error:  # it maps the file, whatever its size
                 raise CheckpointError(f"{path} is damaged or truncated: {one_line(error)}") from error
             for name in names:
                 entry = header[name]
@@ -203,6 +203,7 @@ class PickleSource(Source):
 
     def _load(self, file: str) -> Mapping[str, Tensor]:
         import pickle
+        import warnings
 
         import torch
 
@@ -210,7 +211,9 @@ class PickleSource(Source):
         if self._loaded[0] != file:
             try:
                 # Only the zip format can be mapped; the oldest hub files are plain pickles.
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about what it is going to refuse
+                    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
             except pickle.UnpicklingError as error:
                 raise CheckpointError(
                     f"{path} is refused: it is damaged or holds more than weights (pickled code is never run); "

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hostile import CONFIGS, GPT2, build, header_of, put, values
+from hostile import GPT2, build, header_of, put, values
 
 from sqa_convert import convert
 from sqa_convert.checkpoint import open_source
@@ -26,7 +26,18 @@ HOSTILE = (
     ["GPT2LMHeadModel"], {"": 0},
 )  # fmt: skip
 """values that have been trouble somewhere"""
-KINDS = ("config of gpt2", "config of t5", "header", "header's bytes", "index", "config's bytes", ".bin", "old .bin")
+_PLACES = {
+    "config of gpt2": ("gpt2", "config.json"),
+    "config of t5": ("t5", "config.json"),
+    "config's bytes": ("gpt2", "config.json"),
+    "header": ("gpt2", "model.safetensors"),
+    "header's bytes": ("gpt2", "model.safetensors"),
+    "index": ("gpt2", "model.safetensors.index.json"),
+    ".bin": ("bin", "pytorch_model.bin"),
+    "old .bin": ("old", "pytorch_model.bin"),
+}
+KINDS = tuple(_PLACES)
+"""what is changed of a checkpoint"""
 
 
 def changed(content: Any, pick: random.Random) -> Any:
@@ -95,34 +106,39 @@ class Checkpoints:
         self.header, size = header_of(GPT2)
         self.values = values(size)
 
-    def write(self, kind: str, content: bytes | None = None, pick: random.Random | None = None) -> Path:
-        """One file replaced, by `content` or by what `pick` makes of the sound one; returns the checkpoint's folder."""
-        base = {"config of t5": "t5", ".bin": "bin", "old .bin": "old"}.get(kind, "gpt2")
+    def content(self, kind: str) -> bytes:
+        """The sound file of a kind; of weights in safetensors the header alone."""
+        if kind.startswith("header"):
+            return json.dumps(self.header).encode()
+        if kind == "index":
+            index = {"metadata": {}, "weight_map": dict.fromkeys(self.header, "model.safetensors")}
+            return json.dumps(index).encode()
+        base, name = _PLACES[kind]
+        return self.files[base][name]
+
+    def mutated(self, kind: str, pick: random.Random) -> bytes:
+        content = self.content(kind)
+        if kind in ("config of gpt2", "config of t5", "header", "index"):
+            made = json.loads(content)
+            for _ in range(pick.choice((1, 1, 2, 3))):
+                made = changed(made, pick)
+            return json.dumps(made).encode()
+        return damaged(content, pick)
+
+    def write(self, kind: str, content: bytes) -> Path:
+        """A checkpoint with one file replaced; returns its folder."""
+        base, name = _PLACES[kind]
         source = self.sound[base]
         for path in source.iterdir():
             if path.name not in self.files[base]:
                 path.unlink()
-        for name, data in self.files[base].items():
-            if (source / name).read_bytes() != data:
-                (source / name).write_bytes(data)
-        weights = source / "model.safetensors"
-        if kind == "header":
-            put(weights, content or json.dumps(changed(self.header, pick)).encode(), self.values)
-        elif kind == "header's bytes":
-            text = content or damaged(json.dumps(self.header).encode(), pick)
-            put(weights, text, self.values)
-        elif kind == "index":
-            index = {"metadata": {}, "weight_map": dict.fromkeys(self.header, "model.safetensors")}
-            text = content or json.dumps(changed(changed(index, pick), pick)).encode()
-            (source / "model.safetensors.index.json").write_bytes(text)
-        elif kind == "config's bytes":
-            (source / "config.json").write_bytes(content or damaged(self.files[base]["config.json"], pick))
-        elif kind.startswith("config"):
-            text = content or json.dumps(changed(changed(CONFIGS[base], pick), pick)).encode()
-            (source / "config.json").write_bytes(text)
+        for file, data in self.files[base].items():
+            if (source / file).read_bytes() != data:
+                (source / file).write_bytes(data)
+        if kind.startswith("header"):
+            put(source / name, content, self.values)
         else:
-            path = source / "pytorch_model.bin"
-            path.write_bytes(content or damaged(self.files[base][path.name], pick))
+            (source / name).write_bytes(content)
         return source
 
 
@@ -148,7 +164,7 @@ def fuzz(inputs: int, seed: int, most_seconds: float = 2.0) -> dict[str, Any]:
         checkpoints = Checkpoints(folder)
         for i in range(inputs):
             kind = KINDS[i % len(KINDS)]
-            source = checkpoints.write(kind, pick=random.Random(f"{seed} {i}"))
+            source = checkpoints.write(kind, checkpoints.mutated(kind, random.Random(f"{seed} {i}")))
             start = time.perf_counter()
             try:
                 became[kind][digest(source)] += 1
