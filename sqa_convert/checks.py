@@ -32,6 +32,7 @@ MOST_TENSORS = 50_000
 _MOST_OPERATIONS = 1_000_000  # of a pickle; a tensor takes about 60
 _DEEPEST = 16  # tuples in tuples
 _MOST_ENTRIES = 2 * MOST_TENSORS  # of a zip file
+_NUMBERS = re.compile(r"[^/]+/data/\d+")  # of a zip file's names, those of what is not read whole
 _OPERATIONS = {
     "PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE",
     "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "NONE", "NEWTRUE", "NEWFALSE",
@@ -45,8 +46,8 @@ _GLOBALS = re.compile(
 )
 _ONCE = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "EMPTY_DICT"}
 """what torch.save never writes a second reference to, and bombs are made of"""
-
 _FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
+"""operations that leave on the stack what they change"""
 
 
 def regular_file(folder: Path, name: str, largest: int | None = None) -> Path | None:
@@ -201,7 +202,7 @@ def _check_archive(path: Path) -> None:
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
                 raise CheckpointError(f"{path} is refused: {shown(entry.filename)} is compressed")
-            if "/data/" not in entry.filename and entry.file_size > LARGEST_HEADER:
+            if not _NUMBERS.fullmatch(entry.filename) and entry.file_size > LARGEST_HEADER:
                 raise CheckpointError(
                     f"{path}: {shown(entry.filename)} has {entry.file_size:,} bytes, allowed are {LARGEST_HEADER:,}"
                 )

@@ -540,6 +540,21 @@ def two_directories(place: Place) -> None:
     path.write_bytes(path.read_bytes()[:-22] + sound)
 
 
+def stretched(path: Path, size: int) -> None:
+    """The last entry of a zip file becomes that large, of nothing that takes room on the disk."""
+    data = path.read_bytes()
+    directory = data.index(b"PK\x01\x02")
+    tail = bytearray(data[directory:])
+    last = tail.rindex(b"PK\x01\x02")
+    tail[last + 20 : last + 28] = struct.pack("<II", size - 1, size - 1)
+    end = tail.rindex(b"PK\x05\x06")
+    tail[end + 16 : end + 20] = struct.pack("<I", min(directory + size - 1, 2**32 - 1))
+    os.truncate(path, directory)
+    os.truncate(path, directory + size - 1)
+    with path.open("ab") as file:
+        file.write(tail)
+
+
 def laughs(levels: int = 60) -> bytes:
     """A tuple of two references to a tuple of two references to …, as a key."""
     made = b"\x80\x02}(" + b")q\x00"
@@ -570,6 +585,12 @@ PICKLES = {
     "zip bomb": Case(archive(b"\x80\x02}." + bytes(10**9), zipfile.ZIP_DEFLATED)),
     "compressed weights": Case(archive(b"\x80\x02}.", data_1=bytes(1000), method=zipfile.ZIP_DEFLATED)),
     "lzma": Case(archive(b"\x80\x02}.", zipfile.ZIP_LZMA)),
+    "pickle of 2 GB": Case(
+        lambda p: [
+            archive(b"\x80\x02}.", **{"data/data_pkl": b""})(p),
+            stretched(p / "source/pytorch_model.bin", 2**31),
+        ]
+    ),
     "TorchScript": Case(archive(b"\x80\x02}.", constants_pkl=b"\x80\x02).")),
     "another protocol": Case(archive(b"\x80\x03}.")),
     "zip file cut off": Case(lambda p: [archive(b"\x80\x02}.")(p), os.truncate(p / "source/pytorch_model.bin", 300)]),
