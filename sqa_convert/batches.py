@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .distill import IGNORED
-from .errors import DataError
+from .errors import CheckpointError, DataError, one_line
 
 NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0  # T5's span corruption (Raffel et al., arXiv 1910.10683, section 3.3.4)
 
@@ -21,9 +21,12 @@ def token_stream(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[
     """Documents, each closed by the end-of-text token, packed into int64 blocks (length,); a rest is dropped."""
     tokens = array("i")
     for text in texts:
-        tokens.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if tokenizer.eos_token_id is not None:
-            tokens.append(tokenizer.eos_token_id)
+        try:
+            tokens.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            if tokenizer.eos_token_id is not None:
+                tokens.append(tokenizer.eos_token_id)
+        except Exception as error:  # a tokenizer that loads can still lack what a text asks for
+            raise CheckpointError(f"the tokenizer does not take the text: {one_line(error)}") from error
         whole = len(tokens) // length * length
         if whole:
             yield from torch.frombuffer(tokens[:whole], dtype=torch.int32).long().view(-1, length)
@@ -68,9 +71,9 @@ class SpanCorruption:
         names = ("<extra_id_{}>", "▁<extra_id_{}>")  # T5; mT5's sentencepiece model
         for pattern in names:
             sentinels = tuple(known[pattern.format(i)] for i in range(100) if pattern.format(i) in known)
-            if sentinels:
+            if sentinels and tokenizer.eos_token_id is not None:
                 return cls(sentinels, tokenizer.eos_token_id)
-        raise DataError("the tokenizer has no <extra_id_0> … sentinel tokens, which span corruption needs")
+        raise DataError("the tokenizer has no <extra_id_0> … sentinel or no end token, which span corruption needs")
 
     def __call__(
         self, tokens: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, RecipeError, SQAError, one_line
-from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, TensorInfo
+from .checks import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, carried_file, check_pickle, parse_json, regular_file
+from .errors import CheckpointError, RecipeError, SQAError, one_line, shown
+from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, indexed
 
 SAMPLES = Path(__file__).parent / "samples"
 SAMPLE_PREFIX = "sample:"
@@ -68,11 +68,12 @@ def open_source(
             if not any(folder.glob("model*.safetensors")):
                 folder, commit = _download(name, revision, "pytorch_model*.bin", _WEIGHTS[2])
     if source is None:
-        files, indexed = _weight_files(name, folder)
+        _check_carried(folder)
+        files, promised = _weight_files(name, folder)
         if files[0].endswith(".safetensors"):
             source = SafetensorsSource(folder, files)
-            if missing := sorted(indexed - source.index.keys()):
-                raise CheckpointError(f"{name}: {missing[0]} stands in the index but in none of the files")
+            if missing := sorted(promised - source.index.keys()):
+                raise CheckpointError(f"{name}: {shown(missing[0])} stands in the index but in none of the files")
         else:
             source = PickleSource(folder, files)  # leaves out tied names, so its index may promise more
     source.name, source.revision, source.folder, source.config = name, commit, folder, config
@@ -85,7 +86,24 @@ def resolve(name: str, revision: str | None = None) -> Path:
     if folder is None:
         folder = open_source(name, revision).folder
         assert folder is not None
+    check_folder(folder)
     return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Whether a model folder's files may be left to a library. Raises CheckpointError."""
+    regular_file(folder, "config.json", LARGEST_CONFIG)
+    _check_carried(folder)
+    if any((folder / candidate).is_file() for candidate in _WEIGHTS):
+        for file in _weight_files(str(folder), folder)[0]:
+            if file.endswith(".bin"):
+                check_pickle(folder / file)
+
+
+def _check_carried(folder: Path) -> None:
+    """Whether tokenizer and all else that is copied are plain files of the folder's own. Raises CheckpointError."""
+    for file in CARRIED_FILES:
+        carried_file(folder, file)
 
 
 def local_folder(name: str, revision: str | None = None) -> Path | None:
@@ -116,24 +134,20 @@ def local_folder(name: str, revision: str | None = None) -> Path | None:
 
 
 def read_config(name: str, folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json", f"{name} holds no config.json, so it is no model folder")
+    return read_json(folder / "config.json", f"{name} holds no config.json, so it is no model folder", LARGEST_CONFIG)
 
 
-def read_json(path: Path, missing: str) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError, with the text `missing` where there is no file."""
+def read_json(path: Path, missing: str, largest: int | None = None) -> dict[str, Any]:
+    """A JSON object of at most `largest` bytes. Raises CheckpointError, with the text `missing` where no file is."""
+    if regular_file(path.parent, path.name, largest) is None:
+        raise CheckpointError(missing)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError as error:
-        raise CheckpointError(missing) from error
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return content
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON")
 
 
 def _download(name: str, revision: str | None, *patterns: str) -> tuple[Path, str | None]:
@@ -177,30 +191,29 @@ def _hub_headers(name: str, revision: str | None) -> Source | None:
     except Exception:  # whatever it is, downloading the files says it better
         return None
     source = HeadersSource()
-    source.index = {
-        key: TensorInfo(tuple(info.shape), info.dtype, file)
-        for file, content in metadata.files_metadata.items()
-        for key, info in content.tensors.items()
-    }
+    tensors = ((file, content.tensors) for file, content in metadata.files_metadata.items())
+    source.index = indexed(
+        ((key, info.shape, info.dtype, file) for file, infos in tensors for key, info in infos.items()), name
+    )
     return source
 
 
 def _weight_files(name: str, folder: Path) -> tuple[list[str], set[str]]:
     """The files that hold a folder's weights, and the tensor names its index promises."""
     for candidate in _WEIGHTS:
-        if not (folder / candidate).is_file():
+        if regular_file(folder, candidate) is None:
             continue
         files, names = [candidate], set()
         if candidate.endswith(".json"):
-            weight_map = read_json(folder / candidate, "").get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{folder / candidate}: no weight_map")
+            weight_map = read_json(folder / candidate, "", LARGEST_INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not 0 < len(weight_map) <= MOST_TENSORS:
+                raise CheckpointError(f"{folder / candidate}: no weight_map of 1 to {MOST_TENSORS:,} tensors")
             files, names = sorted(set(map(str, weight_map.values()))), set(weight_map)
         for file in files:
             if Path(file).name != file:
-                raise CheckpointError(f"{folder / candidate}: {file!r} lies outside the folder")
-            if not (folder / file).is_file():
-                raise CheckpointError(f"{name}: {file} is missing from {folder}")
+                raise CheckpointError(f"{folder / candidate}: {shown(file)} lies outside the folder")
+            if regular_file(folder, file) is None:
+                raise CheckpointError(f"{name}: {shown(file)} is missing from {folder}")
         if len({Path(file).suffix for file in files}) > 1 or Path(files[0]).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(f"{folder / candidate} names other files than .safetensors or .bin")
         return files, names

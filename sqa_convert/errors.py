@@ -54,5 +54,12 @@ class QualityError(SQAError):
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """What an exception says, as one line of at most `limit` characters."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    """What an exception says, as one line of at most `limit` characters, none of which steers a terminal."""
+    text = " ".join(str(error).split())[:limit]
+    return "".join(c if c.isprintable() else "?" for c in text) or type(error).__name__
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """What a source's file holds, fit for one line: as Python writes it where it is no plain text, and cut."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .batches import SpanCorruption, token_blocks
-from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES
+from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, check_folder
 from .data import BUILT_IN, documents
 from .devices import choose_device, device_name
 from .distill import IGNORED
@@ -60,6 +60,7 @@ def load_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
 
     from . import models  # noqa: F401 - registers the architectures
 
+    check_folder(Path(folder))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # validation, JSON and look-ups share no base class
@@ -79,9 +80,9 @@ def load_model(
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **overrides).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # config.json can make it fail in any way
         raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error
 
 
@@ -91,6 +92,7 @@ def load_tokenizer(
     """The folder's tokenizer. Raises CheckpointError when it has none, saying what goes `without` one."""
     from transformers import AutoTokenizer
 
+    check_folder(Path(folder))
     # Without any file transformers would make up an empty one. ByT5 needs no vocabulary, its config names the class.
     if not any((Path(folder) / name).is_file() for name in (*TOKENIZER_FILES, TOKENIZER_CONFIG)):
         raise CheckpointError(f"{folder} holds no tokenizer; {without}")

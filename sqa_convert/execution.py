@@ -303,8 +303,11 @@ def check_loads(plan: Plan) -> None:
     import torch
 
     try:
+        config = config_class(plan).from_dict(plan.config)
+        if config.dtype is not None and not config.dtype.is_floating_point:
+            raise ValueError(f"weights of {config.dtype}")
         with torch.device("meta"):
-            model = model_class(plan)(config_class(plan).from_dict(plan.config))
+            model = model_class(plan)(config)
     except Exception as error:  # validation, look-ups of activations and dtypes: each fails in its own way
         raise CheckpointError(f"config.json is not accepted by the model class: {one_line(error)}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -344,6 +344,11 @@ def _output_tensors(
             for new, written in family.written(site, source.config, *counts[site.kind]).items():
                 like = source.index[names[written.like]].dtype
                 tensors.append(OutputTensor(new, written.shape, dtype or like, site))
+    seen: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise CheckpointError(f"{source.name}: {tensor.name} stands there already, as if it had been converted")
+        seen.add(tensor.name)
     return tensors
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, one_line
+from .checks import MOST_TENSORS, check_pickle, is_zip, read_header
+from .errors import CheckpointError, one_line, shown
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,8 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' names of the dtypes a checkpoint may hold: torch's names and bytes"""
 FLOATING = ("F64", "F32", "F16", "BF16")
+_LONGEST_NAME = 500
+_MOST_DIMENSIONS = 64  # numpy's limit
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,35 @@ def dtype_name(dtype: torch.dtype) -> str | None:
     return next((name for name, (torch_name, _) in DTYPES.items() if str(dtype) == f"torch.{torch_name}"), None)
 
 
+def indexed(entries: Iterable[tuple[Any, Any, Any, str]], where: str) -> dict[str, TensorInfo]:
+    """The index of tensors whose names, shapes, dtypes and files a source tells.
+
+    Raises:
+        CheckpointError: a name stands there twice or cannot be shown, a shape is none, or there are too many.
+    """
+    index: dict[str, TensorInfo] = {}
+    for name, shape, dtype, file in entries:
+        if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+            raise CheckpointError(
+                f"{where}: {shown(name)} is no tensor's name; they are printable, of at most {_LONGEST_NAME} characters"
+            )
+        if name == "__metadata__" or not isinstance(dtype, str):
+            raise CheckpointError(f"{where}: {name} is no tensor")
+        if (
+            not isinstance(shape, (list, tuple))
+            or len(shape) > _MOST_DIMENSIONS
+            or not all(type(n) is int and n >= 0 for n in shape)
+            or math.prod(n or 1 for n in shape) >= 2**60  # of 8 bytes each
+        ):
+            raise CheckpointError(f"{where}: {name} has the shape {shown(shape)}, which no tensor can have")
+        if name in index:
+            raise CheckpointError(f"{where}: {name} stands in {index[name].file} and in {file}")
+        if len(index) == MOST_TENSORS:
+            raise CheckpointError(f"{where} holds more than {MOST_TENSORS:,} tensors")
+        index[name] = TensorInfo(tuple(shape), dtype, file)
+    return index
+
+
 class HeadersSource(Source):
     def read(self, name: str) -> Tensor:
         raise CheckpointError(f"{name} was not downloaded")
@@ -85,23 +117,28 @@ class SafetensorsSource(Source):
     concurrent = True
 
     def __init__(self, folder: Path, files: list[str]) -> None:
+        self._files = {file: folder / file for file in files}
+        self._open: tuple[str, Any] = ("", None)
+        self._places: dict[str, tuple[int, int]] = {}
+        """where each tensor's bytes begin and end in its file"""
+        self.index = indexed(self._entries(), str(folder))
+
+    def _entries(self) -> Iterator[tuple[str, Any, Any, str]]:
+        """What the headers tell, in the order in which the files hold it."""
         from safetensors import SafetensorError, safe_open
 
-        self._files, self.index = {file: folder / file for file in files}, {}
-        self._open: tuple[str, Any] = ("", None)
-        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
         for file, path in self._files.items():
+            begin, header = read_header(path)
             try:
-                with safe_open(path, framework="numpy", backend="pread") as handle:
-                    for key in handle.offset_keys():
-                        entry = handle.get_slice(key)
-                        if key in self.index:
-                            raise CheckpointError(f"{folder}: {key} stands in {self.index[key].file} and in {file}")
-                        self.index[key] = TensorInfo(tuple(entry.get_shape()), str(entry.get_dtype()), file)
-            except (SafetensorError, OSError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
+                with safe_open(path, framework="numpy", backend="pread") as handle:  # finds holes and overlaps
+                    names = handle.offset_keys()
+            except (SafetensorError, OSError, MemoryError) as error:  # it maps the file, whatever its size
                 raise CheckpointError(f"{path} is damaged or truncated: {one_line(error)}") from error
+            for name in names:
+                entry = header[name]
+                start, end = entry["data_offsets"]
+                yield name, entry["shape"], entry["dtype"], file
+                self._places[name] = begin + start, begin + end
 
     def read(self, name: str) -> Tensor:
         from safetensors import SafetensorError, safe_open
@@ -112,7 +149,7 @@ class SafetensorsSource(Source):
                 # pread, not mmap: mapped pages would count as this process's memory until the file is closed
                 self._open = (file, safe_open(self._files[file], framework="pt", backend="pread"))
             return self._open[1].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{name} cannot be read from {file}: {one_line(error)}") from error
 
     def pieces(self, name: str) -> Iterator[Tensor]:
@@ -126,7 +163,7 @@ class SafetensorsSource(Source):
         view = memoryview(buffer.numpy())
         try:
             with path.open("rb", buffering=0) as stream:
-                start, end = self._place(file, name)
+                start, end = self._places[name]
                 stream.seek(start)
                 while start < end:
                     count = min(PIECE, end - start)
@@ -143,29 +180,30 @@ class SafetensorsSource(Source):
                 raise
             raise CheckpointError(f"{name} cannot be read from {file}: {one_line(error)}") from error
 
-    def _place(self, file: str, name: str) -> tuple[int, int]:
-        """Where a tensor's bytes begin and end in its file, whose header was found to be sound when it was opened."""
-        if file not in self._headers:
-            with self._files[file].open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                self._headers[file] = size + 8, json.loads(stream.read(size))
-        begin, header = self._headers[file]
-        start, end = header[name]["data_offsets"]
-        return begin + start, begin + end
-
 
 class PickleSource(Source):
     """`.bin` files, through `torch.load(weights_only=True)`: pickled code never runs."""
 
     def __init__(self, folder: Path, files: list[str]) -> None:
-        self._files, self.index = {file: folder / file for file in files}, {}
+        self._files = {file: folder / file for file in files}
         self._loaded: tuple[str, Mapping[str, Tensor]] = ("", {})
-        for file in files:
-            self.index |= _describe(self._load(file), file, str(folder / file))
+        self.index = indexed(self._entries(), str(folder))
+
+    def _entries(self) -> Iterator[tuple[str, Any, str, str]]:
+        for file, path in self._files.items():
+            check_pickle(path)
+            left = path.stat().st_size
+            for entry in _described(self._load(file), file, str(path)):
+                left -= math.prod(entry[1]) * DTYPES[entry[2]][1]
+                if left < 0:  # one number can stand for a tensor of any size
+                    raise CheckpointError(
+                        f"{path}: its tensors are larger than the file; save the model as safetensors"
+                    )
+                yield entry
 
     def _load(self, file: str) -> Mapping[str, Tensor]:
         import pickle
-        import zipfile
+        import warnings
 
         import torch
 
@@ -173,7 +211,9 @@ class PickleSource(Source):
         if self._loaded[0] != file:
             try:
                 # Only the zip format can be mapped; the oldest hub files are plain pickles.
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about what it is going to refuse
+                    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
             except pickle.UnpicklingError as error:
                 raise CheckpointError(
                     f"{path} is refused: it is damaged or holds more than weights (pickled code is never run); "
@@ -187,7 +227,7 @@ class PickleSource(Source):
         return self._loaded[1]
 
     def read(self, name: str) -> Tensor:
-        return self._load(self.index[name].file)[name].clone()
+        return self._load(self.index[name].file)[name].detach().clone()
 
 
 class ModelSource(Source):
@@ -199,24 +239,23 @@ class ModelSource(Source):
         self.config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         self.generation_config = getattr(model, "generation_config", None)
         self._tensors = model.state_dict()
-        self.index = _describe(self._tensors, "memory", self.name)
+        self.index = indexed(_described(self._tensors, "memory", self.name), self.name)
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu().clone()
 
 
-def _describe(tensors: Mapping[str, Tensor], file: str, where: str) -> dict[str, TensorInfo]:
-    """The index of tensors in memory. Of several that are one and the same only the first: ties are stored once."""
+def _described(tensors: Mapping[str, Tensor], file: str, where: str) -> Iterator[tuple[str, Any, str, str]]:
+    """What `indexed` takes, of tensors in memory. Of several that are one and the same only the first: ties are
+    stored once."""
     import torch
 
     seen: set[tuple[int, tuple[int, ...]]] = set()
-    index = {}
     for key, tensor in tensors.items():
         name = dtype_name(tensor.dtype) if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided else None
-        if not isinstance(key, str) or name is None:
-            raise CheckpointError(f"{where}: {key!r} is no dense tensor of a known dtype")
+        if name is None or tensor.is_meta:
+            raise CheckpointError(f"{where}: {shown(key)} is no dense tensor of a known dtype")
         identity = (tensor.data_ptr(), tuple(tensor.shape))
         if identity not in seen or tensor.numel() == 0:
             seen.add(identity)
-            index[key] = TensorInfo(tuple(tensor.shape), name, file)
-    return index
+            yield key, tuple(tensor.shape), name, file

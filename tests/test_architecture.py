@@ -20,7 +20,7 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"batches", "data", "output", "pictures", "plan"},
     {"checkpoint", "families"},
     {"sources"},
-    {"heads", "recipe", "workloads"},
+    {"checks", "heads", "recipe", "workloads"},
     {"distill", "flops", "timing"},
     {"devices"},
     {"errors", "models"},
@@ -28,6 +28,7 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
 LIGHT = [
     "__init__",
     "__main__",
+    "checks",
     "errors",
     "recipe",
     "plan",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, shown
 from .base import Config, Dimensions, Family, Site, Written
 from .gpt2 import GPT2
 from .t5 import T5
@@ -19,9 +19,11 @@ def family_of(config: Config) -> Family:
     model_type = str(config.get("model_type"))
     supported = ", ".join(sorted(FAMILIES))
     if model_type.startswith("sqa_"):
-        raise UnsupportedModelError(f"model_type {model_type}: already converted; give the original ({supported})")
+        raise UnsupportedModelError(
+            f"model_type {shown(model_type)}: already converted; give the original ({supported})"
+        )
     if model_type not in FAMILIES:
-        raise UnsupportedModelError(f"model_type {model_type} is not supported; supported: {supported}")
+        raise UnsupportedModelError(f"model_type {shown(model_type)} is not supported; supported: {supported}")
     family = FAMILIES[model_type]
     family.check(config)
     return family

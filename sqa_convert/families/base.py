@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, shown
 from ..heads.layout import AttentionHeads
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version", "auto_map", "custom_pipelines")
 """of config.json: what the source says of its own files and code"""
+
+MOST_LAYERS, MOST_HEADS, MOST_LABELS = 2_000, 4_096, 100_000
+"""beyond any model there is; larger ones would fill the memory before a weight is looked for"""
 
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]
@@ -81,14 +84,21 @@ class Family(ABC):
         """Raises UnsupportedModelError when this family's converter cannot take the model."""
         named = config.get("architectures")
         if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-            raise UnsupportedModelError(f"config.json: architectures is {named!r}, not a list of class names")
+            raise UnsupportedModelError(f"config.json: architectures is {shown(named)}, not a list of class names")
         if config.get("quantization_config"):
             raise UnsupportedModelError("quantized checkpoints are not supported; give the original weights")
+        for key, value in config.items():
+            if key.endswith(("_implementation", "_implementation_internal")) and "/" in str(value):
+                raise UnsupportedModelError(
+                    f"config.json: {shown(key)} {shown(value)} is code on the hub; leave it out"
+                )
+        if config.get("transformers_weights") is not None:
+            raise UnsupportedModelError("config.json: transformers_weights names other weights; leave it out")
+        integers(config, ("num_labels",), "/".join(self.model_types), optional=True, least=0, most=MOST_LABELS)
         architecture = self.source_architecture(config)
         if architecture not in self.architectures:
-            raise UnsupportedModelError(
-                f"{architecture} is not supported; of {'/'.join(self.model_types)}: {', '.join(self.architectures)}"
-            )
+            known = f"{'/'.join(self.model_types)}: {', '.join(self.architectures)}"
+            raise UnsupportedModelError(f"{shown(architecture)} is not supported; of {known}")
 
     def source_architecture(self, config: Config) -> str:
         names = config.get("architectures") or [next(iter(self.architectures))]
@@ -161,8 +171,11 @@ def split_heads(weight: Tensor, head_dim: int) -> Tensor:
     return weight.reshape(-1, head_dim, weight.shape[-1])
 
 
-def integers(config: Config, keys: Iterable[str], where: str, *, optional: bool = False) -> list[int]:
-    """The positive whole numbers under `keys`. Raises UnsupportedModelError naming the first that is none.
+def integers(
+    config: Config, keys: Iterable[str], where: str, *, optional: bool = False, least: int = 1, most: int = 2**31 - 1
+) -> list[int]:
+    """The whole numbers under `keys`, from `least` to `most`. Raises UnsupportedModelError naming the first that is
+    none.
 
     With `optional` a key may also be missing or null, and is then left out.
     """
@@ -171,7 +184,9 @@ def integers(config: Config, keys: Iterable[str], where: str, *, optional: bool 
         value = config.get(key)
         if optional and value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UnsupportedModelError(f"{where} config.json: {key} is {value!r}, not a positive whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise UnsupportedModelError(
+                f"{where} config.json: {key} is {shown(repr(value))}, not a whole number from {least} to {most:,}"
+            )
         values.append(value)
     return values

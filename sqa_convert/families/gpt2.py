@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..heads.layout import AttentionHeads
-from .base import Config, Dimensions, Family, Shape, Site, Written, integers, join_heads, split_heads
+from .base import (
+    MOST_HEADS,
+    MOST_LAYERS,
+    Config,
+    Dimensions,
+    Family,
+    Shape,
+    Site,
+    Written,
+    integers,
+    join_heads,
+    split_heads,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +51,9 @@ class GPT2(Family):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        width, heads = integers(config, ("n_embd", "n_head"), "gpt2")
-        integers(config, ("n_layer", "n_positions", "vocab_size"), "gpt2")
+        (heads,) = integers(config, ("n_head",), "gpt2", most=MOST_HEADS)
+        integers(config, ("n_layer",), "gpt2", most=MOST_LAYERS)
+        width, *_ = integers(config, ("n_embd", "n_positions", "vocab_size"), "gpt2")
         integers(config, ("n_inner",), "gpt2", optional=True)
         if config.get("add_cross_attention"):
             raise UnsupportedModelError(

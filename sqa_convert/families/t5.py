@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..heads.layout import AttentionHeads
-from .base import Config, Dimensions, Family, Shape, Site, Written, integers, join_heads, split_heads
+from .base import (
+    MOST_HEADS,
+    MOST_LAYERS,
+    Config,
+    Dimensions,
+    Family,
+    Shape,
+    Site,
+    Written,
+    integers,
+    join_heads,
+    split_heads,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +51,14 @@ class T5(Family):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        integers(config, ("num_heads", "d_kv", "d_model", "d_ff", "num_layers", "vocab_size"), "t5")
-        integers(config, ("num_decoder_layers", "n_positions", "relative_attention_num_buckets"), "t5", optional=True)
+        integers(config, ("num_heads",), "t5", most=MOST_HEADS)
+        integers(config, ("num_layers",), "t5", most=MOST_LAYERS)
+        integers(config, ("num_decoder_layers",), "t5", most=MOST_LAYERS, optional=True)
+        integers(config, ("d_kv", "d_model", "d_ff", "vocab_size"), "t5")
+        integers(config, ("n_positions",), "t5", optional=True)
+        integers(config, ("relative_attention_num_buckets",), "t5", optional=True, least=4)
+        half = self._buckets(config) // 2  # are for distances of their own, the rest for ranges up to the largest
+        integers(config, ("relative_attention_max_distance",), "t5", optional=True, least=half + 1)
         if config.get("is_decoder") and not config.get("is_encoder_decoder", True):
             raise UnsupportedModelError("a T5 decoder on its own is not supported; whole T5 models and encoders are")
 
@@ -97,7 +115,7 @@ class T5(Family):
 
     @staticmethod
     def _buckets(config: Config) -> int:
-        return config.get("relative_attention_num_buckets", 32)
+        return config.get("relative_attention_num_buckets") or 32
 
     def _table(self, site: Site) -> str:
         return f"{site.kind}.block.0.layer.0.SelfAttention.{_TABLE}"
@@ -133,7 +151,7 @@ class T5(Family):
             T5Attention._relative_position_bucket,
             bidirectional=site.kind == "encoder",
             num_buckets=self._buckets(config),
-            max_distance=config.get("relative_attention_max_distance", 128),
+            max_distance=config.get("relative_attention_max_distance") or 128,
         )
         return Attention(1.0, causal=site.kind == "decoder", bucket=bucket)
 
