@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, RecipeError, SQAError, one_line
-from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, TensorInfo
+from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, Stamp, TensorInfo, stamp
 
 SAMPLES = Path(__file__).parent / "samples"
 SAMPLE_PREFIX = "sample:"
@@ -51,8 +51,9 @@ def open_source(
         CheckpointError: it is not there, cannot be fetched, or is damaged.
     """
     source: Source | None = None
+    stamps: dict[Path, Stamp] = {}
     if (folder := local_folder(name, revision)) is not None:
-        commit = None
+        commit, stamps = None, _stamps(folder)
         config = read_config(name, folder)
         accept(config)
     else:
@@ -65,15 +66,22 @@ def open_source(
             if not any(folder.glob("model*.safetensors")):
                 folder, commit = _download(name, revision, "pytorch_model*.bin", _WEIGHTS[2])
     if source is None:
+        stamps = stamps or _stamps(folder)
         files, indexed = _weight_files(name, folder)
+        stamps |= {folder / file: stamp(folder / file) for file in files}
         if files[0].endswith(".safetensors"):
             source = SafetensorsSource(folder, files)
             if missing := sorted(indexed - source.index.keys()):
                 raise CheckpointError(f"{name}: {missing[0]} stands in the index but in none of the files")
         else:
             source = PickleSource(folder, files)  # leaves out tied names, so its index may promise more
+        source.stamps = stamps
     source.name, source.revision, source.folder, source.config = name, commit, folder, config
     return source
+
+
+def _stamps(folder: Path) -> dict[Path, Stamp]:
+    return {folder / file: stamp(folder / file) for file in ("config.json", *_WEIGHTS, *CARRIED_FILES)}
 
 
 def resolve(name: str, revision: str | None = None) -> Path:
