@@ -268,11 +268,13 @@ def _recoverable(run: Path, folder: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         number = error.errno if isinstance(error, OSError) else None
-        texts = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter")
+        texts = ("No space left", "File too large", "Disk quota exceeded")
         full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(text in str(error) for text in texts)
-        if not full and not isinstance(error, OSError) and "(os error " not in str(error):
+        # torch.save and safetensors have errors of their own for a file that could not be written; the first hides why.
+        unsaid = any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "iostream error"))
+        if not full and not unsaid and not isinstance(error, OSError) and "(os error " not in str(error):
             raise
-        what = "the disk is full" if full else one_line(error)
+        what = "the disk is full" if full else "the disk is full or failing" if unsaid else one_line(error)
         raise OutputError(f"{run} cannot be written: {what}; {_kept(run, folder)}") from error
 
 
