@@ -342,8 +342,12 @@ def sha256_of(path: Path) -> str:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """In one step: a reader finds the old file or the new one."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    new.replace(path)
+    try:
+        new.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def carry_files(source: Path, output: Path, tokenizer_class: str) -> None:

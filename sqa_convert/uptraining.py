@@ -182,8 +182,8 @@ def _settings(
     folder: Path, run: Path, recipe: str | Recipe | None, resume: bool, restart: bool, **overrides: Any
 ) -> Recipe:
     """The recipe of a run: of one to go on with its own. Raises RecipeError."""
-    if is_first() and (run / _BECAME).is_file() and (run / _BECAME).read_text() == _fingerprint(folder):
-        shutil.rmtree(run, ignore_errors=True)  # it was all done, but for this
+    if is_first() and _is_done(run, folder):
+        shutil.rmtree(run, ignore_errors=True)  # all that was left to do
     if resume:
         if restart or recipe is not None or any(value is not None for value in overrides.values()):
             raise RecipeError(f"--resume goes on with the recipe in {run}: leave out --restart and what changes it")
@@ -196,6 +196,12 @@ def _settings(
     if not restart and is_first() and any(run.glob(f"*/checkpoint-*/{COMPLETE}")):
         raise RecipeError(f"{run} holds a run that was stopped: --resume goes on with it, --restart throws it away")
     return settings
+
+
+def _is_done(run: Path, folder: Path) -> bool:
+    """Whether a run's result is in its place."""
+    became = run / _BECAME
+    return became.is_file() and became.read_text() == _fingerprint(folder)
 
 
 def _fingerprint(folder: Path) -> str:
@@ -280,6 +286,9 @@ def _recoverable(run: Path, folder: Path) -> Iterator[None]:
 
 def _kept(run: Path, folder: Path) -> str:
     """What is left of a run that stops here; one with nothing to go on from is cleared away."""
+    if is_first() and _is_done(run, folder):
+        shutil.rmtree(run, ignore_errors=True)
+        return f"{folder} is uptrained"
     stages: dict[str, int] = {}
     for path in run.glob(f"*/checkpoint-*/{COMPLETE}"):
         stage = path.parent.parent.name

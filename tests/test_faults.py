@@ -20,8 +20,8 @@ from test_uptraining import FEW
 
 from sqa_convert import execution, output, uptrain, uptraining
 from sqa_convert.checkpoint import SAMPLES
-from sqa_convert.errors import CheckpointError, OutputError
-from sqa_convert.output import hold, staged_output
+from sqa_convert.errors import CheckpointError, InterruptedByUserError, OutputError
+from sqa_convert.output import hold, staged_output, write_json
 from sqa_convert.report import read_report
 from sqa_convert.trainer import UptrainingTrainer
 from sqa_convert.uptraining import run_folder
@@ -140,6 +140,14 @@ def test_a_folder_taken_away_between_opening_and_locking_is_made_again(tmp_path,
     descriptor = hold(tmp_path / "held")
     assert len(calls) == 2 and os.path.samestat(os.fstat(descriptor), os.stat(tmp_path / "held"))
     os.close(descriptor)
+
+
+def test_a_report_that_cannot_be_written_stays_as_it_was_and_alone(tmp_path, monkeypatch):
+    write_json(tmp_path / "report.json", {"old": 1})
+    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError(errno.EIO, "failing")))
+    with pytest.raises(OSError, match="failing"):
+        write_json(tmp_path / "report.json", {"new": 1})
+    assert os.listdir(tmp_path) == ["report.json"] and json.loads((tmp_path / "report.json").read_text()) == {"old": 1}
 
 
 def other_weights(source):
@@ -272,6 +280,22 @@ def test_an_uptraining_killed_after_its_result_was_in_place_is_done(converted, m
         killed(lambda: uptrain(converted, recipe, device="cpu", evaluate=False))
     assert "uptraining" in read_report(converted)
     uptrain(converted, recipe, device="cpu", evaluate=False)
+    assert os.listdir(converted.parent) == ["out"]
+
+
+def test_an_uptraining_interrupted_after_its_result_was_in_place_does_not_say_otherwise(converted, monkeypatch, recipe):
+    stand_in(monkeypatch, trained)
+    remove, calls = shutil.rmtree, []
+
+    def interrupted(path, *rest, **options):
+        calls.append(path)
+        if calls.count(run_folder(converted)) == 1 and path == run_folder(converted):
+            raise KeyboardInterrupt
+        remove(path, *rest, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(InterruptedByUserError, match=r"interrupted; .*out is uptrained"):
+        uptrain(converted, recipe, device="cpu", evaluate=False)
     assert os.listdir(converted.parent) == ["out"]
 
 
