@@ -80,7 +80,7 @@ def test_a_run_killed_right_after_it_replaced_the_output_leaves_the_new_one(tmp_
 def test_at_no_moment_is_there_no_output(tmp_path, monkeypatch):
     out = tmp_path / "out"
     put(out, "old")
-    monkeypatch.setattr(Path, "rename", die)
+    monkeypatch.setattr(Path, "rename", lambda *arguments: pytest.fail("nothing is there until the second renaming"))
     put(out, "new", overwrite=True)
     assert (out / "weights").read_text() == "new"
 
