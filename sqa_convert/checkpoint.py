@@ -8,7 +8,7 @@ from typing import Any
 
 from .checks import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, carried_file, check_pickle, parse_json, regular_file
 from .errors import CheckpointError, RecipeError, SQAError, one_line, shown
-from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, indexed
+from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, Stamp, indexed, stamp
 
 SAMPLES = Path(__file__).parent / "samples"
 SAMPLE_PREFIX = "sample:"
@@ -53,8 +53,9 @@ def open_source(
         CheckpointError: it is not there, cannot be fetched, or is damaged.
     """
     source: Source | None = None
+    stamps: dict[Path, Stamp] = {}
     if (folder := local_folder(name, revision)) is not None:
-        commit = None
+        commit, stamps = None, _stamps(folder)
         config = read_config(name, folder)
         accept(config)
     else:
@@ -69,15 +70,22 @@ def open_source(
                 folder, commit = _download(name, revision, "pytorch_model*.bin", _WEIGHTS[2])
     if source is None:
         _check_carried(folder)
+        stamps = stamps or _stamps(folder)
         files, promised = _weight_files(name, folder)
+        stamps |= {folder / file: stamp(folder / file) for file in files}
         if files[0].endswith(".safetensors"):
             source = SafetensorsSource(folder, files)
             if missing := sorted(promised - source.index.keys()):
                 raise CheckpointError(f"{name}: {shown(missing[0])} stands in the index but in none of the files")
         else:
             source = PickleSource(folder, files)  # leaves out tied names, so its index may promise more
+        source.stamps = stamps
     source.name, source.revision, source.folder, source.config = name, commit, folder, config
     return source
+
+
+def _stamps(folder: Path) -> dict[Path, Stamp]:
+    return {folder / file: stamp(folder / file) for file in ("config.json", *_WEIGHTS, *CARRIED_FILES)}
 
 
 def resolve(name: str, revision: str | None = None) -> Path:

@@ -174,7 +174,7 @@ def convert_to_folder(
                 trust_remote_code=settings.trust_remote_code,
             )
 
-    with staged_output(output, settings.overwrite, plan.nbytes) as folder:
+    with staged_output(output, settings.overwrite, plan.nbytes) as folder, source.unchanged():
         start = time.perf_counter()
         if settings.verify:
             check_loads(plan)

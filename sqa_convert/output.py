@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 REPORT = "report.json"
 """in every output; a folder without it was not made here"""
+_STAGED, _REPLACED = ".sqa-partial", ".sqa-replaced"
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_HERE, _RENAME_EXCHANGE = -100, 2  # as in Linux's headers
 
 
 def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
@@ -55,9 +59,71 @@ def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
         raise OutputError(f"{flag} {str(output)[:200]} cannot be used: {one_line(error)}") from error
 
 
+def hold(folder: Path) -> int | None:
+    """Makes a folder, or takes over one that is there, and keeps every other process from doing so.
+
+    Returns:
+        A descriptor to close when done with it: the lock goes with the process, however that ends. None where the file
+        system knows no locks.
+
+    Raises:
+        BlockingIOError: another process holds the folder.
+        OSError: it cannot be made.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if os.name != "posix":
+            return None
+        with contextlib.suppress(FileNotFoundError):  # another process was done with it, and took it away
+            descriptor = os.open(folder, _FOLDER)
+            try:
+                locked = _lock(descriptor)
+                if locked and _is(folder, descriptor):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+            if not locked:
+                return None
+
+
+def empty(folder: Path) -> None:
+    """Removes what is in a folder, and not the folder, which may be held. Raises OSError."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _is(folder: Path, descriptor: int) -> bool:
+    """Whether what was opened is still in its place."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int) -> bool:
+    """False where there are no locks. Raises BlockingIOError when another holds it."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Iterator[Path]:
     """A temporary folder beside `output` that becomes it, complete, when the block ends; else nothing is left.
+
+    A run that is killed leaves it behind; the next to the same output clears it away. Two at a time do not go on.
 
     Args:
         output: where the folder shall be.
@@ -65,27 +131,39 @@ def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Itera
         size: bytes that will be written, to refuse a disk that is too full before starting.
 
     Raises:
-        OutputError: `output` exists or cannot be written, or the disk is or gets full.
+        OutputError: `output` exists or cannot be written, another run writes it, or the disk is or gets full.
     """
     check_output(output, overwrite)
     path = output.resolve()
     made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
-    staging = None
+    staging, held = path.with_name(f".{path.name}{_STAGED}"), None
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+            held = hold(staging)
+            if held is None:
+                with contextlib.suppress(OSError):
+                    staging.rmdir()
+                staging = Path(tempfile.mkdtemp(prefix=f"{staging.name}-", dir=path.parent))
+            empty(staging)
+            _settle(path)
+        except BlockingIOError as error:
+            raise OutputError(f"--output {output}: another run is writing it") from error
         except OSError as error:
             raise OutputError(f"--output {output} cannot be made: {one_line(error)}") from error
+        check_output(output, overwrite)
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise OutputError(f"--output {output}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
         staging.chmod(0o777 & ~_umask())
         yield staging
         _publish(staging, path, overwrite)
+        _clear(staging)  # what was replaced
     except BaseException as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+            held = None
+        _clear(staging)
         for folder in made:  # deepest first
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -94,6 +172,9 @@ def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Itera
         if isinstance(error, OSError) and not isinstance(error, SQAError):
             raise OutputError(f"--output {output} cannot be written: {one_line(error)}") from error
         raise
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def _umask() -> int:
@@ -102,27 +183,70 @@ def _umask() -> int:
     return mask
 
 
+def _clear(folder: Path) -> None:
+    """Removes a temporary folder, unless another run has taken it over."""
+    if os.name != "posix":
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, _FOLDER)
+        try:
+            _lock(descriptor)
+            if _is(folder, descriptor):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _settle(output: Path) -> None:
+    """Ends what a run that was killed while it replaced `output` left undone."""
+    aside = output.with_name(f".{output.name}{_REPLACED}")
+    if not output.exists() and aside.exists():
+        aside.rename(output)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def _publish(staging: Path, output: Path, overwrite: bool) -> None:
-    for path in staging.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in (*staging.rglob("*"), staging):
+        if path.is_file() or (path.is_dir() and os.name == "posix"):
+            _sync(path)
     check_output(output, overwrite)  # something may have come there since the start
     if not output.exists():
         staging.rename(output)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
-    old = aside / output.name
+    elif not _exchange(staging, output):
+        aside = output.with_name(f".{output.name}{_REPLACED}")
+        try:
+            output.rename(aside)
+            staging.rename(output)
+        except BaseException:
+            if aside.exists() and not output.exists():
+                aside.rename(output)  # else the next run does it
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is there, if perhaps not after a power cut
+        _sync(output.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        output.rename(old)
-        staging.rename(output)
-    except BaseException:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        with contextlib.suppress(OSError):
-            aside.rmdir()  # stays, with the old folder inside, where that could not be put back
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Lets two folders change places at once; False where the system cannot. Raises OSError."""
+    try:
+        exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    if exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -218,8 +342,12 @@ def sha256_of(path: Path) -> str:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """In one step: a reader finds the old file or the new one."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    new.replace(path)
+    try:
+        new.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def carry_files(source: Path, output: Path, tokenizer_class: str) -> None:

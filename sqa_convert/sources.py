@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .checks import MOST_TENSORS, check_pickle, is_zip, read_header
@@ -39,6 +41,18 @@ class TensorInfo:
     file: str
 
 
+Stamp = tuple[int, int, int, int] | None
+"""of a file: changes when the file does; None where there is none"""
+
+
+def stamp(path: Path) -> Stamp:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class Source(ABC):
     """A model to convert: its config and its tensors, read one at a time."""
 
@@ -50,6 +64,8 @@ class Source(ABC):
     """where tokenizer and generation config lie"""
     config: dict[str, Any]
     index: dict[str, TensorInfo]
+    stamps: Mapping[Path, Stamp] = MappingProxyType({})
+    """of its files, from before they were first read"""
 
     concurrent = False
     """whether `pieces` may go on in one thread while another calls `read`"""
@@ -65,6 +81,26 @@ class Source(ABC):
     def pieces(self, name: str) -> Iterator[Tensor]:
         """One tensor as flat pieces, in order; each is good until the next is asked for. Raises CheckpointError."""
         yield self.read(name).flatten()
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """What is read in the block is all of one state of the files.
+
+        Raises:
+            CheckpointError: a file has changed since the source was opened, whatever else that led to.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._check_unchanged(error)
+            raise
+        self._check_unchanged()
+
+    def _check_unchanged(self, consequence: Exception | None = None) -> None:
+        for path, known in self.stamps.items():
+            if (found := stamp(path)) != known:
+                what = "was removed" if found is None else "was changed"
+                raise CheckpointError(f"{path} {what} while it was read") from consequence
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -227,7 +263,9 @@ class PickleSource(Source):
         return self._loaded[1]
 
     def read(self, name: str) -> Tensor:
-        return self._load(self.index[name].file)[name].detach().clone()
+        content = self._load(self.index[name].file)
+        self._check_unchanged()  # reading beyond the end of a mapped file would end the process
+        return content[name].detach().clone()
 
 
 class ModelSource(Source):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from .distill import Targets, aligned_labels, distillation_loss, instead_of_logits
 from .errors import QualityError
@@ -127,7 +128,11 @@ class UptrainingTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         start = time.perf_counter()
-        super()._save_checkpoint(*args, **kwargs)
+        kept, self.args.save_total_limit = self.args.save_total_limit, None  # it would go by dates: clocks are set back
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = kept
         self.watch.aside += time.perf_counter() - start
 
 
@@ -208,3 +213,4 @@ class _Watch(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / f".{COMPLETE}").write_text(f"{self.seconds():.2f}")
             (folder / f".{COMPLETE}").rename(folder / COMPLETE)
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)

@@ -34,7 +34,7 @@ from .evaluation import compare, load_model, predict
 from .execution import Progress, silent
 from .families import family_of
 from .generation import answer_scores, continuations
-from .output import check_output, sha256_of, staged_output, write_shard
+from .output import check_output, empty, hold, sha256_of, staged_output, write_shard
 from .recipe import Recipe, dump_recipe, load_recipe
 from .report import read_report
 from .trainer import COMPLETE
@@ -43,6 +43,7 @@ from .training_data import training_data
 
 RECIPE = "recipe.yaml"
 _OF = "of"  # which conversion a run belongs to
+_BECAME = "became"  # what it was replaced by, if that was the last thing done
 
 
 def uptrain(
@@ -109,9 +110,9 @@ def uptrain(
         stages["control"] = (origin, dataclasses.replace(settings, loss="ce", patience=0))
     results: dict[str, Any] = {}
     report["seconds"] = {key: spent for key, spent in report["seconds"].items() if key not in ("uptrain", "control")}
-    with _recoverable(run, folder):
-        if restart and is_first():
-            shutil.rmtree(run, ignore_errors=True)
+    with _alone(run, folder), _recoverable(run, folder):
+        if not resume and is_first():
+            empty(run)
         _begin(run, folder, settings)
         teacher = expected = None
         if held_out is not None or settings.ce < 1:
@@ -143,6 +144,8 @@ def _publish(
     progress: Progress,
 ) -> None:
     """The trained model in the place of the converted one, measured beside the others."""
+    if _fingerprint(folder) != (run / _OF).read_text():
+        raise OutputError(f"{folder} was converted anew while it was trained")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     with staged_output(folder, overwrite=True, size=size) as staging:
         _save(load_model(run / "uptrain" / FINAL, dtype="float32"), folder, staging)
@@ -171,6 +174,7 @@ def _publish(
             report["samples"] = continuations(shown, job.held_out, trust_remote_code=job.trust_remote_code)
             report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(staging, report)
+        (run / _BECAME).write_text(_fingerprint(staging))
 
 
 def _own_device(device: torch.device) -> torch.device:
@@ -190,6 +194,8 @@ def _settings(
     folder: Path, run: Path, recipe: str | Recipe | None, resume: bool, restart: bool, **overrides: Any
 ) -> Recipe:
     """The recipe of a run: of one to go on with its own. Raises RecipeError."""
+    if is_first() and _is_done(run, folder):
+        shutil.rmtree(run, ignore_errors=True)  # all that was left to do
     if resume:
         if restart or recipe is not None or any(value is not None for value in overrides.values()):
             raise RecipeError(f"--resume goes on with the recipe in {run}: leave out --restart and what changes it")
@@ -199,9 +205,15 @@ def _settings(
             raise RecipeError(f"--resume: {folder} was converted anew since the run in {run} began: --restart")
         return load_recipe(str(run / RECIPE))
     settings = override("quick" if recipe is None else recipe, **overrides)
-    if not restart and any(run.glob(f"*/checkpoint-*/{COMPLETE}")):
+    if not restart and is_first() and any(run.glob(f"*/checkpoint-*/{COMPLETE}")):
         raise RecipeError(f"{run} holds a run that was stopped: --resume goes on with it, --restart throws it away")
     return settings
+
+
+def _is_done(run: Path, folder: Path) -> bool:
+    """Whether a run's result is in its place."""
+    became = run / _BECAME
+    return became.is_file() and became.read_text() == _fingerprint(folder)
 
 
 def _fingerprint(folder: Path) -> str:
@@ -238,6 +250,22 @@ def _origin(report: dict[str, Any], source: str | None) -> Path:
 
 
 @contextlib.contextmanager
+def _alone(run: Path, folder: Path) -> Iterator[None]:
+    """One uptraining of a folder at a time. Raises OutputError."""
+    try:
+        held = hold(run) if is_first() else None
+    except BlockingIOError as error:
+        raise OutputError(f"{folder} is being uptrained by another process") from error
+    except OSError as error:
+        raise OutputError(f"{run} cannot be made: {one_line(error)}") from error
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+@contextlib.contextmanager
 def _recoverable(run: Path, folder: Path) -> Iterator[None]:
     """What stops a training is said in one line, with what was kept of it."""
     try:
@@ -253,21 +281,26 @@ def _recoverable(run: Path, folder: Path) -> Iterator[None]:
         ) from error
     except OutputError as error:
         raise OutputError(f"{one_line(error)}; {_kept(run, folder)}") from error
-    except SQAError:
+    except (SQAError, SystemExit):
         _kept(run, folder)
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         number = error.errno if isinstance(error, OSError) else None
-        texts = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter")
+        texts = ("No space left", "File too large", "Disk quota exceeded")
         full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(text in str(error) for text in texts)
-        if not full and not isinstance(error, OSError):
+        # torch.save and safetensors have errors of their own for a file that could not be written; the first hides why.
+        unsaid = any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "iostream error"))
+        if not full and not unsaid and not isinstance(error, OSError) and "(os error " not in str(error):
             raise
-        what = "the disk is full" if full else one_line(error)
+        what = "the disk is full" if full else "the disk is full or failing" if unsaid else one_line(error)
         raise OutputError(f"{run} cannot be written: {what}; {_kept(run, folder)}") from error
 
 
 def _kept(run: Path, folder: Path) -> str:
     """What is left of a run that stops here; one with nothing to go on from is cleared away."""
+    if is_first() and _is_done(run, folder):
+        shutil.rmtree(run, ignore_errors=True)
+        return f"{folder} is uptrained"
     stages: dict[str, int] = {}
     for path in run.glob(f"*/checkpoint-*/{COMPLETE}"):
         stage = path.parent.parent.name
