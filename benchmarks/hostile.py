@@ -211,7 +211,11 @@ def main() -> None:
         count = 300 if options.short else options.inputs
         fuzzed = forked(lambda: fuzzing.fuzz(count, options.seed), patience=count)
         result["fuzzed"] = {"seed": options.seed, "inputs": count} | fuzzed.pop("returned", {}) | fuzzed
-    result["rows"] = rows
+    result["rows"] = {
+        name: f"exit code {row.get('returned')}, {row.get('seconds')} s, {row.get('wall_seconds')} s on the wall, "
+        f"{row.get('MB')} MB"
+        for name, row in rows.items()
+    }
     print(json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=2))
     print(collections.Counter("wrong" if "wrong" in row else "as it should" for row in rows.values()))
     if not options.short and not options.only:

@@ -24,7 +24,7 @@ LARGEST_CONFIG = 10**6
 LARGEST_INDEX = 16 * 10**6
 LARGEST_HEADER = 16 * 10**6
 """bytes of a safetensors header, or of the pickle that lists a .bin file's tensors"""
-LARGEST_CARRIED = 24 * 10**6
+LARGEST_CARRIED = 18 * 10**6
 """bytes of a tokenizer's file, and of all else that is carried over; mT5's has 16 million"""
 MOST_NESTED = 10**6
 """lists and tables in one of these"""
