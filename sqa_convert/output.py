@@ -89,9 +89,9 @@ def hold(folder: Path) -> int | None:
                 return None
 
 
-def empty(folder: Path) -> None:
-    """Removes what is in a folder, and not the folder, which may be held. Raises OSError."""
-    for path in folder.iterdir():
+def empty(folder: Path, last: str = "") -> None:
+    """Removes what is in a folder, one file after all else, and not the folder, which may be held. Raises OSError."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -130,7 +130,6 @@ def uptrain(
             if settings.control:
                 report["uptraining"]["control_curve"] = results["control"]["curve"]
             _publish(folder, run, report, settings, job, origin, progress)
-            shutil.rmtree(run, ignore_errors=True)
     return report
 
 
@@ -195,7 +194,7 @@ def _settings(
 ) -> Recipe:
     """The recipe of a run: of one to go on with its own. Raises RecipeError."""
     if is_first() and _is_done(run, folder):
-        shutil.rmtree(run, ignore_errors=True)  # all that was left to do
+        _discard(run)  # all that was left to do
     if resume:
         if restart or recipe is not None or any(value is not None for value in overrides.values()):
             raise RecipeError(f"--resume goes on with the recipe in {run}: leave out --restart and what changes it")
@@ -214,6 +213,13 @@ def _is_done(run: Path, folder: Path) -> bool:
     """Whether a run's result is in its place."""
     became = run / _BECAME
     return became.is_file() and became.read_text() == _fingerprint(folder)
+
+
+def _discard(run: Path) -> None:
+    """Removes a run that is done; what tells that it is goes last."""
+    with contextlib.suppress(OSError):
+        empty(run, last=_BECAME)
+        run.rmdir()
 
 
 def _fingerprint(folder: Path) -> str:
@@ -251,7 +257,7 @@ def _origin(report: dict[str, Any], source: str | None) -> Path:
 
 @contextlib.contextmanager
 def _alone(run: Path, folder: Path) -> Iterator[None]:
-    """One uptraining of a folder at a time. Raises OutputError."""
+    """One uptraining of a folder at a time, which leaves nothing behind when it is done. Raises OutputError."""
     try:
         held = hold(run) if is_first() else None
     except BlockingIOError as error:
@@ -260,6 +266,8 @@ def _alone(run: Path, folder: Path) -> Iterator[None]:
         raise OutputError(f"{run} cannot be made: {one_line(error)}") from error
     try:
         yield
+        if is_first():
+            _discard(run)
     finally:
         if held is not None:
             os.close(held)
@@ -299,7 +307,7 @@ def _recoverable(run: Path, folder: Path) -> Iterator[None]:
 def _kept(run: Path, folder: Path) -> str:
     """What is left of a run that stops here; one with nothing to go on from is cleared away."""
     if is_first() and _is_done(run, folder):
-        shutil.rmtree(run, ignore_errors=True)
+        _discard(run)
         return f"{folder} is uptrained"
     stages: dict[str, int] = {}
     for path in run.glob(f"*/checkpoint-*/{COMPLETE}"):

@@ -264,36 +264,44 @@ def test_a_finished_training_of_another_run_is_not_taken_for_this_ones(converted
     assert os.listdir(converted.parent) == ["out"]
 
 
-def test_an_uptraining_killed_after_its_result_was_in_place_is_done(converted, monkeypatch, recipe):
+@pytest.mark.parametrize("moment", ["before", "amid", "near the end"])
+def test_an_uptraining_killed_while_it_clears_up_is_done(converted, monkeypatch, recipe, moment):
     def train(path, teacher, settings, job, folder, said):
         (folder / "checkpoint-8").mkdir(parents=True)
         (folder / "checkpoint-8" / "complete").write_text("1.0")
         return trained()
 
     stand_in(monkeypatch, train)
-    remove = shutil.rmtree
+    run, remove, unlink = run_folder(converted), shutil.rmtree, Path.unlink
+
+    def rmtree(path, *rest, **options):
+        if path in (run, run / "uptrain"):
+            if moment == "amid":
+                remove(path, *rest, **options)
+            if moment != "near the end":
+                die()
+        remove(path, *rest, **options)
+
     with monkeypatch.context() as patch:
-        run = run_folder(converted)
+        patch.setattr(shutil, "rmtree", rmtree)
         patch.setattr(
-            shutil, "rmtree", lambda path, *rest, **options: die() if path == run else remove(path, *rest, **options)
+            Path, "unlink", lambda path, **options: die() if path.name == "became" else unlink(path, **options)
         )
         killed(lambda: uptrain(converted, recipe, device="cpu", evaluate=False))
-    assert "uptraining" in read_report(converted)
+    assert "uptraining" in read_report(converted) and run.exists()
     uptrain(converted, recipe, device="cpu", evaluate=False)
     assert os.listdir(converted.parent) == ["out"]
 
 
 def test_an_uptraining_interrupted_after_its_result_was_in_place_does_not_say_otherwise(converted, monkeypatch, recipe):
     stand_in(monkeypatch, trained)
-    remove, calls = shutil.rmtree, []
+    publish = uptraining._publish
 
-    def interrupted(path, *rest, **options):
-        calls.append(path)
-        if calls.count(run_folder(converted)) == 1 and path == run_folder(converted):
-            raise KeyboardInterrupt
-        remove(path, *rest, **options)
+    def interrupted(*arguments):
+        publish(*arguments)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    monkeypatch.setattr(uptraining, "_publish", interrupted)
     with pytest.raises(InterruptedByUserError, match=r"interrupted; .*out is uptrained"):
         uptrain(converted, recipe, device="cpu", evaluate=False)
     assert os.listdir(converted.parent) == ["out"]
