@@ -19,6 +19,7 @@ from .devices import peak_flops
 from .errors import RecipeError
 from .evaluation import HeldOut, Predictions, load_config, load_model
 from .flops import training_flops
+from .output import write_json
 from .recipe import Recipe
 from .trainer import COMPLETE, Said, UptrainingTrainer
 from .training_data import TrainingData
@@ -155,7 +156,7 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
         found["kept"] = "the start, no measurement was better" if kept_start else f"the best {key}"
     _write_final(trainer, path, kept_start, settings, job, output / FINAL)
     if is_first():
-        done.write_text(json.dumps(found))
+        write_json(done, found)
     return found
 
 

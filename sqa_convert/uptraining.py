@@ -198,7 +198,7 @@ def _settings(
     if resume:
         if restart or recipe is not None or any(value is not None for value in overrides.values()):
             raise RecipeError(f"--resume goes on with the recipe in {run}: leave out --restart and what changes it")
-        if not (run / RECIPE).is_file():
+        if not (run / _OF).is_file():
             raise RecipeError(f"--resume: there is no {run}, so no run that was stopped")
         if (run / _OF).read_text() != _fingerprint(folder):
             raise RecipeError(f"--resume: {folder} was converted anew since the run in {run} began: --restart")
@@ -324,10 +324,9 @@ def _kept(run: Path, folder: Path) -> str:
 def _begin(run: Path, folder: Path, settings: Recipe) -> None:
     # TensorBoard would write among the checkpoints, which go when all is done.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.with_suffix(".runs")))
-    if is_first():
-        run.mkdir(exist_ok=True)
-        (run / _OF).write_text(_fingerprint(folder))
+    if is_first() and not (run / _OF).is_file():  # a run that goes on needs what it has
         (run / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
+        (run / _OF).write_text(_fingerprint(folder))
 
 
 def _save(model: Any, folder: Path, staging: Path) -> None:

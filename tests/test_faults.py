@@ -307,6 +307,37 @@ def test_an_uptraining_interrupted_after_its_result_was_in_place_does_not_say_ot
     assert os.listdir(converted.parent) == ["out"]
 
 
+def test_a_run_killed_while_it_notes_that_it_is_trained_goes_on(converted, monkeypatch, recipe):
+    write = Path.write_text
+
+    def torn(path, text, **options):
+        write(path, "" if "finished" in path.name else text, **options)
+        if "finished" in path.name:
+            die()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", torn)
+        killed(lambda: uptrain(converted, recipe, device="cpu", evaluate=False))
+    report = uptrain(converted, resume=True, device="cpu", evaluate=False)
+    assert report["uptraining"]["steps"] == 4 and os.listdir(converted.parent) == ["out"]
+
+
+def test_a_run_that_goes_on_keeps_what_it_goes_on_by(converted, monkeypatch, recipe):
+    def train(path, teacher, settings, job, folder, said):
+        (folder / "checkpoint-8").mkdir(parents=True)
+        (folder / "checkpoint-8" / "complete").write_text("1.0")
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, train)
+    with pytest.raises(InterruptedByUserError, match="--resume"):
+        uptrain(converted, recipe, device="cpu", evaluate=False)
+    write, written = Path.write_text, []
+    monkeypatch.setattr(Path, "write_text", lambda path, *rest, **o: (written.append(path), write(path, *rest, **o))[1])
+    stand_in(monkeypatch, trained)
+    uptrain(converted, resume=True, device="cpu", evaluate=False)
+    assert not {run_folder(converted) / name for name in ("of", "recipe.yaml")} & set(written)
+
+
 def test_a_second_uptraining_of_the_same_folder_is_refused_and_harms_nothing(converted, recipe):
     run = run_folder(converted)
     held = hold(run)
