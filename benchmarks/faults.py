@@ -338,7 +338,8 @@ class Row:
     def say(self, what: str, note: str) -> None:
         self.counts[what] += 1
         if what in self.BAD and len(self.notes) < 12:
-            self.notes.append(f"{what}: {' '.join(note.split())[-400:]}")
+            text = " ".join(note.replace(f"{RESULTS.parent.parent}/", "").split())
+            self.notes.append(f"{what}: {text[-400:]}")
 
     def as_json(self) -> dict[str, Any]:
         keys = ("as_before", "complete", "resumed", "bus_errors", "stopped_with_strays", *self.BAD)
@@ -868,8 +869,6 @@ def bench(options: argparse.Namespace) -> int:
     print(json.dumps(result), flush=True)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         trials = Bench(Path(scratch).resolve(), options.seed, 0.1 if options.short else 1.0)
-        threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-        print({" ".join(k): round(v, 2) for (f, k), v in trials.seconds.items()}, threads)
         for kind in options.only or KINDS:
             getattr(trials, kind)()
     result["rows"] = {row.kind: row.as_json() for row in trials.rows}
