@@ -9,6 +9,7 @@ from .report import (
     auto_class,
     calibration_lines,
     costs,
+    last_quality,
     quality_table,
     speed_rows,
     speed_title,
@@ -33,7 +34,7 @@ def model_card(report: dict[str, Any], folder: Path) -> str:
         library_name="transformers",
         pipeline_tag=_PIPELINES.get(auto),
         base_model=source["name"] if source["revision"] else None,  # only models on the hub have one
-        base_model_relation="finetune",
+        base_model_relation="finetune" if source["revision"] else None,
         tags=["sqa", "sparse-query-attention"],
         model_name=name,
         eval_results=_results(report, _PIPELINES.get(auto, "text2text-generation")),
@@ -59,8 +60,7 @@ def model_card(report: dict[str, Any], folder: Path) -> str:
 def _results(report: dict[str, Any], task: str) -> list[Any] | None:
     from huggingface_hub import EvalResult
 
-    quality = report.get("quality", {})
-    last = quality.get("uptrained") or quality.get("converted")
+    last, quality = last_quality(report), report.get("quality", {})
     if last is None:
         return None
     text = {"task_type": task, "dataset_type": "text", "dataset_name": quality["data"]}

@@ -234,7 +234,7 @@ def compare(
     Args:
         models: folders, models, or functions that make one when its turn comes.
         also: what else to find out about each, for its row.
-        optional: those whose row is left out where they do not fit, or their loss is no number.
+        optional: those whose row is left out where they fail.
 
     Returns:
         {"data", "tokens", "device", and per model its `Quality` as a dict}.
@@ -254,6 +254,7 @@ def compare(
             done += 1
             progress(stage, done, total)
 
+        model: Any = None  # one at a time
         try:
             if isinstance(folder, str | Path):
                 model = load_model(folder, trust_remote_code=trust_remote_code)
@@ -266,10 +267,10 @@ def compare(
                 )
             predictions = predict(model, held_out, step)
             result[name] = asdict(measure(predictions, source)) | ({} if also is None else also(model))
-        except (torch.OutOfMemoryError, QualityError) as error:
-            if name in optional:
+        except Exception as error:
+            if name in optional:  # by whatever it fails, the others are worth having
                 continue
-            if isinstance(error, QualityError):
+            if not isinstance(error, torch.OutOfMemoryError):
                 raise
             raise RecipeError(f"the {name} model does not fit on {device}: --device cpu or --no-evaluate") from error
         source = source or predictions

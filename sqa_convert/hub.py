@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from .errors import OutputError, RecipeError, one_line
-from .output import REPORT
+from .checkpoint import CARD
+from .errors import CheckpointError, OutputError, RecipeError, one_line
+from .report import read_report
 
 FLAG = "--push-to-hub"
+_MESSAGE = "Sparse Query Attention by sqa-convert"
 _STALE = ["*.safetensors", "*.safetensors.index.json"]
 """files of an earlier upload that go when this one has none of that name"""
 
@@ -45,16 +47,24 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> st
     """
     from huggingface_hub import HfApi
 
-    if not (Path(folder) / REPORT).is_file():
-        raise OutputError(f"{folder} holds no {REPORT}: only what sqa-convert made is pushed")
+    try:
+        read_report(Path(folder))
+    except CheckpointError as error:
+        raise OutputError(f"{one_line(error)}; only what sqa-convert made is pushed") from error
     api = HfApi()
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=address.repo_id,
             folder_path=folder,
-            commit_message="Sparse Query Attention by sqa-convert",
+            commit_message=_MESSAGE,
             delete_patterns=_STALE,
+            ignore_patterns=[CARD],
+        )
+        card = (Path(folder) / CARD).read_text(encoding="utf-8")
+        there = card.replace(f'from_pretrained("{Path(folder).resolve().name}"', f'from_pretrained("{address.repo_id}"')
+        api.upload_file(
+            path_or_fileobj=there.encode(), path_in_repo=CARD, repo_id=address.repo_id, commit_message=_MESSAGE
         )
     except Exception as error:
         private_flag = "--private " if private else ""
@@ -66,7 +76,6 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> st
 
 
 def _said(error: Exception) -> str:
-    from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -77,6 +86,14 @@ def _said(error: Exception) -> str:
     while cause.__cause__ is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__
     if isinstance(cause, HfHubHTTPError) and cause.response is not None and cause.response.status_code in (401, 403):
-        return f"no right to write there ({cause.response.status_code}): `hf auth login` with a token that may write"
-    text, token = one_line(cause), get_token()
-    return text.replace(token, "…") if token else text
+        why = f" {cause.server_message}" if cause.server_message else ""
+        said = f"not allowed there ({cause.response.status_code}){why}: `hf auth login` with a token that may write"
+        return _without_token(said)
+    return _without_token(str(cause) or type(cause).__name__)
+
+
+def _without_token(text: str) -> str:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return one_line(Exception(text.replace(token, "…") if token else text))

@@ -36,7 +36,7 @@ def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
     """Raises OutputError unless a folder may be put at `output`."""
     try:
         path = output.resolve()
-        if path == Path.cwd() or path in Path.cwd().parents or path.is_mount():
+        if path == Path.cwd() or path in Path.cwd().parents or os.path.ismount(path):
             raise OutputError(f"{flag} {output} is the folder you are in, one above it, or a mount; give one inside")
         if path.exists():
             if not path.is_dir():
@@ -44,7 +44,7 @@ def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
             if any(path.iterdir()):
                 if not overwrite:
                     raise OutputError(f"{flag} {output} exists already: give another, or --overwrite")
-                if not (path / REPORT).is_file():
+                if not _made_here(path):
                     raise OutputError(
                         f"{flag} {output} holds what sqa-convert did not write, so --overwrite is refused"
                     )
@@ -57,6 +57,18 @@ def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
         if isinstance(error, SQAError):
             raise
         raise OutputError(f"{flag} {str(output)[:200]} cannot be used: {one_line(error)}") from error
+
+
+def is_ours(report: Any) -> bool:
+    """Whether the content of a report.json is of this package's making."""
+    return isinstance(report, dict) and isinstance(report.get("schema"), int) and "sqa_convert" in report
+
+
+def _made_here(folder: Path) -> bool:
+    try:
+        return is_ours(read_json(folder / REPORT, ""))
+    except CheckpointError:
+        return False
 
 
 def hold(folder: Path) -> int | None:
@@ -244,7 +256,7 @@ def _exchange(one: Path, other: Path) -> bool:
     if exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EXDEV):
         return False
     raise OSError(number, os.strerror(number), str(other))
 

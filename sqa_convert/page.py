@@ -20,6 +20,7 @@ from .report import (
     auto_class,
     calibration_lines,
     costs,
+    last_quality,
     quality_table,
     speed_rows,
     speed_title,
@@ -95,7 +96,7 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
         )
         if before[key]
     ]
-    last = quality.get("uptrained") or quality.get("converted")
+    last = last_quality(report)
     if last is not None:
         tiles += [
             (f"{last['loss'] - quality['source']['loss']:+.3f}", "nats/token of loss"),

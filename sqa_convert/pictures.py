@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
@@ -14,7 +15,9 @@ _MOST_SHOWN = 12  # sites in the picture of similarities, evenly chosen
 _MOST_NAMED = 16  # sites with their names below an axis
 
 
-def heads_picture(groups: Any, kind: str, alike: Mapping[int, float] | None = None) -> str:
+def heads_picture(
+    groups: Sequence[Sequence[Sequence[int]]], kind: str, alike: Mapping[int, float] | None = None
+) -> str:
     """The partition as SVG: source heads above, their query heads and key/value heads below, one colour a group.
 
     Args:
@@ -40,12 +43,12 @@ def heads_picture(groups: Any, kind: str, alike: Mapping[int, float] | None = No
 
     def source_box(head: int, group: int) -> None:
         if alike is None:
-            box(at[head], 40, f"{head}", _colour(group))
+            box(at[head], 40, f"{head:d}", _colour(group))
         elif head in alike:
             tip = f"head {head}: alike {alike[head]:.2f}"
-            box(at[head], 40, f"{head}", similarity_colour(alike[head]), tip)
+            box(at[head], 40, f"{head:d}", similarity_colour(alike[head]), tip)
         else:
-            box(at[head], 40, f"{head}", _GREY, f"head {head}: shares with none")
+            box(at[head], 40, f"{head:d}", _GREY, f"head {head}: shares with none")
 
     def line(x1: float, y1: float, x2: float, y2: float) -> None:
         lines.append(f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" stroke="#888888" stroke-width="2"/>')
@@ -65,6 +68,7 @@ def heads_picture(groups: Any, kind: str, alike: Mapping[int, float] | None = No
         box(x, 180, f"kv{g}", _colour(g))
     labels = [("source heads", 61), ("query heads", 131), ("key/value", 201)]
     texts = [f'<text x="4" y="{y}" fill="#777">{text}</text>' for text, y in labels]
+    kind = escape(kind)
     title = f"{len(order)} heads become {len(clusters)} query and {len(group_queries)} key/value heads ({kind})"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" role="img" aria-label="{title}" '
@@ -225,11 +229,14 @@ def errors_picture(sites: Sequence[Mapping[str, Any]], kind: str) -> bytes:
 def _rendered(figure: Any, kind: str) -> bytes:
     """The figure as a file. In a page, words are words, black is the page's colour of text, and nothing lies below."""
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
     content, page = io.BytesIO(), kind == "page"
     settings: dict[Any, Any] = {"svg.hashsalt": "sqa_convert"} | ({"svg.fonttype": "none"} if page else {})
     with rc_context(settings):  # the same picture is the same file
         metadata = None if kind == "png" else {"Date": None}
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)  # a name may hold dollars
         figure.savefig(content, format="svg" if page else kind, dpi=144, metadata=metadata, transparent=page)
     if not page:
         return content.getvalue()

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .checkpoint import CARD, read_json
+from .checks import LARGEST_CONFIG, regular_file
 from .errors import CheckpointError
 from .heads import METHODS
-from .output import REPORT
+from .output import REPORT, is_ours
 from .plan import Cost, Plan
 from .sources import Source
 
@@ -24,6 +25,7 @@ TAKEN_OVER = ("license", "license_name", "license_link", "language", "datasets")
 """of the source's card, into the report and the result's card"""
 ROWS = ("source", "converted", "uptrained", "control", "mean")
 """models a report may hold measurements of; "mean" is the source with its heads averaged, for comparison"""
+_MOST_WORDS = 100  # of one entry
 _LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
 _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -73,13 +75,20 @@ def conversion_report(
 def _source_card(folder: Path) -> dict[str, Any]:
     """What the result's card takes over from the source's; empty where it has none that can be read."""
     from huggingface_hub import ModelCard
-    from yaml import YAMLError
 
     try:
-        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, YAMLError):
+        path = regular_file(folder, CARD, LARGEST_CONFIG)
+        if path is None:
+            return {}
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # whatever it is, a card is no reason to stop
         return {}
-    return {key: data[key] for key in TAKEN_OVER if isinstance(data.get(key), str | list)}
+    return {key: data[key] for key in TAKEN_OVER if _is_plain(data.get(key))}
+
+
+def _is_plain(value: Any) -> bool:
+    words = value if isinstance(value, list) else [value]
+    return len(words) <= _MOST_WORDS and all(isinstance(w, str) and w.isprintable() and len(w) <= 300 for w in words)
 
 
 def _site(site: Site, record: SiteRecord | None, plan: Plan) -> dict[str, Any]:
@@ -110,9 +119,11 @@ def _cost(cost: Cost) -> dict[str, Any]:
     }
 
 
-def auto_class(report: dict[str, Any]) -> str:
+def auto_class(report: dict[str, Any], otherwise: str = "AutoModel") -> str:
     """The Auto class of transformers that loads the result."""
-    return next(auto for ending, auto in _AUTO_CLASSES.items() if report["architecture"].endswith(ending))
+    architecture = str(report.get("architecture"))
+    known = architecture.startswith("SQA")
+    return next((auto for ending, auto in _AUTO_CLASSES.items() if known and architecture.endswith(ending)), otherwise)
 
 
 def recovered(quality: dict[str, Any], key: str) -> float | None:
@@ -122,6 +133,12 @@ def recovered(quality: dict[str, Any], key: str) -> float | None:
     start = quality["source"][key] or 0.0  # the source has no KL to itself
     damage = quality["converted"][key] - start
     return None if damage <= 0 else (quality["converted"][key] - quality["uptrained"][key]) / damage
+
+
+def last_quality(report: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured of the weights as they are now; None where nothing was."""
+    quality = report.get("quality", {})
+    return quality.get("uptrained" if "uptraining" in report else "converted")
 
 
 def calibration_lines(report: dict[str, Any]) -> list[str]:
@@ -152,7 +169,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     """Raises CheckpointError when the folder was not made by sqa-convert."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    return read_json(folder / REPORT, f"{folder} holds no {REPORT}: it was not made by sqa-convert")
+    report = read_json(folder / REPORT, f"{folder} holds no {REPORT}: it was not made by sqa-convert")
+    if not (is_ours(report) and auto_class(report, "") and isinstance(report.get("sites"), list)):
+        raise CheckpointError(f"{folder / REPORT} is no report of sqa-convert")
+    return report
 
 
 def uptraining_lines(report: dict[str, Any]) -> list[str]:

@@ -150,6 +150,7 @@ def _publish(
         _save(load_model(run / "uptrain" / FINAL, dtype="float32"), folder, staging)
         (staging / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
         report["sha256"] = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
+        report.pop("reloaded", None)  # that was of the old weights
         known = report.get("quality", {})
         if job.held_out is None:
             report["quality"] = {key: known[key] for key in known if key not in ("uptrained", "control")}
@@ -212,7 +213,10 @@ def _settings(
 def _is_done(run: Path, folder: Path) -> bool:
     """Whether a run's result is in its place."""
     became = run / _BECAME
-    return became.is_file() and became.read_text() == _fingerprint(folder)
+    try:
+        return became.is_file() and became.read_text() == _fingerprint(folder)
+    except CheckpointError:  # it is gone
+        return False
 
 
 def _discard(run: Path) -> None:

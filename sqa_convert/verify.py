@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,24 @@ from torch import Tensor
 
 from . import models
 from .checkpoint import read_config
-from .errors import CheckpointError, one_line
+from .checks import LARGEST_CONFIG, regular_file
+from .errors import CheckpointError, one_line, shown
+from .execution import MODELS
 from .output import sha256_of
 from .report import auto_class, read_report
 from .sources import SafetensorsSource
 
 POSITIONS = 16
 """tokens of the input that a model is compared on"""
-_TOLERANCE = 1e-4  # of the largest logit: the same weights in the same code on the same machine
+_TOLERANCE = 1e-4  # of the largest logit: the same weights in the same code on the same machine, in float32
+_NO_MEMORY = "there was not memory enough"
+_PATIENCE = 3600  # seconds
 _COPIES = 4
 """of the weights that must fit into memory for a stranger to load them beside what is measured"""
 _STRANGER = """
 import sys, torch, transformers
 auto, folder, inputs, result = sys.argv[1:]
-model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, dtype="float32").eval()
 own = "sqa_convert" not in sys.modules and type(model).__module__.startswith("transformers_modules.")
 assert own, "it is not the folder's own code that was loaded"
 with torch.no_grad():
@@ -38,15 +42,18 @@ with torch.no_grad():
 """
 
 
-def verify(folder: str | Path) -> dict[str, Any]:
+def verify(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """Checks an output folder.
 
     Every file of weights is held against its checksum in report.json, every tensor must be finite and have the shape
     that the model class calls for, and the folder is loaded twice: here, and by a process that has only transformers
-    and the folder's own modeling files. Both must compute the same.
+    and the folder's own modeling files. Both must compute the same. The modeling files must be those of this version,
+    since they are run.
 
     Args:
         folder: made by `convert`.
+        trust_remote_code: let modeling files run that are not those of this version. They may be another version's, or
+            anybody's.
 
     Returns:
         {"files": with a checksum, "tensors": read, "difference": largest between the logits of the two}.
@@ -64,8 +71,30 @@ def verify(folder: str | Path) -> dict[str, Any]:
         if sha256_of(folder / name) != checksum:
             raise CheckpointError(f"{folder / name} is not the file that was written: its checksum differs")
     tensors = _check_tensors(folder, report, sorted(found))
+    if not trust_remote_code:
+        _check_code(folder)
     with stranger(folder, report) as logits:
-        return {"files": len(recorded), "tensors": tensors, "difference": same(logits(), folder, report)}
+        theirs = logits()
+        if theirs is None:
+            raise CheckpointError(f"{folder}: loading it was killed; {_NO_MEMORY}")
+        return {"files": len(recorded), "tensors": tensors, "difference": same(theirs, folder, report)}
+
+
+def _check_code(folder: Path) -> None:
+    """The only code that the folder makes a process run is what this version ships."""
+    named = read_config(str(folder), folder).get("auto_map")
+    for place in named.values() if isinstance(named, dict) else [named]:
+        file = f"{str(place).partition('.')[0]}.py"
+        shipped = MODELS / file
+        path = regular_file(folder, file, LARGEST_CONFIG)
+        if "sqa" not in file or not shipped.is_file() or path is None or path.read_bytes() != shipped.read_bytes():
+            raise CheckpointError(
+                f"{folder}: {shown(file)} is not the file this version of sqa-convert ships, so it is not run; "
+                "--trust-remote-code runs it"
+            )
+    for path in folder.glob("*.py"):
+        if not (MODELS / path.name).is_file() or path.read_bytes() != (MODELS / path.name).read_bytes():
+            raise CheckpointError(f"{path} is not of this version of sqa-convert; --trust-remote-code runs it")
 
 
 def _names(names: Any) -> str:
@@ -101,26 +130,38 @@ def _check_tensors(folder: Path, report: dict[str, Any], files: list[str]) -> in
 
 @contextlib.contextmanager
 def reloaded(folder: Path, report: dict[str, Any]) -> Iterator[None]:
-    """While the block runs a stranger loads the folder; after it the report says how far its logits are from ours.
+    """While the block runs a stranger loads the folder; after it the report says how far its logits are from ours, or
+    that there was not memory enough for it.
 
     Raises:
         CheckpointError: it does not load, or computes something else.
     """
     if psutil.virtual_memory().available < _COPIES * sum(p.stat().st_size for p in folder.glob("*.safetensors")):
         yield
+        report["reloaded"] = {"skipped": _NO_MEMORY}
         return
     with stranger(folder, report) as logits:
         yield
-        report["reloaded"] = {"difference": same(logits(), folder, report)}
+        theirs = logits()
+        if theirs is None:
+            report["reloaded"] = {"skipped": _NO_MEMORY}
+        else:
+            report["reloaded"] = {"difference": same(theirs, folder, report)}
 
 
 @contextlib.contextmanager
-def stranger(folder: Path, report: dict[str, Any]) -> Iterator[Any]:
-    """While the block runs, another process loads the folder; the function it is given waits for its logits."""
+def stranger(folder: Path, report: dict[str, Any]) -> Iterator[Callable[[], Tensor | None]]:
+    """While the block runs, another process loads the folder; the function it is given waits for its logits, None where
+    that process was killed."""
     with tempfile.TemporaryDirectory() as work:
         inputs, result = Path(work) / "inputs.pt", Path(work) / "logits.pt"
         torch.save(_probe(folder), inputs)
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(work) / "modules")}
+        environment = {name: value for name, value in os.environ.items() if "TOKEN" not in name} | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+            "HF_MODULES_CACHE": str(Path(work) / "modules"),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        }
         process = subprocess.Popen(
             [sys.executable, "-c", _STRANGER, auto_class(report), folder.resolve(), inputs, result],
             env=environment,
@@ -131,10 +172,12 @@ def stranger(folder: Path, report: dict[str, Any]) -> Iterator[Any]:
             text=True,
         )
 
-        def logits() -> Tensor:
-            _, said = process.communicate()
+        def logits() -> Tensor | None:
+            _, said = process.communicate(timeout=_PATIENCE)
+            if process.returncode < 0:
+                return None
             if process.returncode:
-                last = (said.strip().splitlines() or ["it was killed"])[-1]
+                last = (said.strip().splitlines() or ["it says nothing"])[-1]
                 raise CheckpointError(f"{folder} does not load where sqa_convert is not: {one_line(Exception(last))}")
             return torch.load(result, weights_only=True)
 
@@ -158,7 +201,7 @@ def _probe(folder: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def same(theirs: Tensor, folder: Path, report: dict[str, Any]) -> float:
     """The largest difference to what the folder's model computes here. Raises CheckpointError where it is large."""
-    model = getattr(models, report["architecture"]).from_pretrained(folder, dtype="auto").eval()
+    model = getattr(models, report["architecture"]).from_pretrained(folder, dtype="float32").eval()
     ours = model(**_probe(folder))[0]
     difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
     if not difference <= _TOLERANCE * max(1.0, ours.abs().max().item()):

@@ -63,7 +63,7 @@ def run_page(page: Path, folder: Path) -> list[str]:
     """Runs one page; returns what was left out. Raises SystemExit at the first thing that fails."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": path, "HF_HOME": str(folder / ".hub")}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": path}
     os.chdir(folder)
     left_out = []
     for block in blocks(page.read_text(encoding="utf-8")):
@@ -134,5 +134,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    main()
+    with tempfile.TemporaryDirectory() as cache:  # before anything is imported that looks at it
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": cache}
+        main()

@@ -240,7 +240,7 @@ def test_output_holds_all_that_loading_needs(folder, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "configuration_sqa_t5.py", "modeling_sqa_t5.py",
-        "spiece.model", "tokenizer_config.json", "LICENSE", "report.json", "README.md", "heads.svg",
+        "spiece.model", "tokenizer_config.json", "LICENSE", "report.json", "report.html", "README.md", "heads.svg",
     }  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM", "AutoModelForTextEncoding"}

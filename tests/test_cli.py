@@ -49,6 +49,7 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
+FEW = "tokens: 20_480\nsequence_length: 128\nlearning_rate: 1.0e-3\nheld_out_tokens: 4_096\nevaluations: 2\n"
 FITTED = ["--q-groups", "8", "--kv-groups", "4", "--calibration-tokens", "2048", "--refine-steps", "4"]
 
 
@@ -346,7 +347,7 @@ def test_a_folder_without_permission(run, source):
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_uptraining_from_the_command_line(run, name, tmp_path):
-    (tmp_path / "short.yaml").write_text("tokens: 20_480\nsequence_length: 128\nlearning_rate: 1.0e-3\n")
+    (tmp_path / "short.yaml").write_text(FEW)
     code, out, err = run(f"sample:{name}", *HEADS, "--uptrain", tmp_path / "short.yaml", "-o", "out", "--seed", "7")
     assert code == 0, err
     for words in ("uptrained", "uptraining took back", "next: AutoModelFor"):
@@ -492,7 +493,7 @@ def test_interruption_leaves_nothing(source, tmp_path, number, code):
     assert process.stdout.readline() == "written\n"
     assert len(os.listdir(tmp_path)) == 2  # the source and the temporary folder
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == code
     assert err == ("error: interrupted; nothing half-written was kept\n" if number == signal.SIGINT else "")
     assert os.listdir(tmp_path) == ["source"]
@@ -586,6 +587,7 @@ def test_cached_hub_model_converts_offline(run, tmp_path, monkeypatch):
         "name": "someone/tiny",
         "revision": commit,
         "architecture": "T5ForConditionalGeneration",
+        "card": {},
     }
     assert os.listdir() == ["tiny-sqa-q8kv4"]
 

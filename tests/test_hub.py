@@ -100,6 +100,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield server
     server.shutdown()
     server.server_close()
@@ -143,7 +144,8 @@ def test_a_conversion_arrives_whole_and_private(run, hub):
     assert code == 0, err
     assert f"pushed: {hub.url}/me/model" in out
     assert hub.files.keys() == {path.name for path in Path("out").iterdir()}
-    assert all(hub.files[path.name] == path.read_bytes() for path in Path("out").iterdir())
+    assert all(hub.files[path.name] == path.read_bytes() for path in Path("out").iterdir() if path.name != "README.md")
+    assert 'AutoModelForCausalLM.from_pretrained("me/model"' in hub.files["README.md"].decode()
     assert created(hub)["name"] == "model" and is_private(hub)
 
 
@@ -191,12 +193,12 @@ def test_what_cannot_be_pushed_is_known_first(run, hub, monkeypatch, repo, says)
 def test_a_token_that_may_not_write_is_named(run, hub):
     hub.fails["/api/models/me/model/preupload/main"] = 403
     code, out, err = run(convert, *CONVERT, "--push-to-hub", "me/model")
-    assert code == 2 and "no right to write there (403)" in err and "hf upload" in err
+    assert code == 2 and "not allowed there (403)" in err and "hf upload" in err
     assert "pushed" not in out and Path("out/model.safetensors").exists()
 
 
 def test_only_our_own_folders_are_pushed(tmp_path, hub):
-    with pytest.raises(OutputError, match=r"holds no report\.json"):
+    with pytest.raises(OutputError, match=r"holds no report\.json.*only what sqa-convert made"):
         push_to_hub(tmp_path, "me/model")
     assert hub.requests == []
 

@@ -228,6 +228,10 @@ def convert(
         if recipe is not None and not family.has_language_model_head(config):
             raise RecipeError(f"--uptrain: a {family.source_architecture(config)} has no language model head to train")
 
+    if push_to_hub is not None and not dry_run:
+        from ..hub import check_push
+
+        check_push(push_to_hub)
     source = open_source(model, revision, accept=accept, headers_only=dry_run)
     plan = make_plan(source, request)
     target = output or _default_output(model, plan.partitions)
@@ -238,12 +242,9 @@ def convert(
     from ..conversion import Settings, convert_to_folder
     from ..data import check_data
     from ..devices import choose_device
-    from ..hub import check_push
 
     out.quieten_libraries()
     choose_device(device)
-    if push_to_hub is not None:
-        check_push(push_to_hub)
     if recipe is None and not no_evaluate:
         check_data(data)
     if calibration is not None:

@@ -69,7 +69,7 @@ def evaluate_command(
     if verify:
         from ..verify import verify as check
 
-        found = check(model)
+        found = check(model, trust_remote_code)
         out.json({"schema": 1, "verified": found})
         sums = f"{found['files']} with the checksums of report.json" if found["files"] else "no checksums recorded"
         out.result(
