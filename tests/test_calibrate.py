@@ -10,7 +10,7 @@ from helpers import SOURCES, gpt2, logits, tokens
 from helpers import t5 as any_t5
 from transformers import AutoConfig, GPT2Model, T5EncoderModel, T5Model
 
-from sqa_convert import calibrate, calibration_text, convert
+from sqa_convert import calibrate, calibration_text, convert, evaluate
 from sqa_convert.activations import capture, sensitivity
 from sqa_convert.checkpoint import open_source
 from sqa_convert.errors import DataError, RecipeError
