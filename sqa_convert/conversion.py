@@ -100,7 +100,8 @@ def convert(
         revision: of a hub id.
         max_shard_size: of a weight file, such as "300MB"; by default "5GB".
         overwrite: replace an existing `output`.
-        verify: of an `output`, read every written tensor again, and check names and shapes against the model class.
+        verify: of an `output`, read every written tensor again, and check names and shapes against the model class;
+            with `evaluate` also load it in a process of its own, without this package, and compare logits.
         evaluate: measure source and result on held-out text, one after the other, where the model has a language model
             head. Needs `output`.
         data: that text, as `sqa_convert.data.documents` takes it; by default the built-in corpus.
@@ -114,7 +115,8 @@ def convert(
 
     Raises:
         RecipeError: an argument is not possible, or the work does not fit into the device's memory.
-        CheckpointError: the source is missing, damaged or out of reach.
+        CheckpointError: the source is missing, damaged, out of reach or changes while it is read; or what was written
+            is not what was computed.
         UnsupportedModelError: the source is of an architecture that cannot be converted.
         DataError: the text is missing, too short, or does not fit the model.
         OutputError: `output` exists already or cannot be written.

@@ -1,7 +1,7 @@
 """Every error a user can cause, and the exit code the commands answer it with.
 
-Exit codes: 0 done · 2 usage, recipe or output · 3 source missing, damaged, unsupported or offline ·
-4 a quality gate failed · 1 anything unexpected · 130 interrupted.
+Exit codes: 0 done · 2 usage, recipe, data or output · 3 source missing, damaged, unsupported or offline ·
+4 a quality gate failed · 1 anything unexpected · 130 interrupted · 143 terminated.
 """
 
 

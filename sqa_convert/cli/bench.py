@@ -108,6 +108,8 @@ def bench_command(
             if folder is not None and (folder / REPORT).is_file() and "cost" in read_report(folder):
                 write_report(folder, read_report(folder) | {"speed": result})
                 show_report(out, folder)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise OutputError(f"the measurements cannot be written: {one_line(error)}") from error
 
