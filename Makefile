@@ -8,13 +8,16 @@ SMOKE := build/smoke
 PYTEST := -m pytest -n auto
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-oldest coverage lint format docs dist smoke notebooks samples clean
+.PHONY: demo test integration test-oldest coverage lint format docs dist smoke notebooks samples clean
 
 demo: $(VENV)/ready  ## convert sample:gpt2 from 12 heads to 8/4, uptrain it, report, let it write
 	$(BIN)/python benchmarks/demo.py
 
 test: $(VENV)/ready  ## the whole suite, offline
 	$(BIN)/python $(PYTEST)
+
+integration: $(VENV)/ready  ## PEFT, ONNX, lm-evaluation-harness, pipelines, the documentation's examples
+	$(BIN)/python $(PYTEST) -m integration
 
 test-oldest: $(OLDEST)/ready  ## the same with the oldest transformers supported
 	$(OLDEST)/bin/python $(PYTEST)

@@ -297,8 +297,11 @@ def test_only_outputs_of_our_own_are_overwritten(run, source):
     open("out/project/precious.txt", "w").close()
     code, _, err = run(source, *HEADS, *QUIET, "-o", "out", "--overwrite")
     assert code == 2 and "did not write" in err
+    open("out/report.json", "w").write('{"numTotalTests": 3}')  # other programs write reports too
+    code, _, err = run(source, *HEADS, *QUIET, "-o", "out", "--overwrite")
+    assert code == 2 and "did not write" in err
     assert os.listdir("out/project") == ["precious.txt"]
-    (source / "report.json").write_text("{}")
+    (source / "report.json").write_text('{"schema": 1, "sqa_convert": "0"}')
     code, _, err = run(source, *HEADS, *QUIET, "-o", source, "--overwrite")
     assert code == 2 and "where the source lies" in err
 

@@ -158,6 +158,7 @@ def test_tasks_without_the_harness_say_what_to_install(run, monkeypatch):
     assert code == 2 and "sqa-convert[eval]" in err
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("model", ["out", "sample:t5"])
 def test_a_local_task_of_the_harness_runs_offline(model, run, out):
     pytest.importorskip("lm_eval")

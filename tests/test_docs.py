@@ -45,6 +45,7 @@ def with_python():
     return [page for page in PAGES if any(True for _ in blocks(page, "python"))]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("page", with_python(), ids=name)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,7 @@ from transformers import (
 
 from sqa_convert.checkpoint import SAMPLES
 
+pytestmark = pytest.mark.integration
 AUTO = {"gpt2": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
 SMALL = {"gpt2": lambda: sqa_gpt2(6, 3), "t5": lambda: sqa_t5(6, 3)}
 

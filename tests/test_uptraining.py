@@ -21,7 +21,9 @@ from sqa_convert.report import quality_table, recovered, uptraining_lines
 from sqa_convert.trainer import UptrainingTrainer
 from sqa_convert.training import Job, no_dropout
 
-SHORT = Recipe(tokens=40 * 1024, sequence_length=128, batch_size=8, learning_rate=1e-3, evaluations=2)
+SHORT = Recipe(
+    tokens=40 * 1024, sequence_length=128, batch_size=8, learning_rate=1e-3, evaluations=2, held_out_tokens=4096
+)
 FEW = Recipe(tokens=8 * 256, sequence_length=32, batch_size=8, learning_rate=1e-3, evaluations=2, held_out_tokens=2048)
 
 
@@ -39,7 +41,7 @@ def test_a_short_run_recovers_part_of_the_damage_and_says_so(name, loss, tmp_pat
     assert report["uptraining"]["tokens"] == 40 * 1024
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
     # measured again from the folder: the numbers in the report are this model's
-    again = evaluate(out, f"sample:{name}")
+    again = evaluate(out, f"sample:{name}", tokens=4096)
     assert again["model"]["kl"] == pytest.approx(quality["uptrained"]["kl"], rel=1e-4)
     curve = report["uptraining"]["curve"]
     assert [point["tokens"] for point in curve] == [0, 20 * 1024, 40 * 1024]
