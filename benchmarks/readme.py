@@ -1,4 +1,4 @@
-"""README's table of speed, from benchmarks/results: nothing in it is typed.
+"""README's tables of speed and of the variants, from benchmarks/results: nothing in them is typed.
 
 python benchmarks/readme.py
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- written by benchmarks/readme.py -->", "<!-- end of speed -->"
+BEGIN, END = "<!-- written by benchmarks/readme.py -->", "<!-- end of {} -->"
 
 
 def cell(row: dict[str, Any]) -> str:
@@ -51,10 +51,36 @@ def table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def variants(found: dict[str, Any]) -> list[str]:
+    """The SQA paper's variants, trained from scratch."""
+    lines = [
+        "| variant | heads | held-out loss | accuracy | parameters | ms a batch | cache bytes a token | paper's loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in found["variants"].items():
+        took, (q, kv) = row["seconds_per_batch"], row["heads"]
+        ms = f"{1e3 * took['median']:.0f} ({1e3 * took['low']:.0f}–{1e3 * took['high']:.0f})"
+        lines.append(
+            f"| {name} | {q}/{kv} | {row['loss']:.3f} | {row['accuracy']:.1%} | {row['parameters']:,} | {ms} "
+            f"| {row['cache_bytes_per_token']:,} | {row['published_loss']:.4f} |"
+        )
+    shape = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in found["shape"].items())
+    lines += [
+        "",
+        f"{found['machine']}, torch {found['versions']['torch']}; {shape}; {found['tokens']:,} tokens each, seeds: {found['seeds']}.",
+    ]
+    return lines
+
+
 def main() -> None:
-    lines = table(json.loads((HERE / "results" / "speed-cpu.json").read_text()))
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.split(END, 1)[1])
+    text = README.read_text()
+    for part, make, file in (("speed", table, "speed-cpu"), ("variants", variants, "variants-cpu")):
+        lines = make(json.loads((HERE / "results" / f"{file}.json").read_text()))
+        end = END.format(part)
+        before, rest = text.split(end, 1)
+        before = before[: before.rindex(BEGIN)]
+        text = before + BEGIN + "\n" + "\n".join(lines) + "\n" + end + rest
+    README.write_text(text)
 
 
 if __name__ == "__main__":
