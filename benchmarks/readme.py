@@ -65,10 +65,8 @@ def variants(found: dict[str, Any]) -> list[str]:
             f"| {row['cache_bytes_per_token']:,} | {row['published_loss']:.4f} |"
         )
     shape = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in found["shape"].items())
-    lines += [
-        "",
-        f"{found['machine']}, torch {found['versions']['torch']}; {shape}; {found['tokens']:,} tokens each, seeds: {found['seeds']}.",
-    ]
+    where = f"{found['machine']}, torch {found['versions']['torch']}"
+    lines += ["", f"{where}; {shape}; {found['tokens']:,} tokens each, seeds: {found['seeds']}."]
     return lines
 
 
