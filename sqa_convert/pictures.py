@@ -148,15 +148,18 @@ def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
         panel.set(xlabel="tokens", ylabel=label)
         if key == "kl":
             panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
         panel.grid(alpha=0.3)
         panel.legend(framealpha=0)
-    figure.suptitle(f"{report['source']['name']}: what uptraining took back")
+    figure.suptitle(f"{_plain(report['source']['name'])}: what uptraining took back")
     return _rendered(figure, kind)
 
 
 def speed_picture(speed: dict[str, Any], kind: str) -> bytes:
     """Time of a run against length, log-log, a panel for each part and mode."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = [row for row in speed["rows"] if row["seconds"]]
     cells = list(dict.fromkeys((row["part"], row["mode"]) for row in rows))
@@ -170,13 +173,15 @@ def speed_picture(speed: dict[str, Any], kind: str) -> bytes:
             lengths = [row["length"] for row in shown]
             middle = [1e3 * row["seconds"]["median"] for row in shown]
             colour = _COLOURS[i % len(_COLOURS)]
-            panel.plot(lengths, middle, marker="o", markersize=3, color=colour, label=f"{name} ({heads})")
+            panel.plot(lengths, middle, marker="o", markersize=3, color=colour, label=f"{_plain(name)} ({heads})")
             low, high = ([1e3 * row["seconds"][end] for row in shown] for end in ("low", "high"))
             panel.fill_between(lengths, low, high, color=colour, alpha=0.2)
         panel.set(title=f"{part}: {mode}", xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
         ticks = sorted({row["length"] for row in rows})
         panel.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in ticks], fontsize=8)
         panel.minorticks_off()
+        panel.yaxis.set_major_locator(MaxNLocator(4))  # a decade may lie beyond what is shown
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
     for panel in list(figure.axes)[len(cells) :]:
         panel.set_visible(False)
@@ -226,17 +231,19 @@ def errors_picture(sites: Sequence[Mapping[str, Any]], kind: str) -> bytes:
     return _rendered(figure, kind)
 
 
+def _plain(name: str) -> str:
+    """A name in which dollars are no mathematics."""
+    return name.replace("$", r"\$")
+
+
 def _rendered(figure: Any, kind: str) -> bytes:
     """The figure as a file. In a page, words are words, black is the page's colour of text, and nothing lies below."""
     from matplotlib import rc_context
-    from matplotlib.text import Text
 
     content, page = io.BytesIO(), kind == "page"
     settings: dict[Any, Any] = {"svg.hashsalt": "sqa_convert"} | ({"svg.fonttype": "none"} if page else {})
     with rc_context(settings):  # the same picture is the same file
         metadata = None if kind == "png" else {"Date": None}
-        for text in figure.findobj(Text):
-            text.set_parse_math(False)  # a name may hold dollars
         figure.savefig(content, format="svg" if page else kind, dpi=144, metadata=metadata, transparent=page)
     if not page:
         return content.getvalue()

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 SCHEMA = 1
 TAKEN_OVER = ("license", "license_name", "license_link", "language", "datasets")
 """of the source's card, into the report and the result's card"""
-ROWS = ("source", "converted", "uptrained", "control", "mean")
-"""models a report may hold measurements of; "mean" is the source with its heads averaged, for comparison"""
+ROWS = ("source", "converted", "before", "uptrained", "control", "mean")
+"""models a report may hold measurements of; "before" is what a second uptraining began with, "mean" the source with its
+heads averaged, for comparison"""
 _MOST_WORDS = 100  # of one entry
 _LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
 _AUTO_CLASSES = {

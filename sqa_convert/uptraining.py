@@ -167,9 +167,12 @@ def _publish(
                 progress=progress,
                 also=scores if settings.pairs else None,
             )
-            averaged = known.get("mean")
-            if averaged is not None and all(known[key] == report["quality"][key] for key in ("data", "tokens")):
-                report["quality"]["mean"] = averaged
+            quality = report["quality"]
+            if all(known.get(key) == quality[key] for key in ("data", "tokens")):
+                if "uptrained" in known:  # the folder was trained before, and this run went on from there
+                    quality |= {"before": quality["converted"], "converted": known["converted"]}
+                if "mean" in known:
+                    quality["mean"] = known["mean"]
             shown = {name: rows[name] for name in ("source", "converted", "uptrained")}
             report["samples"] = continuations(shown, job.held_out, trust_remote_code=job.trust_remote_code)
             report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)

@@ -113,6 +113,13 @@ def test_a_conversion_is_held_against_averaging(folder):
     assert "mean is not this model" in " ".join(first.words.split())
 
 
+def test_pictures_have_numbers_at_their_axes_and_names_as_they_are(folder):
+    report = json.loads((folder[0] / "report.json").read_text())
+    report["source"]["name"] = "/data/$a_{$b/<gpt2>"
+    page = Page(report_page(report))
+    assert "mathdefault" not in page.words and "/data/$a_{$b/<gpt2>: what uptraining took back" in page.words
+
+
 def test_no_name_of_a_picture_is_there_twice(folder):
     text = (folder[0] / "report.html").read_text()
     defined = re.findall(r'<(?:clipPath|linearGradient|path|g)[^>]* id="([^"]+)"', text)

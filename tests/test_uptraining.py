@@ -160,6 +160,15 @@ def test_more_text_than_is_held_is_streamed(converted, monkeypatch):
     assert report["quality"]["uptrained"]["kl"] < report["quality"]["converted"]["kl"]
 
 
+def test_a_second_run_goes_on_and_is_held_against_the_conversion(converted):
+    out = converted("gpt2")
+    first = uptrain(out, FEW)["quality"]
+    second = uptrain(out, FEW)["quality"]
+    assert second["converted"] == first["converted"]
+    assert second["before"]["kl"] == pytest.approx(first["uptrained"]["kl"], rel=1e-5)
+    assert recovered(second, "kl") == pytest.approx(1 - second["uptrained"]["kl"] / first["converted"]["kl"])
+
+
 def test_a_second_run_without_measuring_leaves_no_old_numbers(converted):
     out = converted("gpt2")
     uptrain(out, FEW, control=True)

@@ -116,7 +116,7 @@ def check_head_counts(heads: int, q_groups: int, kv_groups: int) -> None:
         )
 
 
-def _nearest(allowed: list[int], wanted: int, count: int = 3) -> str:
+def _nearest(allowed: list[int], wanted: int, count: int = 4) -> str:
     return " or ".join(str(n) for n in sorted(sorted(allowed, key=lambda n: abs(n - wanted))[:count]))
 
 
