@@ -55,7 +55,15 @@ class Out:
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[..., None]]:
         """A callback (stage, done, total, news) behind a bar a stage; where nobody watches, a line for each news."""
-        watched = self.stderr.is_terminal and not self.quiet and not self.as_json
+        silent = self.quiet or self.as_json
+        if not self.stderr.is_terminal or silent:
+
+            def say(stage: str, done: int, total: int, news: str = "") -> None:
+                if news and not silent:
+                    print(f"{stage} {done}/{total}: {news}", file=sys.stderr, flush=True)
+
+            yield say
+            return
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -64,7 +72,7 @@ class Out:
             TimeRemainingColumn(),
             TextColumn("{task.fields[news]}"),
         )
-        with Progress(*columns, console=self.stderr, disable=not watched) as bars:
+        with Progress(*columns, console=self.stderr) as bars:
             tasks: dict[str, Any] = {}
 
             def step(stage: str, done: int, total: int, news: str = "") -> None:
@@ -73,8 +81,6 @@ class Out:
                 bars.update(tasks[stage], completed=done)
                 if news:
                     bars.update(tasks[stage], news=news)
-                if news and not watched and not self.quiet and not self.as_json:
-                    print(f"{stage} {done}/{total}: {news}", file=sys.stderr, flush=True)
 
             yield step
 
