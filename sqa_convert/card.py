@@ -5,16 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .report import (
-    auto_class,
-    calibration_lines,
-    costs,
-    last_quality,
-    quality_table,
-    speed_rows,
-    speed_title,
-    uptraining_lines,
-)  # fmt: skip
+from .report import costs, last_quality, presented, quality_table, speed_rows
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 _PIPELINES = {
@@ -28,31 +19,26 @@ def model_card(report: dict[str, Any], folder: Path) -> str:
     """README.md of the result in `folder`."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    auto = auto_class(report)
-    source, name = report["source"], Path(report["output"] or report["source"]["name"]).name
+    said, source = presented(report), report["source"]
+    task = _PIPELINES.get(said["auto"])
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=_PIPELINES.get(auto),
+        pipeline_tag=task,
         base_model=source["name"] if source["revision"] else None,  # only models on the hub have one
         base_model_relation="finetune" if source["revision"] else None,
         tags=["sqa", "sparse-query-attention"],
-        model_name=name,
-        eval_results=_results(report, _PIPELINES.get(auto, "text2text-generation")),
+        model_name=said["name"],
+        eval_results=_results(report, task or "text2text-generation"),
         **source.get("card", {}),
     )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        report=report,
-        name=name,
-        auto=auto,
         pictures={path.stem: path.name for path in folder.glob("*.svg")},
         cost=_markdown(*costs(report)),
         quality=_markdown(*quality_table(report)) if quality_table(report)[1] else "",
-        how=calibration_lines(report),
-        uptraining=uptraining_lines(report),
         speed=_markdown(*speed_rows(report["speed"])) if report.get("speed") else "",
-        speed_title=speed_title(report["speed"]) if report.get("speed") else "",
+        **said,
     )
     return str(card)
 

@@ -108,7 +108,7 @@ def converted(
         written = plan.family.write(site, made.heads)
         for tensor in tensors:
             result = written.pop(tensor.name).to(torch_dtype(tensor.dtype)).contiguous()
-            _check_finite(result, tensor.name, source.name)
+            check_finite(result, tensor.name, source.name)
             yield tensor, result
 
 
@@ -145,7 +145,7 @@ def carried(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[Tensor
     assert isinstance(tensor.origin, str)
     for piece in source.pieces(plan.source_names[tensor.origin]):
         result = piece.to(torch_dtype(tensor.dtype))
-        _check_finite(result, tensor.name, source.name)
+        check_finite(result, tensor.name, source.name)
         yield result
 
 
@@ -192,7 +192,7 @@ def _get(plan: Plan, source: Source, name: str) -> Tensor:
     import torch
 
     tensor = _read(plan, source, name)
-    _check_finite(tensor, name, source.name)
+    check_finite(tensor, name, source.name)
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -200,7 +200,8 @@ def _read(plan: Plan, source: Source, name: str) -> Tensor:
     return source.read(plan.source_names[name])
 
 
-def _check_finite(tensor: Tensor, name: str, source: str) -> None:
+def check_finite(tensor: Tensor, name: str, source: str) -> None:
+    """Raises CheckpointError where a tensor of `source` holds what is no number."""
     if tensor.is_floating_point() and tensor.numel():
         low, high = tensor.aminmax()  # allocates nothing, and NaN shows in both
         if not (low.isfinite() and high.isfinite()):
@@ -332,7 +333,7 @@ def model_tensors(
     for tensor in plan.tensors:
         if isinstance(tensor.origin, str):
             result = _read(plan, source, tensor.origin).to(torch_dtype(tensor.dtype))
-            _check_finite(result, tensor.name, source.name)
+            check_finite(result, tensor.name, source.name)
             made[tensor.name] = result
     done = sum(tensor.nbytes for tensor in made.values())
     for tensor, result in converted(plan, source, calibrated, records):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -15,17 +14,7 @@ from .pictures import (
     similarity_colour,
     speed_picture,
 )  # fmt: skip
-from .report import (
-    ROWS,
-    auto_class,
-    calibration_lines,
-    costs,
-    last_quality,
-    quality_table,
-    speed_rows,
-    speed_title,
-    uptraining_lines,
-)  # fmt: skip
+from .report import ROWS, costs, last_quality, presented, quality_table, speed_rows
 
 PAGE = "report.html"
 _MODELS = ("given", *ROWS)
@@ -63,14 +52,10 @@ def report_page(report: dict[str, Any], similarity: bytes | None = None) -> str:
         undefined=StrictUndefined,
     ).get_template(PAGE)
     return template.render(
-        report=report,
-        name=Path(report["output"] or report["source"]["name"]).name,
-        auto=auto_class(report),
+        **presented(report),
         tiles=_tiles(report),
         cost=costs(report),
         quality=rows if rows[1] else None,
-        how=calibration_lines(report),
-        uptraining=uptraining_lines(report),
         samples=[{name: text[name] for name in _MODELS if name in text} for text in report.get("samples", [])],
         heads=[
             picture(heads_picture(site["partition"], f"{site['kind']} {site['layer']}", likeness))
@@ -80,7 +65,6 @@ def report_page(report: dict[str, Any], similarity: bytes | None = None) -> str:
         pictures=pictures,
         similarity=None if similarity is None else b64encode(similarity).decode(),
         speed=speed_rows(report["speed"]) if report.get("speed") else None,
-        speed_title=speed_title(report["speed"]) if report.get("speed") else "",
     )
 
 

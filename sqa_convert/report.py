@@ -127,6 +127,19 @@ def auto_class(report: dict[str, Any], otherwise: str = "AutoModel") -> str:
     return next((auto for ending, auto in _AUTO_CLASSES.items() if known and architecture.endswith(ending)), otherwise)
 
 
+def presented(report: dict[str, Any]) -> dict[str, Any]:
+    """What the card and the page both say of a report."""
+    speed = report.get("speed")
+    return {
+        "report": report,
+        "name": Path(report["output"] or report["source"]["name"]).name,
+        "auto": auto_class(report),
+        "how": calibration_lines(report),
+        "uptraining": uptraining_lines(report),
+        "speed_title": speed_title(speed) if speed else "",
+    }
+
+
 def recovered(quality: dict[str, Any], key: str) -> float | None:
     """Share of the damage in "loss" or "kl" that uptraining took back: 1 is all of it."""
     if "uptrained" not in quality:

@@ -19,7 +19,7 @@ from . import models
 from .checkpoint import read_config
 from .checks import LARGEST_CONFIG, regular_file
 from .errors import CheckpointError, one_line, shown
-from .execution import MODELS
+from .execution import MODELS, check_finite
 from .output import sha256_of
 from .report import auto_class, read_report
 from .sources import SafetensorsSource
@@ -83,18 +83,15 @@ def verify(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any
 def _check_code(folder: Path) -> None:
     """The only code that the folder makes a process run is what this version ships."""
     named = read_config(str(folder), folder).get("auto_map")
-    for place in named.values() if isinstance(named, dict) else [named]:
-        file = f"{str(place).partition('.')[0]}.py"
-        shipped = MODELS / file
-        path = regular_file(folder, file, LARGEST_CONFIG)
+    places = named.values() if isinstance(named, dict) else [named]
+    files = [f"{str(place).partition('.')[0]}.py" for place in places]
+    for file in (*files, *(path.name for path in folder.glob("*.py"))):
+        shipped, path = MODELS / file, regular_file(folder, file, LARGEST_CONFIG)
         if "sqa" not in file or not shipped.is_file() or path is None or path.read_bytes() != shipped.read_bytes():
             raise CheckpointError(
                 f"{folder}: {shown(file)} is not the file this version of sqa-convert ships, so it is not run; "
                 "--trust-remote-code runs it"
             )
-    for path in folder.glob("*.py"):
-        if not (MODELS / path.name).is_file() or path.read_bytes() != (MODELS / path.name).read_bytes():
-            raise CheckpointError(f"{path} is not of this version of sqa-convert; --trust-remote-code runs it")
 
 
 def _names(names: Any) -> str:
@@ -123,8 +120,7 @@ def _check_tensors(folder: Path, report: dict[str, Any], files: list[str]) -> in
             )
     for name in source.index:
         for piece in source.pieces(name):
-            if piece.is_floating_point() and not piece.isfinite().all():
-                raise CheckpointError(f"{folder}: {name} holds NaN or infinite values")
+            check_finite(piece, name, str(folder))
     return len(source.index)
 
 
