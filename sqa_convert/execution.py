@@ -122,7 +122,8 @@ def _converted_blindly(plan: Plan, source: Source, sites: list[Site]) -> Iterato
     threads = torch.get_num_threads()
     needed = _SITE_ARRAYS * 8 * (plan.dimensions.heads * plan.dimensions.head_dim) ** 2
     workers = max(1, min(threads, _SITE_BUDGET // needed))
-    if threads == 1 or not (get_method(plan.method).needs_statistics or plan.searched):
+    kept = all(plan.partitions[site.kind].is_identity for site in sites)
+    if kept or threads == 1 or not (get_method(plan.method).needs_statistics or plan.searched):
         for site in sites:
             yield _blind_conversion(plan, source, site)()
         return

@@ -145,7 +145,9 @@ def test_little_memory_gives_the_same_result_in_several_passes(monkeypatch):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_sites_left_out_keep_their_heads():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sites_left_out_keep_their_heads(threads):
+    torch.set_num_threads(threads)
     conversion = convert(t5(), 8, 4, sites=["cross"], calibration=SHORT)
     for site in conversion.report["sites"]:
         assert ("output_error" in site) == (site["kind"] == "cross")
