@@ -1,0 +1,185 @@
+"""Mutation testing: does the suite notice when the mathematics, the families or the plan are wrong?
+
+    pip install cosmic-ray
+    python benchmarks/mutants.py --count 200 --workers 2
+
+Cosmic Ray knows every place where an operator, a number, a condition or a decorator could be another. Of a seeded
+sample of these places each is changed, one at a time, in a copy of the repository, and the tests are run until one
+fails: first those that are about this code, then, where none fails, more of the suite. A change of nothing but an
+annotation is left out: no program can tell. Writes benchmarks/results/mutants.json, with what each survivor changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cosmic_ray import plugins
+from cosmic_ray.commands.init import init
+from cosmic_ray.mutating import mutate_and_test, mutate_code
+from cosmic_ray.work_db import WorkDB, use_db
+from cosmic_ray.work_item import MutationSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
+TARGETS = ("sqa_convert/heads/*.py", "sqa_convert/families/*.py", "sqa_convert/plan.py")
+STAGES = (
+    ("partition", "methods", "circuits", "random_architectures", "plan"),
+    ("models", "checkpoints", "calibrate"),
+)
+LIMIT = 600  # seconds the tests of a stage may take; more counts as noticed
+
+
+class Mutant(NamedTuple):
+    path: str
+    operator: str
+    arguments: dict[str, Any]
+    occurrence: int
+
+
+class Tested(NamedTuple):
+    mutant: Mutant
+    killed_by: str
+    """a stage, or nothing"""
+    difference: str
+
+
+class _Bare(ast.NodeTransformer):
+    """Takes annotations away."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        node.annotation = ast.Constant(None)
+        return self.generic_visit(node)
+
+
+def bare(code: str) -> str:
+    return ast.dump(_Bare().visit(ast.parse(code)))
+
+
+def drawn(count: int, seed: int) -> list[Mutant]:
+    """Mutants at `count` different places; there are more ways to spoil a product than a number, so not just any."""
+    paths = sorted(path.relative_to(ROOT) for pattern in TARGETS for path in ROOT.glob(pattern))
+    with tempfile.TemporaryDirectory() as folder, use_db(str(Path(folder) / "session"), WorkDB.Mode.create) as session:
+        init(paths, session, {})
+        specs = [item.mutations[0] for item in session.work_items]
+    places: dict[tuple[str, tuple[int, int]], list[Mutant]] = {}
+    for s in specs:
+        mutant = Mutant(str(s.module_path), s.operator_name, dict(s.operator_args or {}), s.occurrence)
+        places.setdefault((mutant.path, s.start_pos), []).append(mutant)
+    generator = random.Random(seed)
+    chosen = (generator.choice(sorted(places[p])) for p in generator.sample(sorted(places), len(places)))
+    return list(islice(filter(changes_something, chosen), count))
+
+
+def changes_something(mutant: Mutant) -> bool:
+    code = (ROOT / mutant.path).read_text(encoding="utf-8")
+    operator = plugins.get_operator(mutant.operator)(**mutant.arguments)
+    mutated = mutate_code(code, operator, mutant.occurrence)
+    try:
+        return mutated is not None and bare(mutated) != bare(code)
+    except SyntaxError:  # Cosmic Ray takes the star between parameters for an operator
+        return False
+
+
+def own_copy(folder: str) -> None:
+    """Gives this process a copy of the repository to spoil."""
+    copy = Path(folder) / str(os.getpid())
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, target)
+    os.chdir(copy)
+    os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(stage: Sequence[str]) -> str:
+    tests = " ".join(f"tests/test_{name}.py" for name in stage)
+    return f"{sys.executable} -m pytest -n0 -x -q -p no:cacheprovider {tests}"
+
+
+def tested(mutant: Mutant) -> Tested:
+    spec = MutationSpec(
+        module_path=Path(mutant.path), operator_name=mutant.operator, occurrence=mutant.occurrence, start_pos=(1, 0),
+        end_pos=(1, 1), operator_args=mutant.arguments, definition_name=None,
+    )  # fmt: skip
+    difference = ""
+    for number, stage in enumerate(STAGES, 1):
+        result = mutate_and_test([spec], command(stage), LIMIT)
+        if result.worker_outcome.value != "normal" or result.test_outcome is None:
+            raise RuntimeError(f"{mutant}: {result.output}")
+        difference = result.diff or ""
+        if result.test_outcome.value != "survived":
+            return Tested(mutant, f"stage {number}", difference)
+    return Tested(mutant, "", difference)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    sample = drawn(options.count, options.seed)
+    print(f"{len(sample)} mutants", flush=True)
+    start, results = time.perf_counter(), []
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(options.workers, spawn, own_copy, (folder,)) as pool,
+    ):
+        for result in pool.map(tested, sample):
+            results.append(result)
+            print(f"{len(results)} {result.mutant.path} {result.killed_by or 'SURVIVED'}", flush=True)
+            if not result.killed_by:
+                print(result.difference, flush=True)
+    killed = sum(bool(result.killed_by) for result in results)
+    RESULT.write_text(
+        json.dumps(
+            {
+                "versions": {name: version(name) for name in ("cosmic-ray", "pytest", "torch", "transformers")},
+                "seed": options.seed,
+                "tried": len(results),
+                "killed": killed,
+                "ratio": round(killed / len(results), 4),
+                "killed_by": Counter(result.killed_by or "none" for result in results),
+                "stages": STAGES,
+                "minutes": round((time.perf_counter() - start) / 60, 1),
+                "survivors": [
+                    {"operator": r.mutant.operator, "difference": r.difference} for r in results if not r.killed_by
+                ],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    print(f"{killed} of {len(results)} killed; {RESULT}")
+
+
+if __name__ == "__main__":
+    main()
