@@ -310,15 +310,13 @@ def test_calibration_recovers_most_of_what_mean_loses(tmp_path):
     for method, settings in (
         ("mean", None),
         ("svd", None),
-        ("svd", Calibration(tokens=8192, refine_steps=0)),
-        ("auto", Calibration(tokens=8192, refine_steps=5)),
+        ("auto", Calibration(tokens=4096, refine_steps=5)),
     ):
         out = tmp_path / f"{method}{settings is None}"
         convert("sample:t5", 8, 4, method, out, calibration=settings)
-        measured[method, settings is None] = evaluate(out, "sample:t5", tokens=4096)["model"]["kl"]
+        measured[method, settings is None] = evaluate(out, "sample:t5", tokens=2048)["model"]["kl"]
     mean = measured["mean", True]
     assert measured["svd", True] < mean / 5
-    assert measured["svd", False] < mean / 10
     assert measured["auto", False] < mean / 25
     config = json.loads((out / "config.json").read_text())
     assert len(config["sqa"]["partition"]["cross"]) == 4

@@ -156,7 +156,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(run, source):
 def test_overwrite_replaces_the_whole_folder(run, source):
     assert run(source, *HEADS, *QUIET, "-o", "out")[0] == 0
     open("out/stray.txt", "w").close()
-    assert run(source, "--variant", "xsqa", *QUIET, "-o", "out", "--overwrite")[0] == 0
+    assert run(source, "--variant", "xsqa", "--method", "mean", *QUIET, "-o", "out", "--overwrite")[0] == 0
     assert not os.path.exists("out/stray.txt")
     assert json.loads(open("out/config.json").read())["n_head"] == 3
     assert os.listdir() == ["out"]
@@ -335,7 +335,7 @@ def test_a_swap_that_fails_halfway_puts_the_old_output_back(run, source, monkeyp
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    code, _, _ = run(source, "--variant", "xsqa", *QUIET, "-o", "out", "--overwrite")
+    code, _, _ = run(source, "--variant", "xsqa", "--method", "mean", *QUIET, "-o", "out", "--overwrite")
     assert code == (130 if fault is KeyboardInterrupt else 2)
     assert open("out/config.json").read() == before
     assert os.listdir() == ["out"]
@@ -445,7 +445,7 @@ def test_full_disk_while_replacing_keeps_the_old_output(run, source, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(execution.ShardWriter, "write", full)
-    code, _, err = run(source, "--variant", "xsqa", *QUIET, "-o", "out", "--overwrite")
+    code, _, err = run(source, "--variant", "xsqa", "--method", "mean", *QUIET, "-o", "out", "--overwrite")
     assert code == 2 and "disk is full" in err
     assert open("out/config.json").read() == before
     assert os.listdir() == ["out"]
