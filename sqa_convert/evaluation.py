@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .batches import SpanCorruption, token_blocks
-from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, check_folder
+from .checkpoint import CARRIED_FILES, TOKENIZER_CONFIG, TOKENIZER_FILES, check_folder
 from .data import BUILT_IN, documents
 from .devices import choose_device, device_name
 from .distill import IGNORED
@@ -26,6 +27,8 @@ DEFAULT_TOKENS = 16_384
 LONGEST = 1024
 """tokens in one sequence, at most"""
 _BATCH_TOKENS = 4096
+_MOST_TOKENIZERS = 8
+_TOKENIZERS: dict[tuple[bytes, ...], Any] = {}  # one that has encoded keeps 0.4 MB for ever, even when it is gone
 _CHUNK_LOGITS = 2**25  # logits held at once
 
 
@@ -89,17 +92,31 @@ def load_model(
 def load_tokenizer(
     folder: str | Path, trust_remote_code: bool = False, without: str = "--no-evaluate converts without one"
 ) -> Any:
-    """The folder's tokenizer. Raises CheckpointError when it has none, saying what goes `without` one."""
+    """The folder's tokenizer, one for all folders with the same files: it must not be changed.
+
+    Raises CheckpointError when there is none, saying what goes `without` one.
+    """
     from transformers import AutoTokenizer
 
     check_folder(Path(folder))
     # Without any file transformers would make up an empty one. ByT5 needs no vocabulary, its config names the class.
     if not any((Path(folder) / name).is_file() for name in (*TOKENIZER_FILES, TOKENIZER_CONFIG)):
         raise CheckpointError(f"{folder} holds no tokenizer; {without}")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # every tokenizer library fails in its own way
-        raise CheckpointError(f"{folder}: its tokenizer does not load ({one_line(error, 200)}); {without}") from error
+    files = [Path(folder) / name for name in ("config.json", *CARRIED_FILES) if not name.startswith("LICENSE")]
+    content = tuple(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"" for path in files)
+    if content not in _TOKENIZERS or trust_remote_code:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # every tokenizer library fails in its own way
+            raise CheckpointError(
+                f"{folder}: its tokenizer does not load ({one_line(error, 200)}); {without}"
+            ) from error
+        if trust_remote_code:  # there may be more to it than these files
+            return tokenizer
+        if len(_TOKENIZERS) == _MOST_TOKENIZERS:
+            del _TOKENIZERS[next(iter(_TOKENIZERS))]
+        _TOKENIZERS[content] = tokenizer
+    return _TOKENIZERS[content]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
 from sqa_convert.evaluation import load_model, load_tokenizer
 from sqa_convert.models import SQAT5EncoderModel
@@ -364,3 +366,16 @@ def test_a_tensor_with_a_piece_missing_is_no_tensor(tmp_path):
     writer = ShardWriter(tmp_path / "x.safetensors", [OutputTensor("a", (4,), "F32", "a")], checked=True)
     with pytest.raises(OSError, match="8 bytes are missing"):
         writer.write("a", [torch.ones(2)])
+
+
+def test_folders_with_the_same_tokenizer_share_one(tmp_path):
+    """A tokenizer that has encoded keeps 0.4 MB for ever: a process that converts all day must not make more and more."""
+    for name in ("one", "two"):
+        shutil.copytree(SAMPLES / "gpt2", tmp_path / name)
+    one, two = (load_tokenizer(tmp_path / name) for name in ("one", "two"))
+    assert one is two
+    settings = json.loads((tmp_path / "two/tokenizer_config.json").read_text())
+    (tmp_path / "two/tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 77}))
+    assert load_tokenizer(tmp_path / "two").model_max_length == 77 != one.model_max_length
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)

@@ -22,7 +22,7 @@ from sqa_convert.trainer import UptrainingTrainer
 from sqa_convert.training import Job, no_dropout
 
 SHORT = Recipe(
-    tokens=40 * 1024, sequence_length=128, batch_size=8, learning_rate=1e-3, evaluations=2, held_out_tokens=4096
+    tokens=24 * 1024, sequence_length=128, batch_size=8, learning_rate=1e-3, evaluations=2, held_out_tokens=4096
 )
 FEW = Recipe(tokens=8 * 256, sequence_length=32, batch_size=8, learning_rate=1e-3, evaluations=2, held_out_tokens=2048)
 
@@ -38,13 +38,13 @@ def test_a_short_run_recovers_part_of_the_damage_and_says_so(name, loss, tmp_pat
     assert quality["uptrained"]["loss"] < quality["converted"]["loss"]
     share = (quality["converted"]["kl"] - quality["uptrained"]["kl"]) / quality["converted"]["kl"]
     assert recovered(quality, "kl") == pytest.approx(share)
-    assert report["uptraining"]["tokens"] == 40 * 1024
+    assert report["uptraining"]["tokens"] == 24 * 1024
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
     # measured again from the folder: the numbers in the report are this model's
     again = evaluate(out, f"sample:{name}", tokens=4096)
     assert again["model"]["kl"] == pytest.approx(quality["uptrained"]["kl"], rel=1e-4)
     curve = report["uptraining"]["curve"]
-    assert [point["tokens"] for point in curve] == [0, 20 * 1024, 40 * 1024]
+    assert [point["tokens"] for point in curve] == [0, 12 * 1024, 24 * 1024]
     assert curve[0]["kl"] == pytest.approx(quality["converted"]["kl"], rel=1e-3)
     assert curve[-1]["kl"] == pytest.approx(quality["uptrained"]["kl"], rel=1e-3)
     assert load_recipe(str(out / "recipe.yaml")).loss == loss
