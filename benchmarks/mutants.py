@@ -1,12 +1,12 @@
 """Mutation testing: does the suite notice when the mathematics, the families or the plan are wrong?
 
-    pip install cosmic-ray
+    pip install cosmic-ray pytest-reportlog
     python benchmarks/mutants.py --count 200 --workers 2
 
 Cosmic Ray knows every place where an operator, a number, a condition or a decorator could be another. Of a seeded
-sample of these places each is changed, one at a time, in a copy of the repository, and the tests are run until one
-fails: first those that are about this code, then, where none fails, more of the suite. A change of nothing but an
-annotation is left out: no program can tell. Writes benchmarks/results/mutants.json, with what each survivor changes.
+sample of these places each is changed, one at a time, in a copy of the repository, and the tests that reach the changed
+line are run, the quickest first, until one fails. A change of nothing but an annotation is left out: no program can
+tell. Writes benchmarks/results/mutants.json, with what each survivor changes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import islice
@@ -35,17 +34,23 @@ from cosmic_ray.commands.init import init
 from cosmic_ray.mutating import mutate_and_test, mutate_code
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec
+from coverage import CoverageData
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
 TARGETS = ("sqa_convert/heads/*.py", "sqa_convert/families/*.py", "sqa_convert/plan.py")
-FIRST = ("partition", "methods", "circuits", "random_architectures", "plan")
-THEN = {"heads": ("calibrate",), "families": ("checkpoints", "models"), "": ("checkpoints", "cli")}
+TESTS = ("partition", "methods", "circuits", "random_architectures", "plan", "models", "checkpoints", "calibrate")
+"""what is chosen from: what a mutant survives here the rest of the suite might still notice"""
+PATIENCE = 90  # seconds of tests for one mutant
 LIMIT = 300  # seconds the tests of a stage may take; more counts as noticed
+
+
+PYTEST = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider"]
 
 
 class Mutant(NamedTuple):
     path: str
+    line: int
     operator: str
     arguments: dict[str, Any]
     occurrence: int
@@ -53,8 +58,9 @@ class Mutant(NamedTuple):
 
 class Tested(NamedTuple):
     mutant: Mutant
-    killed_by: str
-    """a stage, or nothing"""
+    killed: bool
+    tests: int
+    """that reach it"""
     difference: str
 
 
@@ -86,7 +92,7 @@ def drawn(count: int, seed: int) -> list[Mutant]:
         specs = [item.mutations[0] for item in session.work_items]
     places: dict[tuple[str, tuple[int, int]], list[Mutant]] = {}
     for s in specs:
-        mutant = Mutant(str(s.module_path), s.operator_name, dict(s.operator_args or {}), s.occurrence)
+        mutant = Mutant(str(s.module_path), s.start_pos[0], s.operator_name, dict(s.operator_args or {}), s.occurrence)
         places.setdefault((mutant.path, s.start_pos), []).append(mutant)
     generator = random.Random(seed)
     chosen = (generator.choice(sorted(places[p])) for p in generator.sample(sorted(places), len(places)))
@@ -115,26 +121,60 @@ def own_copy(folder: str) -> None:
     os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def command(stage: Sequence[str]) -> str:
-    tests = " ".join(f"tests/test_{name}.py" for name in stage)
-    return f"{sys.executable} -m pytest -n0 -x -q -p no:cacheprovider {tests}"
+class Reach(NamedTuple):
+    """Which tests reach which lines, and how long each takes."""
+
+    seconds: dict[str, float]
+    lines: dict[str, dict[int, list[str]]]
+
+    @classmethod
+    def measured(cls) -> Reach:
+        """Runs the tests once, in this process's copy. Raises CalledProcessError where one fails."""
+        files = [f"tests/test_{name}.py" for name in TESTS]
+        subprocess.run(
+            [*PYTEST, "--cov=sqa_convert", "--cov-context=test", "--cov-report=", "-vv", "--durations=0",
+             "--report-log=log.json", *files],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        seconds: dict[str, float] = {}
+        for line in Path("log.json").read_text().splitlines():
+            entry = json.loads(line)
+            if entry.get("when") and entry["outcome"] != "skipped":
+                seconds[entry["nodeid"]] = seconds.get(entry["nodeid"], 0) + entry["duration"]
+        data = CoverageData()
+        data.read()
+        lines = {
+            str(Path(name).relative_to(Path.cwd())): {
+                line: sorted({context.partition("|")[0] for context in contexts if context})
+                for line, contexts in data.contexts_by_lineno(name).items()
+            }
+            for name in data.measured_files()
+        }
+        return cls(seconds, lines)
+
+    def tests(self, path: str, line: int) -> list[str]:
+        """Quickest first; of a line that runs when it is imported all."""
+        lines = self.lines[path]
+        known = max((n for n in lines if n <= line), default=0)  # an expression's later lines belong to its first
+        reaching = sorted(lines.get(known) or self.seconds, key=lambda test: self.seconds.get(test, 0))
+        total, chosen = 0.0, []
+        for test in reaching:
+            total += self.seconds.get(test, 0)
+            if total < PATIENCE or not chosen:
+                chosen.append(test)
+        return chosen
 
 
-def tested(mutant: Mutant) -> Tested:
+def tested(mutant: Mutant, tests: list[str]) -> Tested:
     spec = MutationSpec(
         module_path=Path(mutant.path), operator_name=mutant.operator, occurrence=mutant.occurrence, start_pos=(1, 0),
         end_pos=(1, 1), operator_args=mutant.arguments, definition_name=None,
     )  # fmt: skip
-    difference = ""
-    more = next(stage for part, stage in THEN.items() if part in mutant.path)
-    for number, stage in enumerate((FIRST, more), 1):
-        result = mutate_and_test([spec], command(stage), LIMIT)
-        if result.worker_outcome.value != "normal" or result.test_outcome is None:
-            raise RuntimeError(f"{mutant}: {result.output}")
-        difference = result.diff or ""
-        if result.test_outcome.value != "survived":
-            return Tested(mutant, f"stage {number}", difference)
-    return Tested(mutant, "", difference)
+    Path("tests.txt").write_text("\n".join(tests))
+    result = mutate_and_test([spec], shlex.join([*PYTEST, "-x", "@tests.txt"]), LIMIT)
+    if result.worker_outcome.value != "normal" or result.test_outcome is None:
+        raise RuntimeError(f"{mutant}: {result.output}")
+    return Tested(mutant, result.test_outcome.value != "survived", len(tests), result.diff or "")
 
 
 def main() -> None:
@@ -152,12 +192,14 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(options.workers, spawn, own_copy, (folder,)) as pool,
     ):
-        for result in pool.map(tested, sample):
+        reach = pool.submit(Reach.measured).result()
+        print(f"{len(reach.seconds)} tests, {sum(reach.seconds.values()):.0f} s", flush=True)
+        for result in pool.map(tested, sample, [reach.tests(m.path, m.line) for m in sample]):
             results.append(result)
-            print(f"{len(results)} {result.mutant.path} {result.killed_by or 'SURVIVED'}", flush=True)
-            if not result.killed_by:
+            print(len(results), result.mutant, result.tests, "killed" if result.killed else "SURVIVED", flush=True)
+            if not result.killed:
                 print(result.difference, flush=True)
-    killed = sum(bool(result.killed_by) for result in results)
+    killed = sum(result.killed for result in results)
     RESULT.write_text(
         json.dumps(
             {
@@ -166,11 +208,10 @@ def main() -> None:
                 "tried": len(results),
                 "killed": killed,
                 "ratio": round(killed / len(results), 4),
-                "killed_by": Counter(result.killed_by or "none" for result in results),
-                "stages": [FIRST, THEN],
+                "tests": TESTS,
                 "minutes": round((time.perf_counter() - start) / 60, 1),
                 "survivors": [
-                    {"operator": r.mutant.operator, "difference": r.difference} for r in results if not r.killed_by
+                    {"operator": r.mutant.operator, "difference": r.difference} for r in results if not r.killed
                 ],
             },
             indent=1,

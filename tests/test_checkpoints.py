@@ -369,7 +369,7 @@ def test_a_tensor_with_a_piece_missing_is_no_tensor(tmp_path):
 
 
 def test_folders_with_the_same_tokenizer_share_one(tmp_path):
-    """A tokenizer that has encoded keeps 0.4 MB for ever: a process that converts all day must not make more and more."""
+    """One that has encoded keeps 0.4 MB for ever: a process that converts all day must not make more and more."""
     for name in ("one", "two"):
         shutil.copytree(SAMPLES / "gpt2", tmp_path / name)
     one, two = (load_tokenizer(tmp_path / name) for name in ("one", "two"))
