@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 TRANSFORMERS_OLDEST := 5.17.0
 SMOKE := build/smoke
+AUDIT := build/audit
 PYTEST := -m pytest -n auto
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test integration test-oldest coverage lint format docs dist smoke notebooks samples clean
+.PHONY: demo test integration test-oldest coverage lint format docs dist smoke notebooks audit samples clean
 
 demo: $(VENV)/ready  ## convert sample:gpt2 from 12 heads to 8/4, uptrain it, report, let it write
 	$(BIN)/python benchmarks/demo.py
@@ -46,6 +47,14 @@ smoke: dist  ## every command and snippet of README.md and docs/, from the insta
 
 notebooks: $(VENV)/ready  ## run them all
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+audit:  ## what is installed beside this package: known vulnerabilities (asks pypi.org), licences
+	$(PYTHON) -m venv --clear $(AUDIT)/installed
+	$(PYTHON) -m venv --clear $(AUDIT)/tools
+	$(AUDIT)/installed/bin/pip install --quiet --constraint constraints.txt .
+	$(AUDIT)/tools/bin/pip install --quiet pip-audit pip-licenses
+	$(AUDIT)/tools/bin/pip-licenses --python=$(AUDIT)/installed/bin/python --format=markdown --from=mixed --with-urls
+	$(AUDIT)/tools/bin/pip-audit --strict --path $(AUDIT)/installed/lib/python3*/site-packages
 
 format: $(VENV)/ready
 	$(BIN)/ruff format .

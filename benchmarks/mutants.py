@@ -139,7 +139,7 @@ class Reach(NamedTuple):
         seconds: dict[str, float] = {}
         for line in Path("log.json").read_text().splitlines():
             entry = json.loads(line)
-            if entry.get("when") and entry["outcome"] != "skipped":
+            if entry.get("$report_type") == "TestReport" and entry["outcome"] != "skipped":
                 seconds[entry["nodeid"]] = seconds.get(entry["nodeid"], 0) + entry["duration"]
         data = CoverageData()
         data.read()
