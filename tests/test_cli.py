@@ -478,15 +478,22 @@ def test_a_written_tensor_that_differs_is_noticed(run, source, monkeypatch):
     assert run(source, *HEADS, *QUIET, "--no-verify")[0] == 0
 
 
+WAITS = {"code": "wait()", "callback": "thing = Thing(); watch = weakref.ref(thing, wait); del thing"}
+
+
+@pytest.mark.parametrize("where", WAITS)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interruption_leaves_nothing(source, tmp_path, number, code):
-    """The signal comes while the weights lie there half done."""
+def test_interruption_leaves_nothing(source, tmp_path, number, code, where):
+    """The signal comes while the weights lie there half done; also where Python ignores what is raised."""
     script = (
-        "import threading, time, sqa_convert.execution as c, sqa_convert.cli.convert as cli\n"
+        "import threading, time, weakref, sqa_convert.execution as c, sqa_convert.cli.convert as cli\n"
         "write = c.ShardWriter.write\n"
+        "class Thing:\n    pass\n"
+        "def wait(*a):\n    print('written', flush=True)\n    time.sleep(60)\n"
         "def slow(*a):\n    write(*a)\n"
         "    if threading.current_thread() is threading.main_thread():\n"
-        "        print('written', flush=True)\n        while True:\n            time.sleep(0.01)\n"
+        f"        {WAITS[where]}\n"
+        "        time.sleep(60)\n"
         "c.ShardWriter.write = slow\ncli.main()"
     )
     process = subprocess.Popen(
@@ -494,9 +501,10 @@ def test_interruption_leaves_nothing(source, tmp_path, number, code):
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "written\n"
+    time.sleep(0.1)
     assert len(os.listdir(tmp_path)) == 2  # the source and the temporary folder
     process.send_signal(number)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=50)
     assert process.returncode == code
     assert err == ("error: interrupted; nothing half-written was kept\n" if number == signal.SIGINT else "")
     assert os.listdir(tmp_path) == ["source"]

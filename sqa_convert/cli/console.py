@@ -139,6 +139,7 @@ def run_app(app: Any, name: str) -> NoReturn:
 
     # A terminated run clears its temporary folder as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    sys.unraisablehook = _stop_after_all
     try:
         code = app(prog_name=name, standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer makes a code of the interruption
@@ -155,6 +156,22 @@ def run_app(app: Any, name: str) -> NoReturn:
         if not hasattr(error, "format_message"):  # click's own errors about flags have it
             raise
         _fail(f"{error.format_message()} See {name} --help.", RecipeError.exit_code)
+
+
+def _stop_after_all(ignored: Any) -> None:
+    """Python ignores what a signal raises while an object is being cleared away: such a signal comes again, later."""
+    import signal
+    import threading
+
+    if isinstance(ignored.exc_value, KeyboardInterrupt):
+        number = signal.SIGINT
+    elif isinstance(ignored.exc_value, SystemExit) and ignored.exc_value.code == TERMINATED:
+        number = signal.SIGTERM
+    else:
+        return sys.__unraisablehook__(ignored)
+    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    again.daemon = True
+    return again.start()
 
 
 def _fail(message: str, code: int) -> NoReturn:
