@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import json
 import multiprocessing
 import os
@@ -100,13 +101,19 @@ def drawn(count: int, seed: int) -> list[Mutant]:
 
 
 def changes_something(mutant: Mutant) -> bool:
-    code = (ROOT / mutant.path).read_text(encoding="utf-8")
+    text = (ROOT / mutant.path).read_text(encoding="utf-8")
     operator = plugins.get_operator(mutant.operator)(**mutant.arguments)
-    mutated = mutate_code(code, operator, mutant.occurrence)
+    mutated = mutate_code(text, operator, mutant.occurrence)
     try:
-        return mutated is not None and bare(mutated) != bare(code)
+        return mutated is not None and bare(mutated) != bare(text)
     except SyntaxError:  # Cosmic Ray takes the star between parameters for an operator
         return False
+
+
+def code() -> str:
+    """SHA-256 of what is changed."""
+    paths = sorted(path for pattern in TARGETS for path in ROOT.glob(pattern))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def own_copy(folder: str) -> None:
@@ -182,9 +189,19 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--survivors", action="store_true", help="those of the last run again, where only tests changed"
+    )
     options = parser.parse_args()
     os.chdir(ROOT)
-    sample = drawn(options.count, options.seed)
+    known: dict[str, Any] = {"tried": 0, "killed": 0, "minutes": 0}
+    if options.survivors:
+        known = json.loads(RESULT.read_text())
+        if known["code"] != code():
+            parser.error("the code is another than that of the last run")
+        sample = [Mutant(*survivor["mutant"]) for survivor in known["survivors"]]
+    else:
+        sample = drawn(options.count, options.seed)
     print(f"{len(sample)} mutants", flush=True)
     start, results = time.perf_counter(), []
     spawn = multiprocessing.get_context("spawn")
@@ -199,26 +216,27 @@ def main() -> None:
             print(len(results), result.mutant, result.tests, "killed" if result.killed else "SURVIVED", flush=True)
             if not result.killed:
                 print(result.difference, flush=True)
-    killed = sum(result.killed for result in results)
+    survivors = [result for result in results if not result.killed]
+    tried = known["tried"] or len(results)
+    killed = tried - len(survivors)
     RESULT.write_text(
         json.dumps(
             {
                 "versions": {name: version(name) for name in ("cosmic-ray", "pytest", "torch", "transformers")},
-                "seed": options.seed,
-                "tried": len(results),
+                "code": code(),
+                "seed": known.get("seed", options.seed),
+                "tried": tried,
                 "killed": killed,
-                "ratio": round(killed / len(results), 4),
+                "ratio": round(killed / tried, 4),
                 "tests": TESTS,
-                "minutes": round((time.perf_counter() - start) / 60, 1),
-                "survivors": [
-                    {"operator": r.mutant.operator, "difference": r.difference} for r in results if not r.killed
-                ],
+                "minutes": round(known["minutes"] + (time.perf_counter() - start) / 60, 1),
+                "survivors": [{"mutant": result.mutant, "difference": result.difference} for result in survivors],
             },
             indent=1,
         )
         + "\n"
     )
-    print(f"{killed} of {len(results)} killed; {RESULT}")
+    print(f"{killed} of {tried} killed; {RESULT}")
 
 
 if __name__ == "__main__":

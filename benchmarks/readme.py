@@ -1,4 +1,4 @@
-"""README's tables of speed and of the variants, from benchmarks/results: nothing in them is typed.
+"""The tables of README.md and docs/trust.md, from benchmarks/results: nothing in them is typed.
 
 python benchmarks/readme.py
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
+TRUST = HERE.parent / "docs" / "trust.md"
 BEGIN, END = "<!-- written by benchmarks/readme.py -->", "<!-- end of {} -->"
 
 
@@ -70,15 +71,89 @@ def variants(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def faults(found: dict[str, Any]) -> list[str]:
+    """What was done to running commands, and what was lost: one row for each kind, --overwrite with the rest."""
+    rows: dict[str, dict[str, int]] = {}
+    for name, row in found["rows"].items():
+        kind = rows.setdefault(name.removesuffix(", --overwrite"), dict.fromkeys(FAULTS, 0))
+        for key in FAULTS:
+            kind[key] += row[key]
+    rows["**all**"] = {key: found["sum"][key] for key in FAULTS}
+    lines = [f"| fault | {' | '.join(FAULTS.values())} |", "|---|" + "---|" * len(FAULTS)]
+    lines += [f"| {name} | {' | '.join(f'{row[key]:,}' for key in FAULTS)} |" for name, row in rows.items()]
+    return [*lines, "", f"{found['machine']}, Python {found['versions']['python']}, {found['date']}."]
+
+
+FAULTS = {
+    "trials": "runs",
+    "met": "met it",
+    "survived": "as it should be",
+    "lost": "output lost",
+    "source_changed": "source changed",
+    "strays_after_next": "left behind after the next run",
+}
+
+
+def hostile(found: dict[str, Any]) -> list[str]:
+    """Checkpoints made to do harm."""
+    made, fuzzed = found["checkpoints"], found["fuzzed"]
+    refused = sum(n for ends in fuzzed["became"].values() for end, n in ends.items() if end != "converted")
+    rows: list[tuple[str, int, int, int, float, float]] = [
+        (f"{made['number']}, made by hand", made["runs"], made["refused"], len(made["wrong"]),
+         made["slowest refusal"], made["largest refusal MB"]),
+        (f"drawn mutations, seed {fuzzed['seed']}", fuzzed["inputs"], refused, len(fuzzed["escaped"]),
+         fuzzed["slowest_s"], fuzzed["MB"]),
+    ]  # fmt: skip
+    return [
+        "| checkpoints | runs | refused | wrong behaviour | slowest | most memory |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {what} | {n:,} | {no:,} | {bad} | {slowest:.1f} s | {most:.0f} MB |"
+            for what, n, no, bad, slowest, most in rows
+        ),
+    ]
+
+
+def mutants(found: dict[str, Any]) -> list[str]:
+    """Does the suite notice when the code is wrong?"""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return [
+        f"{found['killed']} of {found['tried']} ({found['ratio']:.1%}) were noticed (seed {found['seed']}; {versions})."
+    ]
+
+
+def soak(found: dict[str, Any]) -> list[str]:
+    """Does a process that works all day grow?"""
+    half, end = found["noted"][len(found["noted"]) // 2], found["noted"][-1]
+    where = f"{found['machine']}, torch {found['versions']['torch']}"
+    return [
+        f"{found['rounds']} rounds in {found['minutes']:g} minutes ({where}).",
+        "",
+        "| | half-way | at the end | growth a round between |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {half[key]:,.0f} | {end[key]:,.0f} | {found['growth_per_round'][key]:+.3f} |"
+            for name, key in (("resident memory, MB", "resident_MB"), ("open files", "files"), ("threads", "threads"))
+        ),
+    ]
+
+
+PARTS = (
+    (README, "speed", table, "speed-cpu"),
+    (README, "variants", variants, "variants-cpu"),
+    (TRUST, "faults", faults, "faults"),
+    (TRUST, "hostile", hostile, "hostile"),
+    (TRUST, "mutants", mutants, "mutants"),
+    (TRUST, "soak", soak, "soak"),
+)
+
+
 def main() -> None:
-    text = README.read_text()
-    for part, make, file in (("speed", table, "speed-cpu"), ("variants", variants, "variants-cpu")):
+    for page, part, make, file in PARTS:
         lines = make(json.loads((HERE / "results" / f"{file}.json").read_text()))
-        end = END.format(part)
-        before, rest = text.split(end, 1)
+        before, rest = page.read_text().split(END.format(part), 1)
         before = before[: before.rindex(BEGIN)]
-        text = before + BEGIN + "\n" + "\n".join(lines) + "\n" + end + rest
-    README.write_text(text)
+        page.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END.format(part) + rest)
 
 
 if __name__ == "__main__":
