@@ -40,9 +40,19 @@ from coverage import CoverageData
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
 TARGETS = ("sqa_convert/heads/*.py", "sqa_convert/families/*.py", "sqa_convert/plan.py")
-TESTS = ("partition", "methods", "circuits", "random_architectures", "plan", "models", "checkpoints", "calibrate")
+TESTS = (
+    "partition",
+    "methods",
+    "statistics",
+    "circuits",
+    "random_architectures",
+    "plan",
+    "models",
+    "checkpoints",
+    "calibrate",
+)
 """what is chosen from: what a mutant survives here the rest of the suite might still notice"""
-PATIENCE = 90  # seconds of tests for one mutant
+PATIENCE = 45  # seconds of tests for one mutant
 LIMIT = 300  # seconds the tests of a stage may take; more counts as noticed
 
 
