@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+from importlib import metadata
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -148,3 +149,11 @@ def test_every_setting_of_a_recipe_is_explained_with_its_default():
 def test_every_packaged_recipe_is_listed():
     text = (DOCS / "recipes.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"\[([\w-]+)\]\(\.\./recipes/\1\.yaml\)", text)) == recipe_names()
+
+
+def test_the_licence_of_every_dependency_is_listed():
+    rows = [line.split("|") for line in (DOCS / "trust.md").read_text().splitlines() if line.startswith("|")]
+    listed = {row[1].strip().lower().replace("_", "-") for row in rows}
+    requirements = metadata.requires("sqa-convert") or []
+    needed = {re.match(r"[\w.-]+", line)[0].lower() for line in requirements if "extra ==" not in line}
+    assert len(needed) > 10 and needed <= listed
