@@ -22,7 +22,6 @@ import dataclasses
 import errno
 import hashlib
 import importlib
-import itertools
 import json
 import os
 import platform
@@ -727,10 +726,8 @@ class Bench:
                     self._uptraining(row, trainings[i % 6], None, _fits_signal(number, True), strike)
         for number, name in ((errno.ENOSPC, "ENOSPC"), (errno.EIO, "EIO")):
             with self.row(f"uptraining: {name} at each write in turn") as row:
-                for call in itertools.count(1, round(1 / self.share)):
-                    ended = self._uptraining(row, trainings[0], Fault(call, number), _fits_disk(number, True))
-                    if ended.code == 0 and ended.hits == 0:
-                        break
+                for call in range(1, trainings[0].calls + 1, round(1 / self.share)):
+                    self._uptraining(row, trainings[0], Fault(call, number), _fits_disk(number, True))
             for lasting in (False, True):
                 with self.row(f"uptraining: {name} {'from a write on' if lasting else 'at a write'}") as row:
                     for i in range(self.times(18)):
@@ -773,7 +770,7 @@ class Bench:
         fault: Fault | None,
         fits: Callable[[Ended], bool],
         meanwhile: Callable[[Run, float], None] = lambda run, seconds: None,
-    ) -> Ended:
+    ) -> None:
         work = self.work()
         shutil.copytree(training.folder, work / "out")
         before = tree(work / "out")
@@ -793,7 +790,6 @@ class Bench:
         failed |= self.settled(row, work, after, not as_before or work / "out" in training.whole, {"out"})
         row.counts["failed_trials"] += failed
         shutil.rmtree(work)
-        return ended
 
 
 def _names(error: str, *texts: str) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -159,19 +160,27 @@ def run_app(app: Any, name: str) -> NoReturn:
 
 
 def _stop_after_all(ignored: Any) -> None:
-    """Python ignores what a signal raises while an object is being cleared away: such a signal comes again, later."""
+    """Python ignores what a signal raises while an object is being cleared away: such a signal comes again, later.
+
+    `ignored` is what `sys.unraisablehook` is given; of all else Python's own hook tells.
+    """
     import signal
     import threading
 
+    if sys.is_finalizing():
+        return
     if isinstance(ignored.exc_value, KeyboardInterrupt):
         number = signal.SIGINT
     elif isinstance(ignored.exc_value, SystemExit) and ignored.exc_value.code == TERMINATED:
         number = signal.SIGTERM
     else:
-        return sys.__unraisablehook__(ignored)
-    again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        sys.__unraisablehook__(ignored)
+        return
+    # On Windows os.kill ends a process; elsewhere it also wakes a main thread that waits.
+    send = signal.raise_signal if os.name == "nt" else partial(os.kill, os.getpid())
+    again = threading.Timer(0.05, send, (number,))
     again.daemon = True
-    return again.start()
+    again.start()
 
 
 def _fail(message: str, code: int) -> NoReturn:
