@@ -16,7 +16,7 @@ demo: $(VENV)/ready  ## convert sample:gpt2 from 12 heads to 8/4, uptrain it, re
 	$(BIN)/python benchmarks/demo.py
 
 test: $(VENV)/ready  ## the whole suite, offline, and how much of the package it reaches
-	$(BIN)/python $(PYTEST) --cov --cov-report=term
+	$(BIN)/python $(PYTEST) --cov --cov-report=term --cov-fail-under=92
 
 integration: $(VENV)/ready  ## PEFT, ONNX, lm-evaluation-harness, pipelines, the documentation's examples
 	$(BIN)/python $(PYTEST) -m integration

@@ -5,14 +5,16 @@
 
 Cosmic Ray knows every place where an operator, a number, a condition or a decorator could be another. Of a seeded
 sample of these places each is changed, one at a time, in a copy of the repository, and the tests that reach the changed
-line are run, the quickest first, until one fails. A change of nothing but an annotation is left out: no program can
-tell. Writes benchmarks/results/mutants.json, with what each survivor changes.
+line are run, the quickest first, until one fails; a mutant of a line that no test reaches survives. A change of nothing
+but an annotation is left out: no program can tell. Writes benchmarks/results/mutants.json, with what each survivor
+changes.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import hashlib
 import json
 import multiprocessing
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import islice
@@ -45,6 +48,7 @@ TESTS = (
     "methods",
     "statistics",
     "circuits",
+    "hostile",
     "random_architectures",
     "plan",
     "models",
@@ -53,8 +57,7 @@ TESTS = (
 )
 """what is chosen from: what a mutant survives here the rest of the suite might still notice"""
 PATIENCE = 45  # seconds of tests for one mutant
-LIMIT = 300  # seconds the tests of a stage may take; more counts as noticed
-
+LIMIT = 300  # seconds the tests of one mutant may take; more counts as noticed
 
 PYTEST = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider"]
 
@@ -69,10 +72,14 @@ class Mutant(NamedTuple):
 
 class Tested(NamedTuple):
     mutant: Mutant
-    killed: bool
+    outcome: str
+    """what noticed it, "a test" or "the time limit", or SURVIVED"""
     tests: int
-    """that reach it"""
+    """that reach it, within the patience"""
     difference: str
+
+
+SURVIVED = "survived"
 
 
 class _Bare(ast.NodeTransformer):
@@ -126,16 +133,32 @@ def code() -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 
-def own_copy(folder: str) -> None:
-    """Gives this process a copy of the repository to spoil."""
-    copy = Path(folder) / str(os.getpid())
+def copy_to(folder: Path) -> None:
+    """The repository's files as they are now."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):
-        target = copy / name
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, target)
-    os.chdir(copy)
-    os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def work_in_a_copy(pristine: Path) -> None:
+    """Gives this process a repository of its own to spoil."""
+    own = pristine.with_name(str(os.getpid()))
+    shutil.copytree(pristine, own)
+    os.chdir(own)
+    os.environ |= {"PYTHONPATH": str(own), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def statement(text: str, line: int) -> range:
+    """The lines, up to `line`, of the smallest statement that `line` belongs to."""
+    starts = [1]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.stmt):
+            start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+            if start <= line <= (node.end_lineno or start):
+                starts.append(start)
+    return range(max(starts), line + 1)
 
 
 class Reach(NamedTuple):
@@ -143,10 +166,11 @@ class Reach(NamedTuple):
 
     seconds: dict[str, float]
     lines: dict[str, dict[int, list[str]]]
+    """by file and line; none for a line that runs only when it is imported"""
 
     @classmethod
     def measured(cls) -> Reach:
-        """Runs the tests once, in this process's copy. Raises CalledProcessError where one fails."""
+        """Runs the tests in this process's copy, then again, quickest first. Raises CalledProcessError if one fails."""
         files = [f"tests/test_{name}.py" for name in TESTS]
         subprocess.run(
             [*PYTEST, "--cov=sqa_convert", "--cov-context=test", "--cov-report=", "-vv", "--durations=0",
@@ -167,15 +191,24 @@ class Reach(NamedTuple):
             }
             for name in data.measured_files()
         }
-        return cls(seconds, lines)
+        reach = cls(seconds, lines)
+        reach.write(sorted(seconds, key=seconds.__getitem__))
+        subprocess.run([*PYTEST, "-x", "@tests.txt"], check=True, stdout=subprocess.DEVNULL)
+        return reach
+
+    @staticmethod
+    def write(tests: list[str]) -> None:
+        Path("tests.txt").write_text("\n".join(tests))
 
     def tests(self, path: str, line: int) -> list[str]:
-        """Quickest first; of a line that runs when it is imported all."""
-        lines = self.lines[path]
-        known = max((n for n in lines if n <= line), default=0)  # an expression's later lines belong to its first
-        reaching = sorted(lines.get(known) or self.seconds, key=lambda test: self.seconds.get(test, 0))
+        """Quickest first, as many as patience allows; of a line that runs when it is imported any."""
+        known = self.lines.get(path, {})
+        ran = [n for n in statement((ROOT / path).read_text(encoding="utf-8"), line) if n in known]
+        if not ran:
+            return []
+        reaching = {test for n in ran for test in known[n]} or self.seconds.keys()
         total, chosen = 0.0, []
-        for test in reaching:
+        for test in sorted(reaching, key=lambda test: (self.seconds.get(test, 0), test)):
             total += self.seconds.get(test, 0)
             if total < PATIENCE or not chosen:
                 chosen.append(test)
@@ -183,15 +216,24 @@ class Reach(NamedTuple):
 
 
 def tested(mutant: Mutant, tests: list[str]) -> Tested:
+    text = Path(mutant.path).read_text(encoding="utf-8")
+    if not tests:
+        mutated = mutate_code(text, plugins.get_operator(mutant.operator)(**mutant.arguments), mutant.occurrence)
+        changed = difflib.unified_diff(text.splitlines(), (mutated or "").splitlines(), lineterm="")
+        return Tested(mutant, SURVIVED, 0, "\n".join(changed))
     spec = MutationSpec(
         module_path=Path(mutant.path), operator_name=mutant.operator, occurrence=mutant.occurrence, start_pos=(1, 0),
         end_pos=(1, 1), operator_args=mutant.arguments, definition_name=None,
     )  # fmt: skip
-    Path("tests.txt").write_text("\n".join(tests))
+    Reach.write(tests)
     result = mutate_and_test([spec], shlex.join([*PYTEST, "-x", "@tests.txt"]), LIMIT)
     if result.worker_outcome.value != "normal" or result.test_outcome is None:
         raise RuntimeError(f"{mutant}: {result.output}")
-    return Tested(mutant, result.test_outcome.value != "survived", len(tests), result.diff or "")
+    if result.test_outcome.value == "survived":
+        outcome = SURVIVED
+    else:
+        outcome = "the time limit" if result.output == "timeout" else "a test"
+    return Tested(mutant, outcome, len(tests), result.diff or "")
 
 
 def main() -> None:
@@ -204,11 +246,12 @@ def main() -> None:
     )
     options = parser.parse_args()
     os.chdir(ROOT)
-    known: dict[str, Any] = {"tried": 0, "killed": 0, "minutes": 0}
+    versions = {name: version(name) for name in ("cosmic-ray", "pytest", "torch", "transformers")}
+    known: dict[str, Any] = {"tried": 0, "minutes": 0, "noticed by": {}}
     if options.survivors:
         known = json.loads(RESULT.read_text())
-        if known["code"] != code():
-            parser.error("the code is another than that of the last run")
+        if known["code"] != code() or known["versions"] != versions:
+            parser.error("the code, or a library's version, is another than that of the last run")
         sample = [Mutant(*survivor["mutant"]) for survivor in known["survivors"]]
     else:
         sample = drawn(options.count, options.seed)
@@ -217,27 +260,30 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(options.workers, spawn, own_copy, (folder,)) as pool,
+        ProcessPoolExecutor(options.workers, spawn, work_in_a_copy, (Path(folder, "pristine"),)) as pool,
     ):
+        copy_to(Path(folder, "pristine"))
         reach = pool.submit(Reach.measured).result()
         print(f"{len(reach.seconds)} tests, {sum(reach.seconds.values()):.0f} s", flush=True)
         for result in pool.map(tested, sample, [reach.tests(m.path, m.line) for m in sample]):
             results.append(result)
-            print(len(results), result.mutant, result.tests, "killed" if result.killed else "SURVIVED", flush=True)
-            if not result.killed:
+            print(len(results), result.mutant, result.tests, result.outcome, flush=True)
+            if result.outcome == SURVIVED:
                 print(result.difference, flush=True)
-    survivors = [result for result in results if not result.killed]
+    survivors = [result for result in results if result.outcome == SURVIVED]
+    outcomes = Counter(known["noticed by"]) + Counter(r.outcome for r in results if r.outcome != SURVIVED)
     tried = known["tried"] or len(results)
     killed = tried - len(survivors)
     RESULT.write_text(
         json.dumps(
             {
-                "versions": {name: version(name) for name in ("cosmic-ray", "pytest", "torch", "transformers")},
+                "versions": versions,
                 "code": code(),
                 "seed": known.get("seed", options.seed),
                 "tried": tried,
                 "killed": killed,
                 "ratio": round(killed / tried, 4),
+                "noticed by": outcomes,
                 "tests": TESTS,
                 "minutes": round(known["minutes"] + (time.perf_counter() - start) / 60, 1),
                 "survivors": [{"mutant": result.mutant, "difference": result.difference} for result in survivors],

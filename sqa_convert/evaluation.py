@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batches import SpanCorruption, token_blocks
-from .checkpoint import CARRIED_FILES, TOKENIZER_CONFIG, TOKENIZER_FILES, check_folder
+from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, check_folder
 from .data import BUILT_IN, documents
 from .devices import choose_device, device_name
 from .distill import IGNORED
@@ -28,7 +29,10 @@ LONGEST = 1024
 """tokens in one sequence, at most"""
 _BATCH_TOKENS = 4096
 _MOST_TOKENIZERS = 8
-_TOKENIZERS: dict[tuple[bytes, ...], Any] = {}  # one that has encoded keeps 0.4 MB for ever, even when it is gone
+_TOKENIZERS: dict[tuple[object, ...], Any] = {}  # one that has encoded keeps 0.4 MB for ever, even when it is gone
+_LARGE_TOKENIZER = 2**26  # bytes
+_MAY_BE_A_TOKENIZERS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_NEVER_A_TOKENIZERS = ("config.json", "generation_config.json", "model.safetensors.index.json", "report.json")
 _CHUNK_LOGITS = 2**25  # logits held at once
 
 
@@ -102,21 +106,33 @@ def load_tokenizer(
     # Without any file transformers would make up an empty one. ByT5 needs no vocabulary, its config names the class.
     if not any((Path(folder) / name).is_file() for name in (*TOKENIZER_FILES, TOKENIZER_CONFIG)):
         raise CheckpointError(f"{folder} holds no tokenizer; {without}")
-    files = [Path(folder) / name for name in ("config.json", *CARRIED_FILES) if not name.startswith("LICENSE")]
-    content = tuple(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"" for path in files)
-    if content not in _TOKENIZERS or trust_remote_code:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except Exception as error:  # every tokenizer library fails in its own way
-            raise CheckpointError(
-                f"{folder}: its tokenizer does not load ({one_line(error, 200)}); {without}"
-            ) from error
-        if trust_remote_code:  # there may be more to it than these files
-            return tokenizer
+    try:
+        content = _tokenizer_content(Path(folder))
+        if content in _TOKENIZERS and not trust_remote_code:
+            return _TOKENIZERS[content]
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # every tokenizer library fails in its own way
+        raise CheckpointError(f"{folder}: its tokenizer does not load ({one_line(error, 200)}); {without}") from error
+    if not trust_remote_code:  # else there may be more to it than these files
         if len(_TOKENIZERS) == _MOST_TOKENIZERS:
-            del _TOKENIZERS[next(iter(_TOKENIZERS))]
+            _TOKENIZERS.pop(next(iter(_TOKENIZERS)), None)
         _TOKENIZERS[content] = tokenizer
-    return _TOKENIZERS[content]
+    return tokenizer
+
+
+def _tokenizer_content(folder: Path) -> tuple[object, ...]:
+    """All that a tokenizer may be made of: what the config says of it, the folder's small files."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    files = sorted(
+        p for p in folder.iterdir() if p.suffix in _MAY_BE_A_TOKENIZERS and p.name not in _NEVER_A_TOKENIZERS
+    )
+    contents = ((path.name, _content(path)) for path in files if path.is_file())
+    return (str(config.get("model_type")), str(config.get("tokenizer_class")), *contents)
+
+
+def _content(path: Path) -> object:
+    known = path.stat()
+    return hashlib.sha256(path.read_bytes()).digest() if known.st_size < _LARGE_TOKENIZER else known
 
 
 @dataclass(frozen=True)

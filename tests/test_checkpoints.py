@@ -209,6 +209,8 @@ def test_layers_are_converted_each_with_its_own_weights():
         ({"model_type": None}, "not supported"),
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"architectures": ["GPT2ForTokenClassification"]}, "GPT2LMHeadModel, GPT2Model"),
+        ({"architectures": "GPT2LMHeadModel"}, "not a list of class names"),
+        ({"architectures": [7]}, "not a list of class names"),
         ({"n_head": 7}, "no multiple"),
         ({"n_head": "12"}, "n_head is '12'"),
         ({"n_embd": None}, "n_embd is None"),
@@ -370,12 +372,20 @@ def test_a_tensor_with_a_piece_missing_is_no_tensor(tmp_path):
 
 def test_folders_with_the_same_tokenizer_share_one(tmp_path):
     """One that has encoded keeps 0.4 MB for ever: a process that converts all day must not make more and more."""
-    for name in ("one", "two"):
+    for name, heads in (("one", 12), ("two", 6)):
         shutil.copytree(SAMPLES / "gpt2", tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"n_head": heads}))
     one, two = (load_tokenizer(tmp_path / name) for name in ("one", "two"))
     assert one is two
     settings = json.loads((tmp_path / "two/tokenizer_config.json").read_text())
     (tmp_path / "two/tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 77}))
     assert load_tokenizer(tmp_path / "two").model_max_length == 77 != one.model_max_length
+    (tmp_path / "one/chat_template.jinja").write_text("{{ messages }}")
+    assert load_tokenizer(tmp_path / "one").chat_template == "{{ messages }}" != one.chat_template
+    for name in ("config.json", "chat_template.jinja"):
+        (tmp_path / "two" / name).write_bytes(b"\xff")
+        with pytest.raises(CheckpointError):
+            load_tokenizer(tmp_path / "two")
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)

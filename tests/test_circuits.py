@@ -1,7 +1,7 @@
 """Factorised circuits, searched partitions, refit and refine on bare weights."""
 
 import dataclasses
-from itertools import permutations
+from itertools import combinations, pairwise, permutations
 
 import pytest
 import torch
@@ -130,6 +130,43 @@ def test_an_exact_search_finds_the_cheapest_of_all_partitions():
     contiguous = sum(cost.cost(group) for group in Partition.contiguous(6, 4, 2).groups)
     assert sum(map(cost, arrange(tuple(range(6)), 2, cost, generator()))) == pytest.approx(cheapest)
     assert cheapest < contiguous
+
+
+@pytest.mark.parametrize(("size", "parts"), [(8, 3), (7, 2), (5, 4), (5, 1)])
+@pytest.mark.parametrize("seed", range(8))
+def test_few_heads_are_arranged_at_the_least_cost_there_is(size, parts, seed):
+    """Costs that say nothing of each other, in which a search by swaps gets stuck."""
+    draw = torch.Generator().manual_seed(seed)
+    costs = {
+        group: torch.rand(1, generator=draw).item() for n in range(size + 1) for group in combinations(range(size), n)
+    }
+    cuts = [i * (size // parts) + min(i, size % parts) for i in range(parts + 1)]
+    cheapest = min(
+        sum(costs[tuple(sorted(order[a:b]))] for a, b in pairwise(cuts)) for order in permutations(range(size))
+    )
+    found = arrange(tuple(range(size)), parts, costs.__getitem__, generator())
+    assert sum(map(costs.__getitem__, found)) == pytest.approx(cheapest)
+    assert sorted(h for group in found for h in group) == list(range(size))
+    assert sorted(map(len, found)) == sorted(b - a for a, b in pairwise(cuts))
+
+
+@pytest.mark.parametrize(("counts", "way"), [
+    ((12, 8, 4), "_exact"), ((12, 6, 3), "_swapped"), ((16, 8, 8), "_exact"), ((16, 8, 4), "_swapped"),
+    ((25, 5, 5), "_swapped"),
+])  # fmt: skip
+def test_what_is_searched_exactly(counts, way, monkeypatch):
+    """At 64 dimensions a head: the work grows with the number of possible groups and the cube of their width."""
+
+    class FoundError(Exception):
+        pass
+
+    def found(*_):
+        raise FoundError
+
+    heads = AttentionHeads(*(torch.randn(counts[0], 64, D).double() for _ in range(4)))
+    monkeypatch.setattr(search_module, way, found)
+    with pytest.raises(FoundError):
+        search(heads, statistics(heads), *counts[1:], generator())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])

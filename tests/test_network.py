@@ -46,7 +46,7 @@ def environment(tmp_path):
 
 
 def test_what_watches_notices(environment, tmp_path):
-    code = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')"
+    code = "import socket; socket.create_connection(('127.0.0.1', 9))"
     assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode
     assert "127.0.0.1" in (tmp_path / "asked").read_text()
 

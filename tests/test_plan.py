@@ -1,5 +1,7 @@
 """Plans: made from headers, right about the true models, right about what they cost."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 
@@ -11,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, MT5Config, T5Config
 
 from sqa_convert.errors import CheckpointError, RecipeError
-from sqa_convert.families import Site
-from sqa_convert.plan import Request, make_plan, parse_size
+from sqa_convert.families import Family, Site, family_of
+from sqa_convert.heads import Partition, get_method
+from sqa_convert.plan import Calibration, Request, make_plan, parse_size
 from sqa_convert.sources import Source, TensorInfo, torch_dtype
 
 
@@ -140,6 +143,124 @@ def test_promised_parameters_and_flops_are_the_models(make, heads):
             if module_name.endswith((".mlp", "DenseReluDense")) or module_name == "lm_head":
                 rest += 2 * context * sum(p.numel() for p in module.parameters() if p.ndim == 2)
         assert cost["attention_flops"] == total - rest
+
+
+@pytest.mark.parametrize("says", ["tie_word_embeddings", "scale_decoder_outputs"])
+def test_a_head_of_its_own_is_counted(says, tmp_path):
+    """As v1.1 and Flan have it; their configs say so in one way on the hub and in another when they are saved again."""
+    source = t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    source.lm_head.weight = torch.nn.Parameter(torch.randn_like(source.lm_head.weight))
+    source.save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    assert config.pop("scale_decoder_outputs") is False
+    (tmp_path / "source/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True} | {says: False}))
+    conversion = convert(tmp_path / "source", 8, 4, output=tmp_path / "sqa")
+    assert conversion.report["cost"]["before"]["parameters"] == source.num_parameters()
+    assert conversion.report["cost"]["after"]["parameters"] == conversion.model.num_parameters()
+
+
+USUAL = {
+    "t5": {
+        "architectures": ["T5ForConditionalGeneration"], "num_decoder_layers": 2, "n_positions": 512,
+        "relative_attention_num_buckets": 32, "tie_word_embeddings": True, "scale_decoder_outputs": True,
+        "feed_forward_proj": "relu",
+    },
+    "mt5": {
+        "architectures": ["MT5ForConditionalGeneration"], "num_decoder_layers": 2, "n_positions": 512,
+        "relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False,
+    },
+    "gpt2": {"architectures": ["GPT2LMHeadModel"], "n_inner": None, "tie_word_embeddings": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "key"), [(family, key) for family, usual in USUAL.items() for key in usual])
+def test_what_a_config_leaves_out_is_as_usual(family, key):
+    config = {
+        "gpt2": gpt2_config(48, 2, 12),
+        "t5": t5_config(24, 24, 2, 12, 40, 64),
+        "mt5": v11(24, 24, 2, 12, 40, 64, MT5Config),
+    }[family]
+    whole, without = MetaSource("whole", config), MetaSource("whole", config)
+    whole.config |= USUAL[family]
+    without.config = {name: value for name, value in whole.config.items() if name != key}
+    expected, plan = (make_plan(source, Request(8, 4)) for source in (whole, without))
+    assert (plan.before, plan.after, plan.shards) == (expected.before, expected.after, expected.shards)
+    assert plan.dimensions == expected.dimensions
+    assert plan.config == {name: value for name, value in expected.config.items() if name != key or name in plan.config}
+
+
+@pytest.mark.parametrize("distance", [None, 20, 300])
+def test_a_site_attends_as_the_model_does(distance):
+    """Bare heads against the model's own layer, biases by distance included."""
+    options = {} if distance is None else {"relative_attention_max_distance": distance}
+    model = t5(layers=2, relative_attention_num_buckets=8, **options)
+    use_attention(model, "eager")
+    config = model.config.to_dict()
+    if distance is None:
+        del config["relative_attention_max_distance"]
+    family = family_of(config)
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    site = next(site for site in family.sites(config) if site.kind == "encoder")
+    heads = family.read(site, weights.__getitem__, family.dimensions(config))
+    x = torch.randn(2, 40, 20)
+    with torch.no_grad():
+        expected = model.encoder.block[0].layer[0].SelfAttention(x)[0]
+    torch.testing.assert_close(family.attention(site, config).layer(heads, x, None), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "tokens"),
+    [
+        ("gpt2", {}, 65_536),  # 20 for each of 8 × 64 unknowns would be fewer
+        ("t5-11b", {}, 20 * 64 * 128 * 5),  # a decoder predicts every fifth token of the text
+        ("t5-11b", {"sites": ["encoder"]}, 20 * 64 * 128 * 5),  # heads that are all kept have no unknowns
+        ("t5-11b", {"calibration": Calibration(tokens=7)}, 7),
+    ],
+)
+def test_tokens_of_calibration(name, settings, tokens):
+    source = MetaSource(name, TRUE_MODELS[name])
+    heads = 64 if name == "t5-11b" else 8
+    assert make_plan(source, Request(heads, heads // 2, **settings)).calibration.tokens == tokens
+
+
+def test_heads_that_are_all_kept_need_no_calibration():
+    assert make_plan(MetaSource("gpt2", TRUE_MODELS["gpt2"]), Request(12, 12)).calibration is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "flag"),
+    [
+        (Request(8, 4, sites=["encoder"]), "--sites encoder"),
+        (Request(8, None, variant="sqa"), "--variant"),
+        (Request(None, 4, variant="sqa"), "--variant"),
+        (Request(8), "--kv-groups"),
+        (Request(None, 4), "--q-groups"),
+        (Request(8, 4, dtype="int8"), "--dtype int8"),
+        (Request(8, 4, partition="best"), "--partition best"),
+    ],
+)
+def test_what_cannot_be_done_names_its_flag(request_, flag):
+    with pytest.raises(RecipeError, match=flag):
+        make_plan(MetaSource("gpt2", TRUE_MODELS["gpt2"]), request_)
+
+
+@pytest.mark.parametrize("made", [Request(8, 4), Calibration(), get_method("mean"), Partition.identity(2)])
+def test_what_was_asked_for_does_not_change(made):
+    for field in dataclasses.fields(made):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, field.name, None)
+
+
+def test_a_plan_does_not_change():
+    plan = make_plan(MetaSource("gpt2", TRUE_MODELS["gpt2"]), Request(8, 4))
+    for made in (plan, plan.calibration, plan.after, next(iter(plan.shards.values()))[0]):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(made, dataclasses.fields(made)[0].name, None)
+
+
+def test_a_family_has_to_bring_all_its_parts():
+    parts = "dimensions sites canonical required tied consumed read attention norms write written result_config"
+    assert Family.__abstractmethods__ == set(parts.split())
 
 
 def test_dry_run_imports_neither_torch_nor_transformers():

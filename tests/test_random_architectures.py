@@ -50,7 +50,7 @@ class Architecture(NamedTuple):
 
 
 @st.composite
-def architectures(draw):
+def architectures(draw, dtypes=tuple(DTYPES)):
     heads = draw(st.integers(1, 25))
     q_groups = draw(st.integers(1, heads))
     layers = draw(st.integers(1, 4))
@@ -63,7 +63,7 @@ def architectures(draw):
         decoder_layers=draw(st.integers(1, layers)),  # more than encoder layers breaks the stock model's cache
         q_groups=q_groups,
         kv_groups=draw(st.sampled_from([n for n in range(1, q_groups + 1) if q_groups % n == 0])),
-        dtype=draw(st.sampled_from(sorted(DTYPES))),
+        dtype=draw(st.sampled_from(dtypes)),
         tied=draw(st.booleans()),
         gated=draw(st.booleans()),
         method=draw(st.sampled_from(sorted(METHODS))),
@@ -99,7 +99,9 @@ def test_parameters_cache_operations_and_dtype_are_as_promised(tmp_path_factory,
     with safe_open(folder / "sqa" / "model.safetensors", "pt") as weights:
         stored = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     assert {tensor.dtype for tensor in stored.values()} == {source.dtype} == {model.dtype}
-    assert all(torch.equal(stored[name], value) for name, value in model.state_dict().items() if name in stored)
+    loaded = model.state_dict()
+    assert stored.keys() <= loaded.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in stored.items())
 
     use_attention(model, "eager")
     ids = tokens(2, CONTEXT)
@@ -130,7 +132,7 @@ def test_parameters_cache_operations_and_dtype_are_as_promised(tmp_path_factory,
 
 
 @many(10)
-@given(architecture=architectures())
+@given(architecture=architectures(("bfloat16", "float16")))
 def test_half_precision_loses_no_more_than_its_rounding(architecture):
     dtype = DTYPES[architecture.dtype]
     source = architecture.model()

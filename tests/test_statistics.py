@@ -89,7 +89,8 @@ def test_the_cost_of_a_borrowed_pattern_is_what_the_best_values_leave(biases):
 
 
 def test_a_ridge_keeps_the_trace():
-    metric = inputs()[0].T @ inputs()[0]
+    x = inputs()[0]
+    metric = x.T @ x
     ridged = with_ridge(metric)
     assert ridged.trace() == pytest.approx(metric.trace().item())
     close(ridged - torch.diag(ridged.diagonal()), (1 - RIDGE) * (metric - torch.diag(metric.diagonal())))

@@ -122,8 +122,9 @@ class T5(Family):
 
     def tied(self, config: Config) -> frozenset[str]:
         embeddings = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
-        # v1.1, Flan and mT5 have a head of their own.
-        own_head = config.get("tie_word_embeddings") is False or config.get("model_type") == "mt5"
+        # v1.1, Flan and mT5 have a head of their own; transformers 5 saves that only under the second name.
+        said = (config.get("tie_word_embeddings"), config.get("scale_decoder_outputs"))
+        own_head = False in said or config.get("model_type") == "mt5"
         return frozenset(embeddings if own_head else embeddings | {"lm_head.weight"})
 
     def consumed(self, site: Site) -> list[str]:
