@@ -7,7 +7,7 @@ TRANSFORMERS_OLDEST := 5.17.0
 SMOKE := build/smoke
 AUDIT := build/audit
 PYTEST := -m pytest -n auto
-ON_TRANSFORMERS := models checkpoints random_architectures plan calibrate distill flops uptraining resume verify speed
+ON_TRANSFORMERS := models checkpoints random_architectures plan calibrate distill flops uptraining resume verify speed hub data
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test integration test-oldest lint format docs dist smoke notebooks audit samples clean
@@ -51,8 +51,9 @@ audit:  ## what is installed beside this package: known vulnerabilities (asks py
 	$(PYTHON) -m venv --clear $(AUDIT)/tools
 	$(AUDIT)/installed/bin/pip install --quiet --constraint constraints.txt .
 	$(AUDIT)/tools/bin/pip install --quiet pip-audit pip-licenses
-	$(AUDIT)/tools/bin/pip-licenses --python=$(AUDIT)/installed/bin/python --format=markdown --from=mixed --with-urls
-	$(AUDIT)/tools/bin/pip-audit --strict --path $(AUDIT)/installed/lib/python3*/site-packages
+	$(AUDIT)/tools/bin/pip-licenses --python=$(AUDIT)/installed/bin/python --format=markdown --from=mixed --with-system
+	$(AUDIT)/installed/bin/pip freeze --all --exclude sqa-convert | sed 's/+.*//' > $(AUDIT)/installed.txt
+	$(AUDIT)/tools/bin/pip-audit --strict --no-deps --disable-pip -r $(AUDIT)/installed.txt
 
 format: $(VENV)/ready
 	$(BIN)/ruff format .

@@ -99,13 +99,13 @@ def hostile(found: dict[str, Any]) -> list[str]:
     made, fuzzed = found["checkpoints"], found["fuzzed"]
     refused = sum(n for ends in fuzzed["became"].values() for end, n in ends.items() if end != "converted")
     rows: list[tuple[str, int, int, int, float, float]] = [
-        (f"{made['number']}, made by hand", made["runs"], made["refused"], len(made["wrong"]),
+        (f"{made['number']}, made by hand, given to the commands", made["runs"], made["refused"], len(made["wrong"]),
          made["slowest refusal"], made["largest refusal MB"]),
-        (f"drawn mutations, seed {fuzzed['seed']}", fuzzed["inputs"], refused, len(fuzzed["escaped"]),
+        (f"drawn mutations, planned and converted in memory, seed {fuzzed['seed']}", fuzzed["inputs"], refused, len(fuzzed["escaped"]),
          fuzzed["slowest_s"], fuzzed["MB"]),
     ]  # fmt: skip
     return [
-        "| checkpoints | runs | refused | wrong behaviour | slowest | most memory |",
+        "| checkpoints | runs | refused | wrong behaviour | slowest refusal | largest refusal |",
         "|---|---|---|---|---|---|",
         *(
             f"| {what} | {n:,} | {no:,} | {bad} | {slowest:.1f} s | {most:.0f} MB |"
