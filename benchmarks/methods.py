@@ -27,9 +27,10 @@ import transformers
 from sqa_convert.calibrate import CANDIDATES, Calibrator, SiteFitter, load_source
 from sqa_convert.checkpoint import open_source
 from sqa_convert.evaluation import measure, predict, prepare
-from sqa_convert.execution import ConvertedSite, SiteRecord, build_model, model_tensors
+from sqa_convert.execution import build_model
 from sqa_convert.families import Site
 from sqa_convert.plan import REFINE_STEPS, Plan, Request, make_plan
+from sqa_convert.sites import ConvertedSite
 
 RESULTS = Path(__file__).resolve().parent / "results"
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -105,8 +106,7 @@ class Bench:
         return fitter.convert(method, plan.partitions[site.kind], searched, with_refit=stage == "refit")
 
     def row(self, plan: Plan, made: Made, method: str, stage: str, seconds: float) -> dict[str, Any]:
-        records: dict[Site, SiteRecord] = {}
-        model = build_model(plan, model_tensors(plan, self.source, made, records), records).float()
+        model = build_model(plan, self.source, made)[0].float()
         quality = measure(predict(model, self.held_out), self.expected)
         count = next(p for p in plan.partitions.values() if not p.is_identity)
         return {

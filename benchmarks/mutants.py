@@ -57,7 +57,7 @@ TESTS = (
 )
 """what is chosen from: what a mutant survives here the rest of the suite might still notice"""
 PATIENCE = 45  # seconds of tests for one mutant
-LIMIT = 300  # seconds the tests of one mutant may take; more counts as noticed
+LIMIT = 600  # seconds the tests of one mutant may take; more counts as noticed
 
 PYTEST = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider"]
 
@@ -200,7 +200,7 @@ class Reach(NamedTuple):
     def write(tests: list[str]) -> None:
         Path("tests.txt").write_text("\n".join(tests))
 
-    def tests(self, path: str, line: int) -> list[str]:
+    def tests(self, path: str, line: int, patience: float = PATIENCE) -> list[str]:
         """Quickest first, as many as patience allows; of a line that runs when it is imported any."""
         known = self.lines.get(path, {})
         ran = [n for n in statement((ROOT / path).read_text(encoding="utf-8"), line) if n in known]
@@ -210,7 +210,7 @@ class Reach(NamedTuple):
         total, chosen = 0.0, []
         for test in sorted(reaching, key=lambda test: (self.seconds.get(test, 0), test)):
             total += self.seconds.get(test, 0)
-            if total < PATIENCE or not chosen:
+            if total < patience or not chosen:
                 chosen.append(test)
         return chosen
 
@@ -241,9 +241,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--survivors", action="store_true", help="those of the last run again, where only tests changed"
-    )
+    parser.add_argument("--survivors", action="store_true", help="those of the last run meet more tests, or new ones")
     options = parser.parse_args()
     os.chdir(ROOT)
     versions = {name: version(name) for name in ("cosmic-ray", "pytest", "torch", "transformers")}
@@ -265,7 +263,8 @@ def main() -> None:
         copy_to(Path(folder, "pristine"))
         reach = pool.submit(Reach.measured).result()
         print(f"{len(reach.seconds)} tests, {sum(reach.seconds.values()):.0f} s", flush=True)
-        for result in pool.map(tested, sample, [reach.tests(m.path, m.line) for m in sample]):
+        patience = LIMIT / 2 if options.survivors else PATIENCE
+        for result in pool.map(tested, sample, [reach.tests(m.path, m.line, patience) for m in sample]):
             results.append(result)
             print(len(results), result.mutant, result.tests, result.outcome, flush=True)
             if result.outcome == SURVIVED:

@@ -101,7 +101,8 @@ def hostile(found: dict[str, Any]) -> list[str]:
     rows: list[tuple[str, int, int, int, float, float]] = [
         (f"{made['number']}, made by hand, given to the commands", made["runs"], made["refused"], len(made["wrong"]),
          made["slowest refusal"], made["largest refusal MB"]),
-        (f"drawn mutations, planned and converted in memory, seed {fuzzed['seed']}", fuzzed["inputs"], refused, len(fuzzed["escaped"]),
+        (f"drawn mutations, planned and converted in memory, seed {fuzzed['seed']}", fuzzed["inputs"], refused,
+         len(fuzzed["escaped"]),
          fuzzed["slowest_s"], fuzzed["MB"]),
     ]  # fmt: skip
     return [

@@ -29,8 +29,8 @@ from transformers.models.llama.modeling_llama import repeat_kv
 import sqa_convert.models as sqa
 from sqa_convert import bench
 from sqa_convert.devices import choose_device
-from sqa_convert.execution import silent
 from sqa_convert.pictures import speed_picture
+from sqa_convert.progress import silent
 from sqa_convert.speed import Settings
 from sqa_convert.timing import Spread, alternate
 

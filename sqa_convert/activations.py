@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .execution import Progress, silent
 from .families import Site
+from .progress import Progress, silent
 
 SENSITIVITY_TOKENS = 16_384
 """predictions whose gradients are looked at"""

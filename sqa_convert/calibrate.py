@@ -22,16 +22,7 @@ from .activations import capture, sensitivity
 from .calibration_text import Text, calibration_text
 from .errors import CheckpointError, QualityError, one_line
 from .evaluation import HeldOut, Predictions, load_model, measure, predict
-from .execution import (
-    Calibrated,
-    ConvertedSite,
-    Progress,
-    SiteRecord,
-    build_model,
-    model_tensors,
-    read_site,
-    silent,
-)
+from .execution import build_model
 from .families import Site
 from .heads import AttentionHeads, Partition, get_method
 from .heads.attention import Attention
@@ -40,6 +31,8 @@ from .heads.refit import output_error, refit
 from .heads.search import search
 from .heads.statistics import Statistics, collect, similarity, with_ridge
 from .plan import AUTO, TOKENS_PER_UNKNOWN, Plan
+from .progress import Progress, silent
+from .sites import Calibrated, ConvertedSite, SiteRecord, read_site
 from .sources import ModelSource, Source
 
 CANDIDATES = {"svd": ("svd", True), "svd, contiguous": ("svd", False), "procrustes": ("procrustes", True)}
@@ -177,8 +170,7 @@ class Calibrator:
 
     def kl(self, plan: Plan, choice: Mapping[Site, ConvertedSite]) -> float | None:
         """KL of the whole converted model to the source on the held-out sequences, nats a token; None if not finite."""
-        records: dict[Site, SiteRecord] = {}
-        student = build_model(plan, model_tensors(plan, self.source, choice, records), records).float()
+        student = build_model(plan, self.source, choice)[0].float()
         try:
             return measure(predict(student, self._held_out), self._expected).kl
         except QualityError:

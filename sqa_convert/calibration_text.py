@@ -14,8 +14,8 @@ from .batches import SpanCorruption, token_blocks
 from .data import documents
 from .errors import DataError
 from .evaluation import check_vocabulary, load_tokenizer
-from .execution import Progress, silent
 from .plan import Plan
+from .progress import Progress, silent
 from .sources import Source
 
 LONGEST = 1024

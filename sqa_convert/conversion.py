@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import open_source
 from .describe import write_report
 from .errors import OutputError, RecipeError
-from .execution import Calibrated, Progress, SiteRecord, build_model, check_loads, model_tensors, silent, write_model
-from .families import Site
+from .execution import build_model, check_loads, write_model
 from .output import staged_output
 from .plan import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Plan, Request, make_plan
+from .progress import Progress, silent
 from .report import conversion_report
+from .sites import Calibrated
 from .sources import ModelSource, Source
 
 if TYPE_CHECKING:
@@ -147,11 +148,10 @@ def _in_memory(plan: Plan, source: Source, settings: Settings, progress: Progres
     start = time.perf_counter()
     check_loads(plan)
     calibrated = _calibrated(plan, source, settings, progress)
-    records: dict[Site, SiteRecord] = {}
-    tensors = model_tensors(plan, source, calibrated.sites, records, progress)
+    model, records = build_model(plan, source, calibrated.sites, progress)
     report = conversion_report(plan, source, None, records, calibrated.report, settings.seed)
     report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
-    return Conversion(report, None, build_model(plan, tensors, records))
+    return Conversion(report, None, model)
 
 
 def convert_to_folder(
@@ -216,8 +216,7 @@ def _measured(
 
     def averaged() -> PreTrainedModel:
         plain = replace(plan, method="mean", searched=False, partition_given=False, calibration=None)
-        records: dict[Site, SiteRecord] = {}
-        return build_model(plain, model_tensors(plain, source, {}, records), records)
+        return build_model(plain, source, {})[0]
 
     assert source.folder is not None
     models = {"source": source.folder, "converted": folder}

@@ -2,211 +2,137 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import CheckpointError, one_line
 from .families import Site
-from .heads import AttentionHeads, Partition, get_method
 from .output import ShardWriter, carry_files, write_json
 from .plan import OutputTensor, Plan
-from .sources import ModelSource, Source, torch_dtype
+from .progress import Progress, silent
+from .sites import SiteRecord, Sites, convert_site, site_bytes
+from .sources import ModelSource, Source, as_bytes, as_tensor, check_finite, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
-
-class Progress(Protocol):
-    """Is told how the work goes on: what is being done, how much of it is done, how much there is, and any news."""
-
-    def __call__(self, stage: str, done: int, total: int, news: str = "") -> None: ...
-
+T = TypeVar("T")
+Store = Callable[[OutputTensor, Iterable[memoryview]], None]
+"""is given a tensor of the result, and its bytes in pieces that are good until the next; by several threads"""
 
 _SITE_ARRAYS = 12  # of (H d, H d) in float64, that converting one site from the weights alone holds at most
 _SITE_BUDGET = 2**31  # bytes for all sites at a time, as long as it is one
 _READERS = 2  # files verified at a time
-_LOOKED_AT = 0.2  # seconds between two looks at how far copying is
+_LOOKED_AT = 0.2  # seconds between two looks at how far the work is
 MODELS = Path(__file__).parent / "models"
 
 
-def silent(stage: str, done: int, total: int, news: str = "") -> None:
-    """A Progress that shows nothing."""
+def convert_all(
+    plan: Plan, source: Source, calibrated: Sites, store: Store, progress: Progress = silent
+) -> dict[Site, SiteRecord]:
+    """Gives every tensor of the result to `store`.
 
-
-@dataclass(frozen=True)
-class SiteRecord:
-    """How one attention site was converted, for the report."""
-
-    method: str
-    partition: Partition
-    errors: dict[str, float] = field(default_factory=dict)
-    """of the site's output on held-out text, as a share of its variance, after each stage"""
-    similarity: dict[str, list[list[float]]] | None = None
-    """of the source's heads"""
-
-    @property
-    def kept(self) -> str:
-        """The stage whose heads were kept: the first of the least error."""
-        return min(self.errors, key=self.errors.__getitem__)
-
-    @property
-    def error(self) -> float:
-        """Of what was kept."""
-        return self.errors[self.kept]
-
-
-@dataclass(frozen=True)
-class ConvertedSite:
-    """The heads of a converted site."""
-
-    heads: AttentionHeads
-    record: SiteRecord
-
-
-Sites = Mapping[Site, ConvertedSite]
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """What calibration gives a conversion."""
-
-    sites: Sites
-    """those it has converted"""
-    report: dict[str, Any] | None
-    """what it did, None where there was none"""
-
-
-def converted(
-    plan: Plan, source: Source, calibrated: Sites, records: dict[Site, SiteRecord]
-) -> Generator[tuple[OutputTensor, Tensor], None, None]:
-    """The tensors of one attention site after the other.
+    What only changes its name is copied by a thread that begins before torch is there. Each attention site is converted
+    by one thread, so that the result does not depend on their number; with no site left they help copying.
 
     Args:
         plan: what to do.
         source: what to convert.
         calibrated: sites that are converted already; the others are converted here, from the weights alone.
-        records: is given a record of each site.
+        store: takes the tensors, in any order.
+        progress: is told of bytes.
+
+    Returns:
+        A record of each site.
 
     Raises:
         CheckpointError: a weight cannot be read, or is not finite.
     """
+    copies = deque(tensor for tensor in plan.tensors if isinstance(tensor.origin, str))
     of_site: dict[Site, list[OutputTensor]] = {}
     for tensor in plan.tensors:
         if isinstance(tensor.origin, Site):
             of_site.setdefault(tensor.origin, []).append(tensor)
-    blind = _converted_blindly(plan, source, [site for site in of_site if site not in calibrated])
-    for site, tensors in of_site.items():
-        made = calibrated.get(site) or next(blind)
-        records[site] = made.record
-        written = plan.family.write(site, made.heads)
-        for tensor in tensors:
-            result = written.pop(tensor.name).to(torch_dtype(tensor.dtype)).contiguous()
-            check_finite(result, tensor.name, source.name)
-            yield tensor, result
+    sites = deque(of_site.items())
+    records: dict[Site, SiteRecord] = {}
+    done: list[int] = []  # bytes
+    stop = threading.Event()
 
+    def taken(queue: deque[T]) -> Iterator[T]:
+        while not stop.is_set():
+            try:
+                yield queue.popleft()
+            except IndexError:
+                return
 
-def _converted_blindly(plan: Plan, source: Source, sites: list[Site]) -> Iterator[ConvertedSite]:
-    """Sites from the weights alone, in order; where that takes computing, as many at a time as there are threads.
+    def pieces(tensor: OutputTensor) -> Iterator[memoryview]:
+        for piece in carried(plan, source, tensor):
+            if stop.is_set():
+                return
+            yield piece
 
-    Each is computed by one thread, so the result does not depend on their number.
-    """
-    import torch
+    def copy() -> None:
+        for tensor in taken(copies):
+            store(tensor, pieces(tensor))
+            done.append(tensor.nbytes)
 
-    threads = torch.get_num_threads()
-    needed = _SITE_ARRAYS * 8 * (plan.dimensions.heads * plan.dimensions.head_dim) ** 2
-    workers = max(1, min(threads, _SITE_BUDGET // needed))
-    kept = all(plan.partitions[site.kind].is_identity for site in sites)
-    if kept or threads == 1 or not (get_method(plan.method).needs_statistics or plan.searched):
-        for site in sites:
-            yield _blind_conversion(plan, source, site)()
-        return
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        running: deque[Future[ConvertedSite]] = deque()
-        for site in sites:
-            running.append(pool.submit(_blind_conversion(plan, source, site)))  # reads here, computes there
-            if len(running) > workers:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-def carried(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[Tensor]:
-    """A tensor that only changes its name, and perhaps its dtype, in flat pieces. Raises CheckpointError."""
-    assert isinstance(tensor.origin, str)
-    for piece in source.pieces(plan.source_names[tensor.origin]):
-        result = piece.to(torch_dtype(tensor.dtype))
-        check_finite(result, tensor.name, source.name)
-        yield result
-
-
-def _blind_conversion(plan: Plan, source: Source, site: Site) -> Callable[[], ConvertedSite]:
-    """Reads one site; what is returned converts it. Raises CheckpointError."""
-    heads, partition = read_site(plan, source, site), plan.partitions[site.kind]
-    if partition.is_identity:
-        return lambda: ConvertedSite(heads, SiteRecord("none", partition))
-    method = get_method(plan.method)
-    if not (method.needs_statistics or plan.searched):
-        return lambda: ConvertedSite(method.convert(heads, partition, None), SiteRecord(method.name, partition))
-    norms = [_norm(plan, source, prefix) for prefix in plan.family.norms(site)]
-
-    def convert() -> ConvertedSite:
+    def compute() -> None:
         import torch
 
-        from .heads.search import search
-        from .heads.statistics import from_norms
+        torch.set_num_threads(1)
+        for site, tensors in taken(sites):
+            made = calibrated.get(site) or convert_site(plan, source, site)
+            records[site] = made.record
+            for tensor, data in zip(tensors, site_bytes(plan, site, made.heads, tensors, source.name), strict=True):
+                store(tensor, [data])
+                done.append(tensor.nbytes)
+        copy()
 
-        chosen = partition
-        statistics = from_norms(heads, plan.family.attention(site, plan.source_config), *norms)
-        if plan.searched:
-            counts = len(partition.clusters), len(partition.groups)
-            chosen = search(heads, statistics, *counts, torch.Generator().manual_seed(0))
-        return ConvertedSite(method.convert(heads, chosen, statistics), SiteRecord(method.name, chosen))
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores + 1) as pool:
+        try:
+            running = {pool.submit(copy)} if source.concurrent else set()
+            import torch
 
-    return convert
-
-
-def read_site(plan: Plan, source: Source, site: Site) -> AttentionHeads:
-    """The source's heads of one site. Raises CheckpointError."""
-    return plan.family.read(site, lambda name: _get(plan, source, name), plan.dimensions)
-
-
-def _norm(plan: Plan, source: Source, prefix: str) -> tuple[Tensor, Tensor | None]:
-    bias = f"{prefix}.bias"
-    return (
-        _get(plan, source, f"{prefix}.weight"),
-        _get(plan, source, bias) if bias in plan.source_names else None,
-    )
-
-
-def _get(plan: Plan, source: Source, name: str) -> Tensor:
-    import torch
-
-    tensor = _read(plan, source, name)
-    check_finite(tensor, name, source.name)
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _read(plan: Plan, source: Source, name: str) -> Tensor:
-    return source.read(plan.source_names[name])
+            threads = torch.get_num_threads()
+            at_a_time = min(cores, threads, _SITE_BUDGET // _site_memory(plan)) if source.concurrent else 1
+            try:
+                running |= {pool.submit(compute) for _ in range(max(1, at_a_time))}
+                while running:
+                    ended, running = wait(running, _LOOKED_AT, FIRST_EXCEPTION)
+                    for future in ended:
+                        future.result()  # raises what went wrong there
+                    progress("convert", sum(done), plan.nbytes)
+            finally:
+                stop.set()
+                wait(running)
+                torch.set_num_threads(threads)
+        finally:
+            stop.set()
+    return records
 
 
-def check_finite(tensor: Tensor, name: str, source: str) -> None:
-    """Raises CheckpointError where a tensor of `source` holds what is no number."""
-    if tensor.is_floating_point() and tensor.numel():
-        low, high = tensor.aminmax()  # allocates nothing, and NaN shows in both
-        if not (low.isfinite() and high.isfinite()):
-            raise CheckpointError(f"{source}: {name} holds NaN or infinite values (in {tensor.dtype})")
+def _site_memory(plan: Plan) -> int:
+    return _SITE_ARRAYS * 8 * (plan.dimensions.heads * plan.dimensions.head_dim) ** 2
+
+
+def carried(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[memoryview]:
+    """The bytes of a tensor that only changes its name, and perhaps its dtype. Raises CheckpointError."""
+    assert isinstance(tensor.origin, str)
+    name = plan.source_names[tensor.origin]
+    stored = source.index[name].dtype
+    for piece in source.pieces(name):
+        if tensor.dtype != stored:
+            piece = as_bytes(as_tensor(piece, stored).to(torch_dtype(tensor.dtype)))
+        check_finite(piece, tensor.dtype, tensor.name, source.name)
+        yield piece
 
 
 def write_model(
@@ -214,15 +140,17 @@ def write_model(
 ) -> tuple[dict[Site, SiteRecord], dict[str, str]]:
     """Weights, config, modeling files and what is carried over, into an existing folder.
 
-    What only changes its name is copied beside the computing of what changes.
-
     Returns:
         A record of each site, and the SHA-256 of each file of weights where they are verified.
     """
-    records: dict[Site, SiteRecord] = {}
     sums: dict[str, str] = {}
     writers = {file: ShardWriter(folder / file, tensors, verify) for file, tensors in plan.shards.items()}
-    _write_tensors(plan, source, calibrated, records, writers, progress)
+    writer_of = {tensor.name: writers[file] for file, tensors in plan.shards.items() for tensor in tensors}
+
+    def store(tensor: OutputTensor, pieces: Iterable[memoryview]) -> None:
+        writer_of[tensor.name].write(tensor.name, pieces)
+
+    records = convert_all(plan, source, calibrated, store, progress)
     if verify:
         with ThreadPoolExecutor(_READERS) as pool:
             sums = dict(zip(writers, pool.map(ShardWriter.verify, writers.values()), strict=True))
@@ -239,53 +167,6 @@ def write_model(
         tokenizer_class = source.config.get("tokenizer_class") or plan.family.tokenizer_class
         carry_files(source.folder, folder, tokenizer_class)
     return records, sums
-
-
-def _write_tensors(
-    plan: Plan,
-    source: Source,
-    calibrated: Sites,
-    records: dict[Site, SiteRecord],
-    writers: Mapping[str, ShardWriter],
-    progress: Progress,
-) -> None:
-    writer_of = {tensor.name: writers[file] for file, tensors in plan.shards.items() for tensor in tensors}
-    done = {"computed": 0, "copied": 0}  # bytes, each counted by one thread
-    stop = threading.Event()
-
-    def pieces(tensor: OutputTensor) -> Iterator[Tensor]:
-        for piece in carried(plan, source, tensor):
-            if stop.is_set():
-                return
-            yield piece
-
-    def copy(said: Progress = silent) -> None:
-        for tensor in plan.tensors:
-            if isinstance(tensor.origin, str) and not stop.is_set():
-                writer_of[tensor.name].write(tensor.name, pieces(tensor))
-                done["copied"] += tensor.nbytes
-                said("convert", sum(done.values()), plan.nbytes)
-
-    with ThreadPoolExecutor(1) as pool:
-        copying = pool.submit(copy) if source.concurrent else None
-        computed = converted(plan, source, calibrated, records)
-        try:
-            for tensor, values in computed:
-                writer_of[tensor.name].write(tensor.name, [values])
-                done["computed"] += tensor.nbytes
-                progress("convert", sum(done.values()), plan.nbytes)
-                if copying is not None and copying.done():
-                    copying.result()  # raises what went wrong there
-            if copying is None:
-                copy(progress)
-            while copying is not None and not wait([copying], _LOOKED_AT).done:
-                progress("convert", sum(done.values()), plan.nbytes)
-            if copying is not None:
-                copying.result()
-        finally:
-            stop.set()
-            computed.close()
-    progress("convert", plan.nbytes, plan.nbytes)
 
 
 def result_config(plan: Plan, records: Mapping[Site, SiteRecord]) -> dict[str, Any]:
@@ -326,28 +207,25 @@ def config_class(plan: Plan) -> type[PreTrainedConfig]:
     return getattr(models, plan.config["auto_map"]["AutoConfig"].rpartition(".")[2])
 
 
-def model_tensors(
-    plan: Plan, source: Source, calibrated: Sites, records: dict[Site, SiteRecord], progress: Progress = silent
-) -> dict[str, Tensor]:
-    """All tensors of the result; arguments as `converted`."""
-    made = {}
-    for tensor in plan.tensors:
-        if isinstance(tensor.origin, str):
-            result = _read(plan, source, tensor.origin).to(torch_dtype(tensor.dtype))
-            check_finite(result, tensor.name, source.name)
-            made[tensor.name] = result
-    done = sum(tensor.nbytes for tensor in made.values())
-    for tensor, result in converted(plan, source, calibrated, records):
-        made[tensor.name] = result
-        done += tensor.nbytes
-        progress("convert", done, plan.nbytes)
-    return made
+def build_model(
+    plan: Plan, source: Source, calibrated: Sites, progress: Progress = silent
+) -> tuple[PreTrainedModel, dict[Site, SiteRecord]]:
+    """The converted model in memory, in eval mode, and a record of each site; arguments as `convert_all`."""
+    import torch
 
+    tensors: dict[str, Tensor] = {}
 
-def build_model(plan: Plan, tensors: Mapping[str, Tensor], records: Mapping[Site, SiteRecord]) -> PreTrainedModel:
-    """The converted model in memory, in eval mode."""
+    def store(tensor: OutputTensor, pieces: Iterable[memoryview]) -> None:
+        data, at = torch.empty(tensor.nbytes, dtype=torch.uint8), 0
+        for piece in pieces:
+            data.numpy()[at : at + len(piece)] = piece
+            at += len(piece)
+        tensors[tensor.name] = data.view(torch_dtype(tensor.dtype)).view(tensor.shape)
+
+    records = convert_all(plan, source, calibrated, store, progress)
     config = config_class(plan).from_dict(result_config(plan, records))
-    return model_class(plan).from_pretrained(None, config=config, state_dict=dict(tensors), dtype="auto").eval()
+    model = model_class(plan).from_pretrained(None, config=config, state_dict=tensors, dtype="auto")
+    return model.eval(), records
 
 
 def model_class(plan: Plan) -> type[PreTrainedModel]:

@@ -17,8 +17,8 @@ from .plan import Cost, Plan
 from .sources import Source
 
 if TYPE_CHECKING:
-    from .execution import SiteRecord
     from .families import Site
+    from .sites import SiteRecord
 
 SCHEMA = 1
 TAKEN_OVER = ("license", "license_name", "license_link", "language", "datasets")

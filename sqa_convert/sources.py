@@ -27,6 +27,10 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' names of the dtypes a checkpoint may hold: torch's names and bytes"""
 FLOATING = ("F64", "F32", "F16", "BF16")
+_EXPONENTS = {
+    "F64": ("u8", 0x7FF0_0000_0000_0000), "F32": ("u4", 0x7F80_0000), "F16": ("u2", 0x7C00), "BF16": ("u2", 0x7F80),
+}  # fmt: skip
+"""unsigned integers of the same size, and the bits that are all set in what is no number"""
 _LONGEST_NAME = 500
 _MOST_DIMENSIONS = 64  # numpy's limit
 
@@ -67,8 +71,8 @@ class Source(ABC):
     stamps: Mapping[Path, Stamp] = MappingProxyType({})
     """of its files, from before they were first read"""
 
-    concurrent = False
-    """whether `pieces` may go on in one thread while another calls `read`"""
+    concurrent = True
+    """whether several threads may read at a time"""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -78,9 +82,9 @@ class Source(ABC):
             CheckpointError: it cannot be read.
         """
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """One tensor as flat pieces, in order; each is good until the next is asked for. Raises CheckpointError."""
-        yield self.read(name).flatten()
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """One tensor's bytes, in order; each piece is good until the next is asked for. Raises CheckpointError."""
+        yield as_bytes(self.read(name))
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -113,6 +117,31 @@ def torch_dtype(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str | None:
     """safetensors' name of torch's dtype; None for one that no checkpoint may hold."""
     return next((name for name, (torch_name, _) in DTYPES.items() if str(dtype) == f"torch.{torch_name}"), None)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """What a safetensors file holds of a tensor on the CPU; shares its memory where that is contiguous."""
+    import torch
+
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def as_tensor(data: memoryview, dtype: str) -> Tensor:
+    """The flat tensor of safetensors' `dtype` that these bytes hold; shares their memory."""
+    import torch
+
+    return torch.frombuffer(data, dtype=torch_dtype(dtype)) if len(data) else torch.empty(0, dtype=torch_dtype(dtype))
+
+
+def check_finite(data: memoryview, dtype: str, name: str, where: str) -> None:
+    """Raises CheckpointError where the bytes of tensor `name` of `where` hold what is no number. Needs no torch."""
+    import numpy as np
+
+    if dtype in _EXPONENTS:
+        unsigned, exponent = _EXPONENTS[dtype]
+        for start in range(0, len(data), 2**20):  # small enough to stay in the processor's cache
+            if (np.frombuffer(data[start : start + 2**20], unsigned) & exponent).max() == exponent:
+                raise CheckpointError(f"{where}: {name} holds NaN or infinite values (in {DTYPES[dtype][0]})")
 
 
 def indexed(entries: Iterable[tuple[Any, Any, Any, str]], where: str) -> dict[str, TensorInfo]:
@@ -150,8 +179,6 @@ class HeadersSource(Source):
 
 
 class SafetensorsSource(Source):
-    concurrent = True
-
     def __init__(self, folder: Path, files: list[str]) -> None:
         self._files = {file: folder / file for file in files}
         self._open: tuple[str, Any] = ("", None)
@@ -180,23 +207,22 @@ class SafetensorsSource(Source):
         from safetensors import SafetensorError, safe_open
 
         file = self.index[name].file
+        known, handle = self._open
         try:
-            if self._open[0] != file:
+            if known != file:
                 # pread, not mmap: mapped pages would count as this process's memory until the file is closed
-                self._open = (file, safe_open(self._files[file], framework="pt", backend="pread"))
-            return self._open[1].get_tensor(name)
+                handle = safe_open(self._files[file], framework="pt", backend="pread")
+                self._open = (file, handle)
+            return handle.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{name} cannot be read from {file}: {one_line(error)}") from error
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
+    def pieces(self, name: str) -> Iterator[memoryview]:
         """Through one small buffer, which stays in the processor's cache: a tensor's own memory would have to be made
-        first, which takes longer than reading."""
-        import torch
-
+        first, which takes longer than reading. Needs no torch."""
         file = self.index[name].file
-        path, dtype = self._files[file], torch_dtype(self.index[name].dtype)
-        buffer = torch.empty(PIECE, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        path = self._files[file]
+        view = memoryview(bytearray(PIECE))
         try:
             with path.open("rb", buffering=0) as stream:
                 start, end = self._places[name]
@@ -210,7 +236,7 @@ class SafetensorsSource(Source):
                             raise CheckpointError(f"{path} was cut off while it was read")
                         filled += got
                     start += count
-                    yield buffer[:count].view(dtype)
+                    yield view[:count]
         except OSError as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -219,6 +245,8 @@ class SafetensorsSource(Source):
 
 class PickleSource(Source):
     """`.bin` files, through `torch.load(weights_only=True)`: pickled code never runs."""
+
+    concurrent = False
 
     def __init__(self, folder: Path, files: list[str]) -> None:
         self._files = {file: folder / file for file in files}
@@ -281,6 +309,9 @@ class ModelSource(Source):
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu().clone()
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        yield as_bytes(self._tensors[name].detach().cpu())
 
 
 def _described(tensors: Mapping[str, Tensor], file: str, where: str) -> Iterator[tuple[str, Any, str, str]]:

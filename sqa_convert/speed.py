@@ -17,8 +17,8 @@ from torch import nn
 from .devices import choose_device, device_name
 from .errors import RecipeError
 from .evaluation import load_model
-from .execution import Progress, silent
 from .heads.partition import VARIANTS, variant_heads
+from .progress import Progress, silent
 from .timing import Spread, alternate, peak_memory
 from .workloads import (
     MODES,

@@ -31,10 +31,10 @@ from .errors import (
     one_line,
 )
 from .evaluation import compare, load_model, predict
-from .execution import Progress, silent
 from .families import family_of
 from .generation import answer_scores, continuations
 from .output import check_output, empty, hold, sha256_of, staged_output, write_shard
+from .progress import Progress, silent
 from .recipe import Recipe, dump_recipe, load_recipe
 from .report import read_report
 from .trainer import COMPLETE

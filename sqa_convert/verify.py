@@ -19,10 +19,10 @@ from . import models
 from .checkpoint import read_config
 from .checks import LARGEST_CONFIG, regular_file
 from .errors import CheckpointError, one_line, shown
-from .execution import MODELS, check_finite
+from .execution import MODELS
 from .output import sha256_of
 from .report import auto_class, read_report
-from .sources import SafetensorsSource
+from .sources import SafetensorsSource, check_finite
 
 POSITIONS = 16
 """tokens of the input that a model is compared on"""
@@ -120,7 +120,7 @@ def _check_tensors(folder: Path, report: dict[str, Any], files: list[str]) -> in
             )
     for name in source.index:
         for piece in source.pieces(name):
-            check_finite(piece, name, str(folder))
+            check_finite(piece, source.index[name].dtype, name, str(folder))
     return len(source.index)
 
 

@@ -16,13 +16,14 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"activations", "generation", "tasks"},
     {"verify"},
     {"evaluation", "execution", "report"},
+    {"sites"},
     {"batches", "data", "output", "pictures", "plan"},
     {"checkpoint", "families"},
     {"sources"},
     {"checks", "heads", "recipe", "workloads"},
     {"distill", "flops", "timing"},
     {"devices"},
-    {"errors", "models"},
+    {"errors", "models", "progress"},
 ]
 LIGHT = [
     "__init__",
@@ -43,6 +44,10 @@ LIGHT = [
     "describe",
     "hub",
     "page",
+    "progress",
+    "sites",
+    "execution",
+    "conversion",
 ]
 MATHEMATICS = {"attention", "circuits", "refine", "refit", "search", "statistics"}  # loaded when a site is computed
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}

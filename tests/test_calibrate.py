@@ -14,9 +14,9 @@ from sqa_convert import calibrate, calibration_text, convert, evaluate
 from sqa_convert.activations import capture, sensitivity
 from sqa_convert.checkpoint import open_source
 from sqa_convert.errors import DataError, RecipeError
-from sqa_convert.execution import read_site
 from sqa_convert.heads import METHODS, Partition
 from sqa_convert.plan import Calibration, Request, make_plan
+from sqa_convert.sites import read_site
 from sqa_convert.sources import ModelSource
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from sqa_convert.evaluation import load_model, load_tokenizer
 from sqa_convert.models import SQAT5EncoderModel
 from sqa_convert.output import ShardWriter
 from sqa_convert.plan import OutputTensor
-from sqa_convert.sources import torch_dtype
+from sqa_convert.sources import as_bytes, torch_dtype
 
 
 @pytest.fixture
@@ -357,7 +357,7 @@ def test_what_is_written_piece_by_piece_is_what_the_library_reads(dtype, tmp_pat
     values = {t.name: (torch.rand(t.shape) * 9).to(torch_dtype(t.dtype)) for t in tensors}
     writer = ShardWriter(path, tensors, checked=True)
     for name in reversed(shapes):
-        writer.write(name, values[name].flatten().split(2))
+        writer.write(name, map(as_bytes, values[name].flatten().split(2)))
     assert writer.verify() == hashlib.sha256(path.read_bytes()).hexdigest()
     loaded = load_file(path)
     assert loaded.keys() == values.keys()
@@ -367,7 +367,7 @@ def test_what_is_written_piece_by_piece_is_what_the_library_reads(dtype, tmp_pat
 def test_a_tensor_with_a_piece_missing_is_no_tensor(tmp_path):
     writer = ShardWriter(tmp_path / "x.safetensors", [OutputTensor("a", (4,), "F32", "a")], checked=True)
     with pytest.raises(OSError, match="8 bytes are missing"):
-        writer.write("a", [torch.ones(2)])
+        writer.write("a", [as_bytes(torch.ones(2))])
 
 
 def test_folders_with_the_same_tokenizer_share_one(tmp_path):

@@ -11,7 +11,6 @@ from test_methods import ATTENTION, BUCKETS, CASES, D, T, attend, converted, d, 
 
 import sqa_convert.heads.search as search_module
 from sqa_convert.checkpoint import open_source
-from sqa_convert.execution import read_site
 from sqa_convert.heads import AttentionHeads, Partition, get_method
 from sqa_convert.heads.attention import Attention
 from sqa_convert.heads.refine import refine
@@ -19,6 +18,7 @@ from sqa_convert.heads.refit import output_error, refit
 from sqa_convert.heads.search import GroupCost, arrange, search
 from sqa_convert.heads.statistics import collect, from_norms, similarity
 from sqa_convert.plan import Request, make_plan
+from sqa_convert.sites import read_site
 
 
 def generator():

@@ -487,14 +487,16 @@ def test_interruption_leaves_nothing(source, tmp_path, number, code, where):
     """The signal comes while the weights lie there half done; also where Python ignores what is raised."""
     script = (
         "import threading, time, weakref, sqa_convert.execution as c, sqa_convert.cli.convert as cli\n"
-        "write = c.ShardWriter.write\n"
+        "write, look, done = c.ShardWriter.write, c.wait, threading.Event()\n"
         "class Thing:\n    pass\n"
         "def wait(*a):\n    print('written', flush=True)\n    time.sleep(60)\n"
-        "def slow(*a):\n    write(*a)\n"
-        "    if threading.current_thread() is threading.main_thread():\n"
-        f"        {WAITS[where]}\n"
-        "        time.sleep(60)\n"
-        "c.ShardWriter.write = slow\ncli.main()"
+        "def note(*a):\n    write(*a)\n    done.set()\n"
+        "def slow(*a):\n"
+        "    c.wait = look\n"
+        "    done.wait()\n"
+        f"    {WAITS[where]}\n"
+        "    time.sleep(60)\n"
+        "c.ShardWriter.write, c.wait = note, slow\ncli.main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, source, *HEADS, *QUIET],

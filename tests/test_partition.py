@@ -43,7 +43,8 @@ def test_twelve_heads_to_eight_and_four():
         ((12, 0, 1), "--q-groups 0"),
         ((12, 8, 0), "--kv-groups 0"),
         ((12, 8, -4), "--kv-groups -4"),
-        ((12, 4, 8), "use --kv-groups 1 or 2 or 4"),
+        ((12, 4, 8), "use --kv-groups 1 or 2 or 4, with 8 key/value heads use --q-groups 8$"),
+        ((25, 12, 5), "use --kv-groups 2 or 3 or 4 or 6, with 5 key/value heads use --q-groups 5 or 10 or 15 or 20$"),
     ],
 )
 def test_impossible_counts_are_refused_with_the_nearest_possible(case, says):

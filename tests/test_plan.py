@@ -12,8 +12,8 @@ from helpers import plain_convert as convert
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, MT5Config, T5Config
 
-from sqa_convert.errors import CheckpointError, RecipeError
-from sqa_convert.families import Family, Site, family_of
+from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
+from sqa_convert.families import FAMILIES, Family, Site, family_of
 from sqa_convert.heads import Partition, get_method
 from sqa_convert.plan import Calibration, Request, make_plan, parse_size
 from sqa_convert.sources import Source, TensorInfo, torch_dtype
@@ -163,11 +163,12 @@ USUAL = {
     "t5": {
         "architectures": ["T5ForConditionalGeneration"], "num_decoder_layers": 2, "n_positions": 512,
         "relative_attention_num_buckets": 32, "tie_word_embeddings": True, "scale_decoder_outputs": True,
-        "feed_forward_proj": "relu",
+        "feed_forward_proj": "relu", "decoder_start_token_id": 0,
     },
     "mt5": {
         "architectures": ["MT5ForConditionalGeneration"], "num_decoder_layers": 2, "n_positions": 512,
         "relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False,
+        "decoder_start_token_id": 0,
     },
     "gpt2": {"architectures": ["GPT2LMHeadModel"], "n_inner": None, "tie_word_embeddings": True},
 }  # fmt: skip
@@ -256,6 +257,38 @@ def test_a_plan_does_not_change():
     for made in (plan, plan.calibration, plan.after, next(iter(plan.shards.values()))[0]):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(made, dataclasses.fields(made)[0].name, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "most"),
+    [
+        ("gpt2", "n_layer", 2_000),
+        ("gpt2", "n_head", 4_096),
+        ("gpt2", "vocab_size", 2**31 - 1),
+        ("t5", "num_layers", 2_000),
+        ("t5", "num_decoder_layers", 2_000),
+        ("t5", "num_heads", 4_096),
+        ("t5", "d_ff", 2**31 - 1),
+        ("t5", "num_labels", 100_000),
+    ],
+)
+def test_how_large_a_config_may_be(family, key, most):
+    made = gpt2_config(4096, 2, 2) if family == "gpt2" else t5_config(24, 24, 2, 12, 40, 64)
+    config = made.to_dict() | {"architectures": [next(iter(FAMILIES[family].architectures))]}
+    FAMILIES[family].check(config | {key: most})
+    for wrong in (most + 1, -1, 1.0, True):
+        with pytest.raises(UnsupportedModelError, match=f"{key} is .*to {most:,}"):
+            FAMILIES[family].check(config | {key: wrong})
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_experts_implementation_internal"])
+def test_code_on_the_hub_is_refused(key):
+    source = MetaSource("gpt2", TRUE_MODELS["gpt2"])
+    source.config |= {key: "someone/kernel"}
+    with pytest.raises(UnsupportedModelError, match="code on the hub"):
+        make_plan(source, Request(8, 4))
+    source.config |= {key: "sdpa"}
+    make_plan(source, Request(8, 4))
 
 
 def test_a_family_has_to_bring_all_its_parts():
