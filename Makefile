@@ -52,7 +52,8 @@ audit:  ## what is installed beside this package: known vulnerabilities (asks py
 	$(AUDIT)/installed/bin/pip install --quiet --constraint constraints.txt .
 	$(AUDIT)/tools/bin/pip install --quiet pip-audit pip-licenses
 	$(AUDIT)/tools/bin/pip-licenses --python=$(AUDIT)/installed/bin/python --format=markdown --from=mixed --with-system
-	$(AUDIT)/installed/bin/pip freeze --all --exclude sqa-convert | sed 's/+.*//' > $(AUDIT)/installed.txt
+	$(AUDIT)/installed/bin/pip freeze --exclude sqa-convert > $(AUDIT)/frozen.txt
+	sed 's/+.*//' $(AUDIT)/frozen.txt > $(AUDIT)/installed.txt  # as pypi.org knows it: no +cpu
 	$(AUDIT)/tools/bin/pip-audit --strict --no-deps --disable-pip -r $(AUDIT)/installed.txt
 
 format: $(VENV)/ready

@@ -727,7 +727,10 @@ class Bench:
         for number, name in ((errno.ENOSPC, "ENOSPC"), (errno.EIO, "EIO")):
             with self.row(f"uptraining: {name} at each write in turn") as row:
                 for call in range(1, trainings[0].calls + 1, round(1 / self.share)):
+                    met = row.met
                     self._uptraining(row, trainings[0], Fault(call, number), _fits_disk(number, True))
+                    if row.met == met:  # there are no more
+                        break
             for lasting in (False, True):
                 with self.row(f"uptraining: {name} {'from a write on' if lasting else 'at a write'}") as row:
                     for i in range(self.times(18)):

@@ -19,6 +19,7 @@ from .data import BUILT_IN, documents
 from .devices import choose_device, device_name
 from .distill import IGNORED
 from .errors import CheckpointError, DataError, QualityError, RecipeError, one_line
+from .sources import stamp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +32,7 @@ _BATCH_TOKENS = 4096
 _MOST_TOKENIZERS = 8
 _TOKENIZERS: dict[tuple[object, ...], Any] = {}  # one that has encoded keeps 0.4 MB for ever, even when it is gone
 _LARGE_TOKENIZER = 2**26  # bytes
-_MAY_BE_A_TOKENIZERS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+_MAY_BE_A_TOKENIZERS = (".bpe", ".jinja", ".json", ".model", ".spm", ".tiktoken", ".txt")
 _NEVER_A_TOKENIZERS = ("config.json", "generation_config.json", "model.safetensors.index.json", "report.json")
 _CHUNK_LOGITS = 2**25  # logits held at once
 
@@ -123,16 +124,15 @@ def load_tokenizer(
 def _tokenizer_content(folder: Path) -> tuple[object, ...]:
     """All that a tokenizer may be made of: what the config says of it, the folder's small files."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    files = sorted(
-        p for p in folder.iterdir() if p.suffix in _MAY_BE_A_TOKENIZERS and p.name not in _NEVER_A_TOKENIZERS
-    )
-    contents = ((path.name, _content(path)) for path in files if path.is_file())
+    paths = sorted((*folder.iterdir(), *folder.glob("additional_chat_templates/*")))
+    files = [p for p in paths if p.suffix in _MAY_BE_A_TOKENIZERS and p.name not in _NEVER_A_TOKENIZERS and p.is_file()]
+    contents = ((str(path.relative_to(folder)), _content(path)) for path in files)
     return (str(config.get("model_type")), str(config.get("tokenizer_class")), *contents)
 
 
 def _content(path: Path) -> object:
-    known = path.stat()
-    return hashlib.sha256(path.read_bytes()).digest() if known.st_size < _LARGE_TOKENIZER else known
+    small = path.stat().st_size < _LARGE_TOKENIZER
+    return hashlib.sha256(path.read_bytes()).digest() if small else stamp(path)
 
 
 @dataclass(frozen=True)

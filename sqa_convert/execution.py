@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,8 +39,9 @@ def convert_all(
 ) -> dict[Site, SiteRecord]:
     """Gives every tensor of the result to `store`.
 
-    What only changes its name is copied by a thread that begins before torch is there. Each attention site is converted
-    by one thread, so that the result does not depend on their number; with no site left they help copying.
+    What only changes its name is copied by a thread, which begins before torch is imported where nothing has needed it
+    yet. Each attention site is converted by one thread, so that the result does not depend on their number; with no
+    site left they help copying.
 
     Args:
         plan: what to do.
@@ -96,15 +97,18 @@ def convert_all(
         copy()
 
     cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores + 1) as pool:
-        try:
-            running = {pool.submit(copy)} if source.concurrent else set()
-            import torch
-
-            threads = torch.get_num_threads()
-            at_a_time = min(cores, threads, _SITE_BUDGET // _site_memory(plan)) if source.concurrent else 1
+    threads = None
+    try:
+        with ThreadPoolExecutor(cores + 1) as pool:
+            running: set[Future[None]] = set()
             try:
-                running |= {pool.submit(compute) for _ in range(max(1, at_a_time))}
+                if source.concurrent:
+                    running.add(pool.submit(copy))
+                import torch
+
+                threads = torch.get_num_threads()
+                for _ in range(_sites_at_a_time(plan, min(cores, threads)) if source.concurrent else 1):
+                    running.add(pool.submit(compute))
                 while running:
                     ended, running = wait(running, _LOOKED_AT, FIRST_EXCEPTION)
                     for future in ended:
@@ -112,15 +116,15 @@ def convert_all(
                     progress("convert", sum(done), plan.nbytes)
             finally:
                 stop.set()
-                wait(running)
-                torch.set_num_threads(threads)
-        finally:
-            stop.set()
+    finally:
+        if threads is not None:
+            torch.set_num_threads(threads)
     return records
 
 
-def _site_memory(plan: Plan) -> int:
-    return _SITE_ARRAYS * 8 * (plan.dimensions.heads * plan.dimensions.head_dim) ** 2
+def _sites_at_a_time(plan: Plan, threads: int) -> int:
+    needed = _SITE_ARRAYS * 8 * (plan.dimensions.heads * plan.dimensions.head_dim) ** 2
+    return max(1, min(threads, _SITE_BUDGET // needed))
 
 
 def carried(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[memoryview]:
@@ -213,16 +217,17 @@ def build_model(
     """The converted model in memory, in eval mode, and a record of each site; arguments as `convert_all`."""
     import torch
 
-    tensors: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
 
     def store(tensor: OutputTensor, pieces: Iterable[memoryview]) -> None:
         data, at = torch.empty(tensor.nbytes, dtype=torch.uint8), 0
         for piece in pieces:
             data.numpy()[at : at + len(piece)] = piece
             at += len(piece)
-        tensors[tensor.name] = data.view(torch_dtype(tensor.dtype)).view(tensor.shape)
+        made[tensor.name] = data.view(torch_dtype(tensor.dtype)).view(tensor.shape)
 
     records = convert_all(plan, source, calibrated, store, progress)
+    tensors = {tensor.name: made[tensor.name] for tensor in plan.tensors}  # "auto" takes the dtype of the first
     config = config_class(plan).from_dict(result_config(plan, records))
     model = model_class(plan).from_pretrained(None, config=config, state_dict=tensors, dtype="auto")
     return model.eval(), records

@@ -293,11 +293,12 @@ class ShardWriter:
             header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._begin = 8 + len(text)
+        self._head = len(text).to_bytes(8, "little") + text
+        self._begin = len(self._head)
         self._size = self._begin + end
         self._places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
         with path.open("xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(self._head)
             file.truncate(self._size)
 
     def write(self, name: str, pieces: Iterable[memoryview]) -> None:
@@ -323,7 +324,10 @@ class ShardWriter:
         with self.path.open("rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != self._size:
                 raise CheckpointError(f"{self.path.name} has not the size that was written; is the disk sound?")
-            digest.update(file.read(self._begin))
+            head = file.read(self._begin)
+            if head != self._head:
+                raise CheckpointError(f"{self.path.name}: its header is not what was written; is the disk sound?")
+            digest.update(head)
             at, end, name = 0, 0, ""
             while data := file.read(PIECE):
                 digest.update(data)

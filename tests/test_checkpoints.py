@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ from transformers import (
     T5EncoderModel,
 )
 
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoint import SAMPLES, open_source
 from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
 from sqa_convert.evaluation import load_model, load_tokenizer
+from sqa_convert.execution import convert_all
 from sqa_convert.models import SQAT5EncoderModel
 from sqa_convert.output import ShardWriter
-from sqa_convert.plan import OutputTensor
-from sqa_convert.sources import as_bytes, torch_dtype
+from sqa_convert.plan import OutputTensor, Request, make_plan
+from sqa_convert.sources import Source, TensorInfo, as_bytes, check_finite, torch_dtype
 
 
 @pytest.fixture
@@ -370,6 +372,88 @@ def test_a_tensor_with_a_piece_missing_is_no_tensor(tmp_path):
         writer.write("a", [as_bytes(torch.ones(2))])
 
 
+def test_a_header_that_was_not_written_so_is_noticed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    writer = ShardWriter(path, [OutputTensor("a", (4,), "F32", "a")], checked=True)
+    writer.write("a", [as_bytes(torch.ones(4))])
+    writer.verify()
+    path.write_bytes(path.read_bytes().replace(b"F32", b"I32"))
+    with pytest.raises(CheckpointError, match="header"):
+        writer.verify()
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_what_is_no_number_is_found_wherever_it_stands(dtype):
+    """Beyond the piece that is looked at first, too; the largest and smallest numbers there are may stand."""
+    values = torch.zeros(2**20 + 3, dtype=torch_dtype(dtype))
+    limits = torch.finfo(values.dtype)
+    values[-3:] = torch.tensor([limits.max, limits.min, limits.smallest_normal])
+    check_finite(as_bytes(values), dtype, "a", "b")
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, -1):
+            spoiled = values.clone()
+            spoiled[place] = wrong
+            with pytest.raises(CheckpointError, match="b: a holds NaN or infinite"):
+                check_finite(as_bytes(spoiled), dtype, "a", "b")
+
+
+def test_integers_and_nothing_are_finite():
+    check_finite(as_bytes(torch.full((3,), -1)), "I64", "a", "b")
+    check_finite(as_bytes(torch.empty(0)), "F32", "a", "b")
+
+
+class Endless(Source):
+    """One tensor of 4 numbers, in pieces that never end."""
+
+    def __init__(self, model):
+        self.name, self.config = "endless", model.config.to_dict() | {"architectures": ["GPT2LMHeadModel"]}
+        self.tensors = dict(model.named_parameters())
+        self.index = {name: TensorInfo(tuple(t.shape), "F32", "x") for name, t in self.tensors.items()}
+
+    def read(self, name):
+        return self.tensors[name].detach().clone()
+
+    def pieces(self, name):
+        while True:
+            yield memoryview(bytes(4))
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("who", ["store", "progress"])
+def test_what_goes_wrong_in_one_thread_stops_the_others(who):
+    """A failure at a site, or Ctrl-C, while the rest is still being copied."""
+    source = Endless(gpt2())
+    threads = torch.get_num_threads()
+
+    def store(tensor, pieces):
+        for _ in pieces:
+            pass
+        if who == "store" and not isinstance(tensor.origin, str):
+            raise OSError("the disk is full")
+
+    def progress(*told):
+        if who == "progress":
+            raise KeyboardInterrupt
+
+    with pytest.raises(OSError if who == "store" else KeyboardInterrupt):
+        convert_all(make_plan(source, Request(8, 4, method="mean")), source, {}, store, progress)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_dtype_of_a_model_in_memory_is_that_of_its_first_tensor(folder):
+    """Where a config names none; however the threads that make the tensors take turns."""
+    model = gpt2().half()
+    model.transformer.wte.float()
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
+    )
+    first = open_source(str(folder)).index
+    expected = torch_dtype(next(iter(first.values())).dtype)
+    assert {convert(folder, 8, 4).model.dtype for _ in range(6)} == {expected}
+
+
 def test_folders_with_the_same_tokenizer_share_one(tmp_path):
     """One that has encoded keeps 0.4 MB for ever: a process that converts all day must not make more and more."""
     for name, heads in (("one", 12), ("two", 6)):
@@ -383,9 +467,8 @@ def test_folders_with_the_same_tokenizer_share_one(tmp_path):
     assert load_tokenizer(tmp_path / "two").model_max_length == 77 != one.model_max_length
     (tmp_path / "one/chat_template.jinja").write_text("{{ messages }}")
     assert load_tokenizer(tmp_path / "one").chat_template == "{{ messages }}" != one.chat_template
-    for name in ("config.json", "chat_template.jinja"):
-        (tmp_path / "two" / name).write_bytes(b"\xff")
-        with pytest.raises(CheckpointError):
-            load_tokenizer(tmp_path / "two")
+    (tmp_path / "two/config.json").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError):
+        load_tokenizer(tmp_path / "two")
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)

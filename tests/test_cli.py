@@ -490,7 +490,7 @@ def test_interruption_leaves_nothing(source, tmp_path, number, code, where):
         "write, look, done = c.ShardWriter.write, c.wait, threading.Event()\n"
         "class Thing:\n    pass\n"
         "def wait(*a):\n    print('written', flush=True)\n    time.sleep(60)\n"
-        "def note(*a):\n    write(*a)\n    done.set()\n"
+        "def note(*a):\n    write(*a)\n    done.set()\n    time.sleep(0.5)\n"
         "def slow(*a):\n"
         "    c.wait = look\n"
         "    done.wait()\n"

@@ -167,14 +167,14 @@ def _stop_after_all(ignored: Any) -> None:
     import signal
     import threading
 
-    if sys.is_finalizing():
-        return
     if isinstance(ignored.exc_value, KeyboardInterrupt):
         number = signal.SIGINT
     elif isinstance(ignored.exc_value, SystemExit) and ignored.exc_value.code == TERMINATED:
         number = signal.SIGTERM
     else:
         sys.__unraisablehook__(ignored)
+        return
+    if sys.is_finalizing():
         return
     # On Windows os.kill ends a process; elsewhere it also wakes a main thread that waits.
     send = signal.raise_signal if os.name == "nt" else partial(os.kill, os.getpid())
