@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 TRANSFORMERS_OLDEST := 5.17.0
 SMOKE := build/smoke
 AUDIT := build/audit
-PYTEST := -m pytest -n auto
+PYTEST := -m pytest -n auto --dist worksteal
 ON_TRANSFORMERS := models checkpoints random_architectures plan calibrate distill flops uptraining resume verify speed hub data
 export HF_HUB_OFFLINE = 1
 
@@ -18,7 +18,7 @@ demo: $(VENV)/ready  ## convert sample:gpt2 from 12 heads to 8/4, uptrain it, re
 test: $(VENV)/ready  ## the whole suite, offline, and how much of the package it reaches
 	$(BIN)/python $(PYTEST) --cov --cov-report=term --cov-fail-under=92
 
-integration: $(VENV)/ready  ## PEFT, ONNX, lm-evaluation-harness, pipelines, the documentation's examples
+integration: $(VENV)/ready  ## what takes longer, and PEFT, ONNX, lm-evaluation-harness, pipelines, the documentation's examples
 	$(BIN)/python $(PYTEST) -m integration
 
 test-oldest: $(OLDEST)/ready  ## what depends on transformers, with the oldest release supported

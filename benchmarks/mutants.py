@@ -7,7 +7,8 @@ Cosmic Ray knows every place where an operator, a number, a condition or a decor
 sample of these places each is changed, one at a time, in a copy of the repository, and the tests that reach the changed
 line are run, the quickest first, until one fails; a mutant of a line that no test reaches survives. A change of nothing
 but an annotation is left out: no program can tell. Writes benchmarks/results/mutants.json, with what each survivor
-changes.
+changes. With --survivors those of the last run are tried again, with more tests and new ones: what is noticed only then
+is counted apart.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ def main() -> None:
     options = parser.parse_args()
     os.chdir(ROOT)
     versions = {name: version(name) for name in ("cosmic-ray", "pytest", "torch", "transformers")}
-    known: dict[str, Any] = {"tried": 0, "minutes": 0, "noticed by": {}}
+    known: dict[str, Any] = {"tried": 0, "killed": 0, "noticed later": 0, "minutes": 0, "noticed by": {}}
     if options.survivors:
         known = json.loads(RESULT.read_text())
         if known["code"] != code() or known["versions"] != versions:
@@ -270,9 +271,10 @@ def main() -> None:
             if result.outcome == SURVIVED:
                 print(result.difference, flush=True)
     survivors = [result for result in results if result.outcome == SURVIVED]
-    outcomes = Counter(known["noticed by"]) + Counter(r.outcome for r in results if r.outcome != SURVIVED)
+    outcomes = known["noticed by"] or Counter(r.outcome for r in results if r.outcome != SURVIVED)
     tried = known["tried"] or len(results)
-    killed = tried - len(survivors)
+    killed = known["killed"] if options.survivors else tried - len(survivors)
+    later = known["noticed later"] + len(results) - len(survivors) if options.survivors else 0
     RESULT.write_text(
         json.dumps(
             {
@@ -283,6 +285,7 @@ def main() -> None:
                 "killed": killed,
                 "ratio": round(killed / tried, 4),
                 "noticed by": outcomes,
+                "noticed later": later,
                 "tests": TESTS,
                 "minutes": round(known["minutes"] + (time.perf_counter() - start) / 60, 1),
                 "survivors": [{"mutant": result.mutant, "difference": result.difference} for result in survivors],

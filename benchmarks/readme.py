@@ -106,7 +106,7 @@ def hostile(found: dict[str, Any]) -> list[str]:
          fuzzed["slowest_s"], fuzzed["MB"]),
     ]  # fmt: skip
     return [
-        "| checkpoints | runs | refused | wrong behaviour | slowest refusal | largest refusal |",
+        "| checkpoints | runs | refused | wrong behaviour | slowest | most memory |",
         "|---|---|---|---|---|---|",
         *(
             f"| {what} | {n:,} | {no:,} | {bad} | {slowest:.1f} s | {most:.0f} MB |"
@@ -118,9 +118,10 @@ def hostile(found: dict[str, Any]) -> list[str]:
 def mutants(found: dict[str, Any]) -> list[str]:
     """Does the suite notice when the code is wrong?"""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return [
-        f"{found['killed']} of {found['tried']} ({found['ratio']:.1%}) were noticed (seed {found['seed']}; {versions})."
-    ]
+    ways = ", ".join(f"{count} by {way}" for way, count in found["noticed by"].items())
+    later = f" {found['noticed later']} more by tests written since." if found["noticed later"] else ""
+    told = f"{found['killed']} of {found['tried']} ({found['ratio']:.1%}) were noticed, {ways}.{later}"
+    return [told, "", f"Seed {found['seed']}; {versions}."]
 
 
 def soak(found: dict[str, Any]) -> list[str]:

@@ -151,6 +151,7 @@ def test_a_control_that_was_stopped_goes_on_and_the_finished_training_is_not_don
     assert len(report["uptraining"]["curve"]) == 5 and report["uptraining"]["seconds"] > 0
 
 
+@pytest.mark.integration
 def test_two_processes_train_as_one_does(folders):
     one, two = folders("t5")
     uptrain(one, str(one.parent / "recipe.yaml"), device="cpu")

@@ -27,7 +27,9 @@ SHORT = Recipe(
 FEW = Recipe(tokens=8 * 256, sequence_length=32, batch_size=8, learning_rate=1e-3, evaluations=2, held_out_tokens=2048)
 
 
-@pytest.mark.parametrize(("name", "loss"), [("gpt2", "kl"), ("t5", "kl"), ("t5", "ce")])
+@pytest.mark.parametrize(
+    ("name", "loss"), [("gpt2", "kl"), ("t5", "kl"), pytest.param("t5", "ce", marks=pytest.mark.integration)]
+)
 def test_a_short_run_recovers_part_of_the_damage_and_says_so(name, loss, tmp_path):
     out = tmp_path / "out"
     convert(f"sample:{name}", 6, 2, output=out, calibration=None)
@@ -86,7 +88,7 @@ def test_the_control_is_the_source_trained_on_the_same_tokens(converted):
     assert "recovery.svg" in card and "| control |" in card
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.integration), "t5"])
 def test_accumulated_gradients_are_those_of_one_batch(name, converted, tmp_path):
     out = converted(name)
     shutil.copytree(out, tmp_path / "again")
