@@ -216,12 +216,21 @@ def test_a_site_attends_as_the_model_does(distance):
         ("t5-11b", {}, 20 * 64 * 128 * 5),  # a decoder predicts every fifth token of the text
         ("t5-11b", {"sites": ["encoder"]}, 20 * 64 * 128 * 5),  # heads that are all kept have no unknowns
         ("t5-11b", {"calibration": Calibration(tokens=7)}, 7),
+        ("wide", {}, 20 * 64 * 128),
     ],
 )
 def test_tokens_of_calibration(name, settings, tokens):
-    source = MetaSource(name, TRUE_MODELS[name])
-    heads = 64 if name == "t5-11b" else 8
+    source = MetaSource(name, (TRUE_MODELS | {"wide": gpt2_config(8192, 1, 64)})[name])
+    heads = 8 if name == "gpt2" else 64
     assert make_plan(source, Request(heads, heads // 2, **settings)).calibration.tokens == tokens
+
+
+def test_bytes_of_the_cache():
+    gpt2_plan = make_plan(MetaSource("gpt2", TRUE_MODELS["gpt2"]), Request(8, 4, dtype="bfloat16"))
+    assert gpt2_plan.before.kv_cache_bytes == 12 * 2 * 12 * 64 * 4
+    assert gpt2_plan.after.kv_cache_bytes == 12 * 2 * 4 * 64 * 2
+    t5_plan = make_plan(MetaSource("t5-small", TRUE_MODELS["t5-small"]), Request(4, 2, sites=["cross"]))
+    assert t5_plan.after.kv_cache_bytes == 6 * 2 * (8 + 2) * 64 * 4  # of the decoder itself, and of what it looks at
 
 
 def test_heads_that_are_all_kept_need_no_calibration():
@@ -275,7 +284,7 @@ def test_a_plan_does_not_change():
 def test_how_large_a_config_may_be(family, key, most):
     made = gpt2_config(4096, 2, 2) if family == "gpt2" else t5_config(24, 24, 2, 12, 40, 64)
     config = made.to_dict() | {"architectures": [next(iter(FAMILIES[family].architectures))]}
-    FAMILIES[family].check(config | {key: most})
+    FAMILIES[family].check(config | {"num_labels": 0} | {key: most})
     for wrong in (most + 1, -1, 1.0, True):
         with pytest.raises(UnsupportedModelError, match=f"{key} is .*to {most:,}"):
             FAMILIES[family].check(config | {key: wrong})
