@@ -191,7 +191,8 @@ def test_what_a_config_leaves_out_is_as_usual(family, key):
 
 
 @pytest.mark.parametrize("distance", [None, 20, 300])
-def test_a_site_attends_as_the_model_does(distance):
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_a_site_attends_as_the_model_does(kind, distance):
     """Bare heads against the model's own layer, biases by distance included."""
     options = {} if distance is None else {"relative_attention_max_distance": distance}
     model = t5(layers=2, relative_attention_num_buckets=8, **options)
@@ -201,11 +202,13 @@ def test_a_site_attends_as_the_model_does(distance):
         del config["relative_attention_max_distance"]
     family = family_of(config)
     weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
-    site = next(site for site in family.sites(config) if site.kind == "encoder")
+    site = next(site for site in family.sites(config) if site.kind == kind)
     heads = family.read(site, weights.__getitem__, family.dimensions(config))
     x = torch.randn(2, 40, 20)
+    later = torch.ones(40, 40).triu(1)[None, None] * torch.finfo(torch.float32).min
     with torch.no_grad():
-        expected = model.encoder.block[0].layer[0].SelfAttention(x)[0]
+        layer = getattr(model, kind).block[0].layer[0].SelfAttention
+        expected = layer(x, mask=later if kind == "decoder" else None)[0]
     torch.testing.assert_close(family.attention(site, config).layer(heads, x, None), expected, rtol=1e-4, atol=1e-4)
 
 
