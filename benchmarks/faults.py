@@ -804,7 +804,8 @@ def _fits_signal(number: int, training: bool = False) -> Callable[[Ended], bool]
         if number == signal.SIGKILL:
             return ended.code == -number
         if number == signal.SIGTERM:
-            return ended.code == 143 and not ended.error
+            # Before the command could prepare for it the system ends it: 143 to a shell, too.
+            return ended.code in (143, -number) and not ended.error
         said = (
             "interrupted; nothing half-written was kept",
             *(("is still the converted model", "is uptrained") if training else ()),
