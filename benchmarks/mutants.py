@@ -217,8 +217,8 @@ class Reach(NamedTuple):
 
 
 def tested(mutant: Mutant, tests: list[str]) -> Tested:
-    text = Path(mutant.path).read_text(encoding="utf-8")
     if not tests:
+        text = Path(mutant.path).read_text(encoding="utf-8")
         mutated = mutate_code(text, plugins.get_operator(mutant.operator)(**mutant.arguments), mutant.occurrence)
         changed = difflib.unified_diff(text.splitlines(), (mutated or "").splitlines(), lineterm="")
         return Tested(mutant, SURVIVED, 0, "\n".join(changed))

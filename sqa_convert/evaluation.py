@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -14,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .batches import SpanCorruption, token_blocks
-from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, check_folder
+from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, check_folder, read_config
 from .data import BUILT_IN, documents
 from .devices import choose_device, device_name
 from .distill import IGNORED
 from .errors import CheckpointError, DataError, QualityError, RecipeError, one_line
+from .output import sha256_of
 from .sources import stamp
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def load_tokenizer(
 
 def _tokenizer_content(folder: Path) -> tuple[object, ...]:
     """All that a tokenizer may be made of: what the config says of it, the folder's small files."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(str(folder), folder)
     paths = sorted((*folder.iterdir(), *folder.glob("additional_chat_templates/*")))
     files = [p for p in paths if p.suffix in _MAY_BE_A_TOKENIZERS and p.name not in _NEVER_A_TOKENIZERS and p.is_file()]
     contents = ((str(path.relative_to(folder)), _content(path)) for path in files)
@@ -132,7 +131,7 @@ def _tokenizer_content(folder: Path) -> tuple[object, ...]:
 
 def _content(path: Path) -> object:
     small = path.stat().st_size < _LARGE_TOKENIZER
-    return hashlib.sha256(path.read_bytes()).digest() if small else stamp(path)
+    return sha256_of(path) if small else stamp(path)
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,8 @@ def check_finite(data: memoryview, dtype: str, name: str, where: str) -> None:
 
     if dtype in _EXPONENTS:
         unsigned, exponent = _EXPONENTS[dtype]
-        for start in range(0, len(data), 2**20):  # small enough to stay in the processor's cache
-            if (np.frombuffer(data[start : start + 2**20], unsigned) & exponent).max() == exponent:
+        for start in range(0, len(data), PIECE):  # small enough to stay in the processor's cache
+            if (np.frombuffer(data[start : start + PIECE], unsigned) & exponent).max() == exponent:
                 raise CheckpointError(f"{where}: {name} holds NaN or infinite values (in {DTYPES[dtype][0]})")
 
 
