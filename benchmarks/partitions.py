@@ -18,7 +18,7 @@ from sqa_convert.checkpoint import open_source
 from sqa_convert.heads import Partition
 from sqa_convert.heads.statistics import from_norms
 from sqa_convert.plan import Request, make_plan
-from sqa_convert.sites import read_site
+from sqa_convert.sites import read_norm, read_site
 
 RESULTS = Path(__file__).resolve().parent / "results" / "partitions.json"
 HEADS = ((8, 4), (6, 3), (4, 2), (10, 5))
@@ -33,12 +33,8 @@ def main() -> None:
             plan = make_plan(source, Request(q, kv, method="svd", calibration=None))
             total = {"cheapest": 0.0, "by pairs": 0.0, "neighbours": 0.0}
             for site in plan.sites:
-                heads = read_site(plan, source, site)
-                norms = []
-                for prefix in plan.family.norms(site):
-                    bias = f"{prefix}.bias"
-                    read = source.read(bias) if bias in plan.source_names else None
-                    norms.append((source.read(plan.source_names[f"{prefix}.weight"]), read))
+                heads = read_site(plan, source, site).tensors()
+                norms = [read_norm(plan, source, prefix) for prefix in plan.family.norms(site)]
                 known = from_norms(heads, plan.family.attention(site, plan.source_config), *norms)
                 generator = torch.Generator().manual_seed(0)
                 cost = how.GroupCost(heads, known, q // kv, generator)

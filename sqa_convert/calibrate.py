@@ -151,7 +151,7 @@ class Calibrator:
                     site,
                     SiteFitter(
                         self.plan.family.attention(site, self.plan.source_config),
-                        read_site(self.plan, self.source, site),
+                        read_site(self.plan, self.source, site).tensors(),
                         activations.pop(site),
                         self.metrics.get(site),
                         self.text.fitted,

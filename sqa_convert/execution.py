@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -16,8 +17,9 @@ from .families import Site
 from .output import ShardWriter, carry_files, write_json
 from .plan import OutputTensor, Plan
 from .progress import Progress, silent
-from .sites import SiteRecord, Sites, convert_site, site_bytes
-from .sources import ModelSource, Source, as_bytes, as_tensor, check_finite, torch_dtype
+from .sites import SiteRecord, Sites, convert_site, site_bytes, uses_torch
+from .sources import ModelSource, Source
+from .storage import check_finite, decode, encode, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,9 +41,8 @@ def convert_all(
 ) -> dict[Site, SiteRecord]:
     """Gives every tensor of the result to `store`.
 
-    What only changes its name is copied by a thread, which begins before torch is imported where nothing has needed it
-    yet. Each attention site is converted by one thread, so that the result does not depend on their number; with no
-    site left they help copying.
+    What only changes its name is copied by a thread. Each attention site is converted by one thread, so that the
+    result does not depend on their number; with no site left they help copying.
 
     Args:
         plan: what to do.
@@ -85,9 +86,6 @@ def convert_all(
             done.append(tensor.nbytes)
 
     def compute() -> None:
-        import torch
-
-        torch.set_num_threads(1)
         for site, tensors in taken(sites):
             made = calibrated.get(site) or convert_site(plan, source, site)
             records[site] = made.record
@@ -96,35 +94,36 @@ def convert_all(
                 done.append(tensor.nbytes)
         copy()
 
-    cores = os.cpu_count() or 1
-    threads = None
-    try:
-        with ThreadPoolExecutor(cores + 1) as pool:
-            running: set[Future[None]] = set()
-            try:
-                if source.concurrent:
-                    running.add(pool.submit(copy))
-                import torch
-
-                threads = torch.get_num_threads()
-                for _ in range(_sites_at_a_time(plan, min(cores, threads)) if source.concurrent else 1):
-                    running.add(pool.submit(compute))
-                while running:
-                    ended, running = wait(running, _LOOKED_AT, FIRST_EXCEPTION)
-                    for future in ended:
-                        future.result()  # raises what went wrong there
-                    progress("convert", sum(done), plan.nbytes)
-            finally:
-                stop.set()
-    finally:
-        if threads is not None:
-            torch.set_num_threads(threads)
+    with _sites_at_a_time(plan) as count, ThreadPoolExecutor(count + 1) as pool:
+        running: set[Future[None]] = {pool.submit(compute) for _ in range(count if source.concurrent else 1)}
+        if source.concurrent:
+            running.add(pool.submit(copy))
+        try:
+            while running:
+                ended, running = wait(running, _LOOKED_AT, FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()  # raises what went wrong there
+                progress("convert", sum(done), plan.nbytes)
+        finally:
+            stop.set()
     return records
 
 
-def _sites_at_a_time(plan: Plan, threads: int) -> int:
+@contextlib.contextmanager
+def _sites_at_a_time(plan: Plan) -> Iterator[int]:
+    """As many as there are cores and memory for; where torch converts them, its number of threads is kept to."""
+    count, threads = os.cpu_count() or 1, None
+    if uses_torch(plan):
+        import torch
+
+        threads = torch.get_num_threads()
+        count = min(count, threads)
     needed = _SITE_ARRAYS * 8 * (plan.dimensions.heads * plan.dimensions.head_dim) ** 2
-    return max(1, min(threads, _SITE_BUDGET // needed))
+    try:
+        yield max(1, min(count, _SITE_BUDGET // needed))
+    finally:
+        if threads is not None:
+            torch.set_num_threads(threads)
 
 
 def carried(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[memoryview]:
@@ -134,7 +133,7 @@ def carried(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[memory
     stored = source.index[name].dtype
     for piece in source.pieces(name):
         if tensor.dtype != stored:
-            piece = as_bytes(as_tensor(piece, stored).to(torch_dtype(tensor.dtype)))
+            piece = encode(decode(piece, stored), tensor.dtype)
         check_finite(piece, tensor.dtype, tensor.name, source.name)
         yield piece
 

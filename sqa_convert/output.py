@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import CARRIED_FILES, TOKENIZER_CONFIG, TOKENIZER_FILES, read_json
 from .errors import CheckpointError, OutputError, SQAError, one_line
-from .sources import DTYPES, PIECE
+from .storage import DTYPES, PIECE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -284,6 +285,7 @@ class ShardWriter:
     def __init__(self, path: Path, tensors: Iterable[OutputTensor], checked: bool) -> None:
         """Makes the file in its full size, with its header; `checked` is what `verify` needs. Raises OSError."""
         self.path, self.checked = path, checked
+        self._writing = threading.Lock()  # the kernel lets one write at a time, and the others wait at full speed
         self.sums: dict[str, int] = {}
         """CRC-32 of each tensor written"""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -312,7 +314,9 @@ class ShardWriter:
                     checksum = zlib.crc32(data, checksum)
                 at += len(data)
                 while data:
-                    data = data[file.write(data) :]
+                    with self._writing:
+                        written = file.write(data)
+                    data = data[written:]
         if at != end:
             raise OSError(errno.EIO, f"{name}: {end - at} bytes are missing")
         self.sums[name] = checksum

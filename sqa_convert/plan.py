@@ -17,7 +17,8 @@ from . import __version__
 from .errors import CheckpointError, RecipeError
 from .families import Config, Dimensions, Family, Site, family_of
 from .heads import Partition, get_method, variant_heads
-from .sources import DTYPES, FLOATING, Source
+from .sources import Source
+from .storage import DTYPES, FLOATING
 
 AUTO = "auto"
 """the method that tries several on calibration text and takes the best; without text it is `BLIND_METHOD`"""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .families import Site
 from .heads import AttentionHeads, Partition, get_method
 from .plan import OutputTensor, Plan
-from .sources import Source, as_bytes, check_finite, torch_dtype
+from .sources import Source
+from .storage import Array, check_finite, encode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ class SiteRecord:
 class ConvertedSite:
     """The heads of a converted site."""
 
-    heads: AttentionHeads
+    heads: AttentionHeads[Any]
     record: SiteRecord
 
 
@@ -58,19 +59,26 @@ class Calibrated:
     """what it did, None where there was none"""
 
 
+def uses_torch(plan: Plan) -> bool:
+    """Whether converting the sites of a plan does."""
+    return plan.calibration is not None or plan.searched or get_method(plan.method).needs_statistics
+
+
 def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
     """Converts one site from the weights alone. Raises CheckpointError."""
-    import torch
-
     heads, partition = read_site(plan, source, site), plan.partitions[site.kind]
     if partition.is_identity:
         return ConvertedSite(heads, SiteRecord("none", partition))
     method, statistics = get_method(plan.method), None
-    if method.needs_statistics or plan.searched:
+    if uses_torch(plan):
+        import torch
+
         from .heads.search import search
         from .heads.statistics import from_norms
 
-        norms = [_norm(plan, source, prefix) for prefix in plan.family.norms(site)]
+        torch.set_num_threads(1)
+        heads = heads.tensors()
+        norms = [read_norm(plan, source, prefix) for prefix in plan.family.norms(site)]
         statistics = from_norms(heads, plan.family.attention(site, plan.source_config), *norms)
         if plan.searched:
             counts = len(partition.clusters), len(partition.groups)
@@ -79,33 +87,27 @@ def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
 
 
 def site_bytes(
-    plan: Plan, site: Site, heads: AttentionHeads, tensors: list[OutputTensor], where: str
+    plan: Plan, site: Site, heads: AttentionHeads[Any], tensors: list[OutputTensor], where: str
 ) -> list[memoryview]:
     """What the result holds of a converted site, of each of its `tensors`. Raises CheckpointError."""
-    made, written = [], plan.family.write(site, heads)
+    made, written = [], plan.family.write(site, heads.arrays())
     for tensor in tensors:
-        made.append(as_bytes(written.pop(tensor.name).to(torch_dtype(tensor.dtype))))
+        made.append(encode(written.pop(tensor.name), tensor.dtype))
         check_finite(made[-1], tensor.dtype, tensor.name, where)
     return made
 
 
-def read_site(plan: Plan, source: Source, site: Site) -> AttentionHeads:
+def read_site(plan: Plan, source: Source, site: Site) -> AttentionHeads[Array]:
     """The source's heads of one site. Raises CheckpointError."""
-    return plan.family.read(site, lambda name: _get(plan, source, name), plan.dimensions)
+    return plan.family.read(site, lambda name: source.read(plan.source_names[name]), plan.dimensions)
 
 
-def _norm(plan: Plan, source: Source, prefix: str) -> tuple[Tensor, Tensor | None]:
-    bias = f"{prefix}.bias"
-    return (
-        _get(plan, source, f"{prefix}.weight"),
-        _get(plan, source, bias) if bias in plan.source_names else None,
-    )
-
-
-def _get(plan: Plan, source: Source, name: str) -> Tensor:
+def read_norm(plan: Plan, source: Source, prefix: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias (D,) of a norm. Raises CheckpointError."""
     import torch
 
-    stored = plan.source_names[name]
-    tensor = source.read(stored)
-    check_finite(as_bytes(tensor), source.index[stored].dtype, name, source.name)
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    def read(name: str) -> Tensor:
+        return torch.from_numpy(source.read(plan.source_names[name]))
+
+    bias = f"{prefix}.bias"
+    return read(f"{prefix}.weight"), read(bias) if bias in plan.source_names else None

@@ -11,26 +11,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .checks import MOST_TENSORS, check_pickle, is_zip, read_header
 from .errors import CheckpointError, one_line, shown
+from .storage import DTYPES, PIECE, Array, check_finite, decode, decoded_dtype, dtype_name, tensor_bytes
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
-PIECE = 2**20
-"""bytes handed on at a time"""
-DTYPES = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
-    "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
-}  # fmt: skip
-"""safetensors' names of the dtypes a checkpoint may hold: torch's names and bytes"""
-FLOATING = ("F64", "F32", "F16", "BF16")
-_EXPONENTS = {
-    "F64": ("u8", 0x7FF0_0000_0000_0000), "F32": ("u4", 0x7F80_0000), "F16": ("u2", 0x7C00), "BF16": ("u2", 0x7F80),
-}  # fmt: skip
-"""unsigned integers of the same size, and the bits that are all set in what is no number"""
 _LONGEST_NAME = 500
 _MOST_DIMENSIONS = 64  # numpy's limit
 
@@ -75,16 +65,23 @@ class Source(ABC):
     """whether several threads may read at a time"""
 
     @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU and not shared with anything.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-
     def pieces(self, name: str) -> Iterator[memoryview]:
         """One tensor's bytes, in order; each piece is good until the next is asked for. Raises CheckpointError."""
-        yield as_bytes(self.read(name))
+
+    def read(self, name: str) -> Array:
+        """One tensor's numbers, as float32 or, where they are stored so, float64, in memory of their own.
+
+        Raises:
+            CheckpointError: they cannot be read, or are not finite.
+        """
+        info = self.index[name]
+        made, at = np.empty(math.prod(info.shape), decoded_dtype(info.dtype)), 0
+        for piece in self.pieces(name):
+            check_finite(piece, info.dtype, name, self.name)
+            count = len(piece) // DTYPES[info.dtype][1]
+            decode(piece, info.dtype, made[at : at + count])
+            at += count
+        return made.reshape(info.shape)
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -105,43 +102,6 @@ class Source(ABC):
             if (found := stamp(path)) != known:
                 what = "was removed" if found is None else "was changed"
                 raise CheckpointError(f"{path} {what} while it was read") from consequence
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype of safetensors' name."""
-    import torch
-
-    return getattr(torch, DTYPES[name][0])
-
-
-def dtype_name(dtype: torch.dtype) -> str | None:
-    """safetensors' name of torch's dtype; None for one that no checkpoint may hold."""
-    return next((name for name, (torch_name, _) in DTYPES.items() if str(dtype) == f"torch.{torch_name}"), None)
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """What a safetensors file holds of a tensor on the CPU; shares its memory where that is contiguous."""
-    import torch
-
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def as_tensor(data: memoryview, dtype: str) -> Tensor:
-    """The flat tensor of safetensors' `dtype` that these bytes hold; shares their memory."""
-    import torch
-
-    return torch.frombuffer(data, dtype=torch_dtype(dtype)) if len(data) else torch.empty(0, dtype=torch_dtype(dtype))
-
-
-def check_finite(data: memoryview, dtype: str, name: str, where: str) -> None:
-    """Raises CheckpointError where the bytes of tensor `name` of `where` hold what is no number. Needs no torch."""
-    import numpy as np
-
-    if dtype in _EXPONENTS:
-        unsigned, exponent = _EXPONENTS[dtype]
-        for start in range(0, len(data), PIECE):  # small enough to stay in the processor's cache
-            if (np.frombuffer(data[start : start + PIECE], unsigned) & exponent).max() == exponent:
-                raise CheckpointError(f"{where}: {name} holds NaN or infinite values (in {DTYPES[dtype][0]})")
 
 
 def indexed(entries: Iterable[tuple[Any, Any, Any, str]], where: str) -> dict[str, TensorInfo]:
@@ -174,14 +134,13 @@ def indexed(entries: Iterable[tuple[Any, Any, Any, str]], where: str) -> dict[st
 
 
 class HeadersSource(Source):
-    def read(self, name: str) -> Tensor:
+    def pieces(self, name: str) -> Iterator[memoryview]:
         raise CheckpointError(f"{name} was not downloaded")
 
 
 class SafetensorsSource(Source):
     def __init__(self, folder: Path, files: list[str]) -> None:
         self._files = {file: folder / file for file in files}
-        self._open: tuple[str, Any] = ("", None)
         self._places: dict[str, tuple[int, int]] = {}
         """where each tensor's bytes begin and end in its file"""
         self.index = indexed(self._entries(), str(folder))
@@ -203,23 +162,9 @@ class SafetensorsSource(Source):
                 yield name, entry["shape"], entry["dtype"], file
                 self._places[name] = begin + start, begin + end
 
-    def read(self, name: str) -> Tensor:
-        from safetensors import SafetensorError, safe_open
-
-        file = self.index[name].file
-        known, handle = self._open
-        try:
-            if known != file:
-                # pread, not mmap: mapped pages would count as this process's memory until the file is closed
-                handle = safe_open(self._files[file], framework="pt", backend="pread")
-                self._open = (file, handle)
-            return handle.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{name} cannot be read from {file}: {one_line(error)}") from error
-
     def pieces(self, name: str) -> Iterator[memoryview]:
         """Through one small buffer, which stays in the processor's cache: a tensor's own memory would have to be made
-        first, which takes longer than reading. Needs no torch."""
+        first, which takes longer than reading."""
         file = self.index[name].file
         path = self._files[file]
         view = memoryview(bytearray(PIECE))
@@ -290,10 +235,10 @@ class PickleSource(Source):
             self._loaded = (file, content)
         return self._loaded[1]
 
-    def read(self, name: str) -> Tensor:
+    def pieces(self, name: str) -> Iterator[memoryview]:
         content = self._load(self.index[name].file)
         self._check_unchanged()  # reading beyond the end of a mapped file would end the process
-        return content[name].detach().clone()
+        yield tensor_bytes(content[name].detach().clone())
 
 
 class ModelSource(Source):
@@ -307,11 +252,8 @@ class ModelSource(Source):
         self._tensors = model.state_dict()
         self.index = indexed(_described(self._tensors, "memory", self.name), self.name)
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach().cpu().clone()
-
     def pieces(self, name: str) -> Iterator[memoryview]:
-        yield as_bytes(self._tensors[name].detach().cpu())
+        yield tensor_bytes(self._tensors[name].detach().cpu())
 
 
 def _described(tensors: Mapping[str, Tensor], file: str, where: str) -> Iterator[tuple[str, Any, str, str]]:

@@ -22,7 +22,8 @@ from .errors import CheckpointError, one_line, shown
 from .execution import MODELS
 from .output import sha256_of
 from .report import auto_class, read_report
-from .sources import SafetensorsSource, check_finite
+from .sources import SafetensorsSource
+from .storage import check_finite
 
 POSITIONS = 16
 """tokens of the input that a model is compared on"""

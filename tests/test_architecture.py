@@ -22,7 +22,7 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"sources"},
     {"checks", "heads", "recipe", "workloads"},
     {"distill", "flops", "timing"},
-    {"devices"},
+    {"devices", "storage"},
     {"errors", "models", "progress"},
 ]
 LIGHT = [
@@ -34,6 +34,7 @@ LIGHT = [
     "plan",
     "checkpoint",
     "sources",
+    "storage",
     "cli",
     "families",
     "heads",

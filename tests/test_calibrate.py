@@ -51,7 +51,8 @@ def test_captured_inputs_explain_each_sites_output(kind):
         hook.remove()
     for sites in (plan.sites, plan.sites[1:2], plan.sites[-1:]):
         for site, (x, memory) in capture(model, sites, given, CPU).items():
-            made = plan.family.attention(site, plan.source_config).layer(read_site(plan, source, site), x, memory)
+            heads = read_site(plan, source, site).tensors()
+            made = plan.family.attention(site, plan.source_config).layer(heads, x, memory)
             torch.testing.assert_close(made, torch.cat(outputs[site]), rtol=1e-4, atol=1e-4)
 
 

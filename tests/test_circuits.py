@@ -18,7 +18,7 @@ from sqa_convert.heads.refit import output_error, refit
 from sqa_convert.heads.search import GroupCost, arrange, search
 from sqa_convert.heads.statistics import collect, from_norms, similarity
 from sqa_convert.plan import Request, make_plan
-from sqa_convert.sites import read_site
+from sqa_convert.sites import read_norm, read_site
 
 
 def generator():
@@ -174,9 +174,9 @@ def test_groups_found_by_their_pairs_cost_little_more_than_the_cheapest(kind, mo
     source = open_source(f"sample:{kind}")
     plan = make_plan(source, Request(8, 4, method="svd", calibration=None))
     site = plan.sites[-1]
-    heads = read_site(plan, source, site)
-    norms = (source.read(f"{prefix}.weight") for prefix in plan.family.norms(site))
-    known = from_norms(heads, plan.family.attention(site, source.config), *((weight, None) for weight in norms))
+    heads = read_site(plan, source, site).tensors()
+    norms = ((read_norm(plan, source, prefix)[0], None) for prefix in plan.family.norms(site))
+    known = from_norms(heads, plan.family.attention(site, source.config), *norms)
     cost = GroupCost(heads, known, 2, generator())
     cheapest = search(heads, known, 8, 4, generator())
     monkeypatch.setattr(search_module, "_MOST_COSTS", 0)

@@ -241,10 +241,14 @@ def convert(
 
     from ..conversion import Settings, convert_to_folder
     from ..data import check_data
-    from ..devices import choose_device
 
-    out.quieten_libraries()
-    choose_device(device)
+    runs = plan.calibration is not None or not no_evaluate or recipe is not None
+    if runs or not no_verify:  # else neither torch nor transformers are imported, which takes longer than much of this
+        out.quieten_libraries()
+    if runs or device != "auto":
+        from ..devices import choose_device
+
+        choose_device(device)
     if recipe is None and not no_evaluate:
         check_data(data)
     if calibration is not None:

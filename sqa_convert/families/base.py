@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UnsupportedModelError, shown
 from ..heads.layout import AttentionHeads
+from ..storage import Array
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..heads.attention import Attention
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version", "auto_map", "custom_pipelines")
@@ -127,7 +126,7 @@ class Family(ABC):
         """Canonical names of the source tensors that `read` replaces."""
 
     @abstractmethod
-    def read(self, site: Site, get: Callable[[str], Tensor], dimensions: Dimensions) -> AttentionHeads:
+    def read(self, site: Site, get: Callable[[str], Array], dimensions: Dimensions) -> AttentionHeads[Array]:
         """The site's weights in the canonical layout; `get` takes a canonical name."""
 
     @abstractmethod
@@ -139,7 +138,7 @@ class Family(ABC):
         """Canonical prefixes of the norms that the inputs of queries, and of keys and values, come from."""
 
     @abstractmethod
-    def write(self, site: Site, heads: AttentionHeads) -> dict[str, Tensor]:
+    def write(self, site: Site, heads: AttentionHeads[Array]) -> dict[str, Array]:
         """The tensors of the converted site."""
 
     @abstractmethod
@@ -161,12 +160,12 @@ class Family(ABC):
         return kept | {"model_type": model_type, "architectures": [self.architectures[source]], "auto_map": auto_map}
 
 
-def join_heads(weights: Tensor) -> Tensor:
+def join_heads(weights: Array) -> Array:
     """(heads, d, D) -> (heads * d, D), the weight of a Linear that makes the heads."""
     return weights.reshape(-1, weights.shape[-1])
 
 
-def split_heads(weight: Tensor, head_dim: int) -> Tensor:
+def split_heads(weight: Array, head_dim: int) -> Array:
     """(heads * d, D) -> (heads, d, D)"""
     return weight.reshape(-1, head_dim, weight.shape[-1])
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..heads.layout import AttentionHeads
+from ..storage import Array
 from .base import (
     MOST_HEADS,
     MOST_LAYERS,
@@ -23,8 +24,6 @@ from .base import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..heads.attention import Attention
 
 _STALE = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")  # buffers of old releases
@@ -104,12 +103,11 @@ class GPT2(Family):
     def consumed(self, site: Site) -> list[str]:
         return [f"{site.prefix}.{name}" for name in ("c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias")]
 
-    def read(self, site: Site, get: Callable[[str], Tensor], dimensions: Dimensions) -> AttentionHeads:
+    def read(self, site: Site, get: Callable[[str], Array], dimensions: Dimensions) -> AttentionHeads[Array]:
         d = dimensions.head_dim
-        weights = get(f"{site.prefix}.c_attn.weight").t().chunk(3)  # Conv1D (D, 3D) -> three (H * d, D)
-        biases = get(f"{site.prefix}.c_attn.bias").chunk(3)
-        query, key, value = (split_heads(weight, d) for weight in weights)
-        query_bias, key_bias, value_bias = (bias.reshape(-1, d) for bias in biases)
+        weights = get(f"{site.prefix}.c_attn.weight").T.reshape(3, -1, d, dimensions.width)  # Conv1D (D, 3D)
+        query, key, value = weights
+        query_bias, key_bias, value_bias = get(f"{site.prefix}.c_attn.bias").reshape(3, -1, d)
         return AttentionHeads(
             query=query,
             key=key,
@@ -133,7 +131,7 @@ class GPT2(Family):
         norm = site.prefix.removesuffix("attn") + "ln_1"
         return norm, norm
 
-    def write(self, site: Site, heads: AttentionHeads) -> dict[str, Tensor]:
+    def write(self, site: Site, heads: AttentionHeads[Array]) -> dict[str, Array]:
         assert heads.query_bias is not None and heads.key_bias is not None and heads.value_bias is not None
         assert heads.output_bias is not None
         tensors = {
@@ -143,7 +141,7 @@ class GPT2(Family):
             "k_proj.bias": heads.key_bias.reshape(-1),
             "v_proj.weight": join_heads(heads.value),
             "v_proj.bias": heads.value_bias.reshape(-1),
-            "o_proj.weight": join_heads(heads.output).t(),  # Linear (D, Hq * d)
+            "o_proj.weight": join_heads(heads.output).T,  # Linear (D, Hq * d)
             "o_proj.bias": heads.output_bias,
         }
         return {f"{site.prefix}.{name}": tensor for name, tensor in tensors.items()}

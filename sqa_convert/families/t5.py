@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..heads.layout import AttentionHeads
+from ..storage import Array
 from .base import (
     MOST_HEADS,
     MOST_LAYERS,
@@ -23,8 +24,6 @@ from .base import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..heads.attention import Attention
 
 _TABLE = "relative_attention_bias.weight"  # (buckets, H), in the source only in layer 0 of a stack
@@ -131,14 +130,14 @@ class T5(Family):
         names = [f"{site.prefix}.{name}.weight" for name in "qkvo"]
         return names + ([self._table(site)] if site.kind != "cross" and site.layer == 0 else [])
 
-    def read(self, site: Site, get: Callable[[str], Tensor], dimensions: Dimensions) -> AttentionHeads:
+    def read(self, site: Site, get: Callable[[str], Array], dimensions: Dimensions) -> AttentionHeads[Array]:
         query, key, value = (split_heads(get(f"{site.prefix}.{name}.weight"), dimensions.head_dim) for name in "qkv")
         return AttentionHeads(
             query=query,
             key=key,
             value=value,
-            output=split_heads(get(f"{site.prefix}.o.weight").t(), dimensions.head_dim),  # Linear (D, H * d)
-            position_bias=None if site.kind == "cross" else get(self._table(site)).t(),
+            output=split_heads(get(f"{site.prefix}.o.weight").T, dimensions.head_dim),  # Linear (D, H * d)
+            position_bias=None if site.kind == "cross" else get(self._table(site)).T,
         )
 
     def attention(self, site: Site, config: Config) -> Attention:
@@ -160,15 +159,15 @@ class T5(Family):
         own = site.prefix.rpartition(".")[0] + ".layer_norm"
         return own, "encoder.final_layer_norm" if site.kind == "cross" else own
 
-    def write(self, site: Site, heads: AttentionHeads) -> dict[str, Tensor]:
+    def write(self, site: Site, heads: AttentionHeads[Array]) -> dict[str, Array]:
         tensors = {
             "q.weight": join_heads(heads.query),
             "k.weight": join_heads(heads.key),
             "v.weight": join_heads(heads.value),
-            "o.weight": join_heads(heads.output).t(),
+            "o.weight": join_heads(heads.output).T,
         }
         if heads.position_bias is not None:
-            tensors[_TABLE] = heads.position_bias.t()
+            tensors[_TABLE] = heads.position_bias.T
         return {f"{site.prefix}.{name}": tensor for name, tensor in tensors.items()}
 
     def written(self, site: Site, config: Config, q_heads: int, kv_heads: int) -> dict[str, Written]:

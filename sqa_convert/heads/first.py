@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .layout import AttentionHeads
+from .layout import A, AttentionHeads
 from .methods import method
 from .partition import Partition
 from .pool import first_of, pool, sum_of
@@ -15,7 +15,7 @@ from .pool import first_of, pool, sum_of
     summary="keep the first head of a group, sum its output projections",
     source="Ainslie et al., GQA, arXiv 2305.13245, section 3.3",
 )
-def first(heads: AttentionHeads, partition: Partition, statistics: Any = None) -> AttentionHeads:
+def first(heads: AttentionHeads[A], partition: Partition, statistics: Any = None) -> AttentionHeads[A]:
     """The first head's Wq of each query cluster and Wk, Wv of each key/value group; Wo is summed over the cluster.
 
     Args:

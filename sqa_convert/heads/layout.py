@@ -8,32 +8,51 @@ alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic
+
+import numpy as np
+from typing_extensions import TypeVar
+
+from ..storage import Array
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+A = TypeVar("A", bound="Tensor | Array", default="Tensor")
+
 
 @dataclass(frozen=True)
-class AttentionHeads:
-    """The weights of one attention site, head by head."""
+class AttentionHeads(Generic[A]):
+    """The weights of one attention site, head by head: torch's tensors, or numpy's arrays where torch is not needed."""
 
-    query: Tensor
+    query: A
     """(Hq, d, D)"""
-    key: Tensor
+    key: A
     """(Hkv, d, D)"""
-    value: Tensor
+    value: A
     """(Hkv, d, D)"""
-    output: Tensor
+    output: A
     """(Hq, d, D)"""
-    query_bias: Tensor | None = None
+    query_bias: A | None = None
     """(Hq, d)"""
-    key_bias: Tensor | None = None
+    key_bias: A | None = None
     """(Hkv, d)"""
-    value_bias: Tensor | None = None
+    value_bias: A | None = None
     """(Hkv, d)"""
-    output_bias: Tensor | None = None
+    output_bias: A | None = None
     """(D,)"""
-    position_bias: Tensor | None = None
+    position_bias: A | None = None
     """(Hq, buckets), T5's relative position table, added to the scores"""
+
+    def tensors(self: AttentionHeads[Any]) -> AttentionHeads:
+        """The same memory as tensors."""
+        import torch
+
+        return AttentionHeads(*(None if a is None else torch.as_tensor(a) for a in vars(self).values()))
+
+    def arrays(self: AttentionHeads[Any]) -> AttentionHeads[Array]:
+        """The same memory, on the CPU, as arrays."""
+        arrays: Iterator[Any] = (None if a is None else np.asarray(a) for a in vars(self).values())
+        return AttentionHeads(*arrays)

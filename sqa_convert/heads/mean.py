@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .layout import AttentionHeads
+from .layout import A, AttentionHeads
 from .methods import method
 from .partition import Partition
 from .pool import mean_of, pool, sum_of
@@ -15,7 +15,7 @@ from .pool import mean_of, pool, sum_of
     summary="average the queries, keys and values of a group, sum its output projections",
     source="Ainslie et al., GQA, arXiv 2305.13245, section 2.1",
 )
-def mean(heads: AttentionHeads, partition: Partition, statistics: Any = None) -> AttentionHeads:
+def mean(heads: AttentionHeads[A], partition: Partition, statistics: Any = None) -> AttentionHeads[A]:
     """Means of Wq over each query cluster, of Wk and Wv over each key/value group; Wo is summed over the cluster.
 
     The heads of a cluster share one attention pattern afterwards, so their outputs add: a mean of Wo would shrink

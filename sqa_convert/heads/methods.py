@@ -10,7 +10,7 @@ from ..errors import RecipeError
 from .layout import AttentionHeads
 from .partition import Partition
 
-Convert = Callable[[AttentionHeads, Partition, Any], AttentionHeads]
+Convert = Callable[[AttentionHeads[Any], Partition, Any], AttentionHeads[Any]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Method:
     convert: Convert
     """(heads, partition, statistics) -> heads; a group of one head is copied verbatim."""
     needs_statistics: bool = False
-    """Of the site's inputs: from calibration text, or without it from the norms' weights; others use none."""
+    """Of the site's inputs: from calibration text, or without it from the norms' weights; others use none, and take
+    arrays as well as tensors."""
 
 
 METHODS: dict[str, Method] = {}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import Any
 
-from .layout import AttentionHeads
+from .layout import A, AttentionHeads
 from .methods import method
 from .partition import Partition
 from .pool import pool
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @method(
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     summary="keep the strongest head of a group whole, drop the others (head pruning)",
     source="Michel et al., arXiv 1905.10650; strength here is the norm of the head's output map",
 )
-def select(heads: AttentionHeads, partition: Partition, statistics: Any = None) -> AttentionHeads:
+def select(heads: AttentionHeads[A], partition: Partition, statistics: Any = None) -> AttentionHeads[A]:
     """The query and output projection of the strongest head of each cluster, key and value of the strongest of a group.
 
     Calibration hands in heads whose output projections are in the metric of what matters to the model's predictions, so
@@ -34,14 +32,14 @@ def select(heads: AttentionHeads, partition: Partition, statistics: Any = None) 
     """
     strength = output_map_norm(heads)
 
-    def strongest(weights: Tensor, group: tuple[int, ...]) -> Tensor:
+    def strongest(weights: Any, group: tuple[int, ...]) -> Any:
         return weights[max(group, key=lambda h: strength[h])]
 
     return pool(heads, partition, query=strongest, key_value=strongest, output=strongest)
 
 
-def output_map_norm(heads: AttentionHeads) -> list[float]:
+def output_map_norm(heads: AttentionHeads[Any]) -> list[float]:
     """Frobenius norm of each head's map Wv Wo, a (D, D) matrix of rank d that is never formed; length H."""
-    values = heads.value @ heads.value.mT  # (H, d, d)
-    outputs = heads.output @ heads.output.mT
-    return (values * outputs).sum((1, 2)).clamp(min=0).sqrt().tolist()
+    values = heads.value @ heads.value.swapaxes(1, 2)  # (H, d, d)
+    outputs = heads.output @ heads.output.swapaxes(1, 2)
+    return [math.sqrt(max(square, 0)) for square in (values * outputs).sum((1, 2)).tolist()]

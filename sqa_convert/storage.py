@@ -1,0 +1,112 @@
+"""How numbers are stored: safetensors' dtypes, from bytes to numpy's arrays and back.
+
+Needs no torch, which takes longer to import than copying a model of a gigabyte takes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PIECE = 2**20
+"""bytes handed on at a time: a power of two, and little enough to stay in the processor's cache"""
+DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
+    "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1), "BOOL": ("bool", 1),
+}  # fmt: skip
+"""safetensors' names of the dtypes a checkpoint may hold: torch's names and bytes"""
+FLOATING = ("F64", "F32", "F16", "BF16")
+_EXPONENTS = {
+    "F64": ("u8", 0x7FF0_0000_0000_0000), "F32": ("u4", 0x7F80_0000), "F16": ("u2", 0x7C00), "BF16": ("u2", 0x7F80),
+}  # fmt: skip
+"""unsigned integers of the same size, and the bits that are all set in what is no number"""
+_ROUNDED = 2**16  # numbers at a time
+_COLUMNS = 16  # transposed at a time: what a line of the processor's cache holds
+
+Array = np.ndarray[Any, Any]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of safetensors' name."""
+    import torch
+
+    return getattr(torch, DTYPES[name][0])
+
+
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """safetensors' name of torch's dtype; None for one that no checkpoint may hold."""
+    return next((name for name, (torch_name, _) in DTYPES.items() if str(dtype) == f"torch.{torch_name}"), None)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """What a safetensors file holds of a tensor on the CPU; shares its memory where that is contiguous."""
+    import torch
+
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def check_finite(data: memoryview, dtype: str, name: str, where: str) -> None:
+    """Raises CheckpointError where the bytes of tensor `name` of `where` hold what is no number."""
+    if dtype in _EXPONENTS:
+        unsigned, exponent = _EXPONENTS[dtype]
+        for start in range(0, len(data), PIECE):
+            if (np.frombuffer(data[start : start + PIECE], unsigned) & exponent).max() == exponent:
+                raise CheckpointError(f"{where}: {name} holds NaN or infinite values (in {DTYPES[dtype][0]})")
+
+
+def decoded_dtype(dtype: str) -> str:
+    """Of the numbers that `decode` makes: "float32", which holds all narrower ones exactly, or "float64"."""
+    return "float64" if dtype == "F64" else "float32"
+
+
+def decode(data: memoryview, dtype: str, into: Array | None = None) -> Array:
+    """Stored floating-point numbers as a flat array of `decoded_dtype`: a new one, or `into`."""
+    made = np.empty(len(data) // DTYPES[dtype][1], decoded_dtype(dtype)) if into is None else into
+    if dtype == "BF16":  # the upper half of a float32
+        bits = made.view("u4")
+        bits[:] = np.frombuffer(data, "u2")
+        bits <<= 16
+    else:
+        made[:] = np.frombuffer(data, DTYPES[dtype][0])
+    return made
+
+
+def encode(array: Array, dtype: str) -> memoryview:
+    """An array's bytes in C order, each number rounded to the nearest of `dtype`, of two as near to the even one.
+
+    What is too large for `dtype` becomes infinite; shares the array's memory where nothing has to change.
+    """
+    array = _contiguous(array).reshape(-1)
+    with np.errstate(over="ignore"):
+        array = array.astype("float32" if dtype == "BF16" else DTYPES[dtype][0], copy=False)
+    return (_upper_halves(array) if dtype == "BF16" else array).view("u1").data
+
+
+def _contiguous(array: Array) -> Array:
+    if array.flags.c_contiguous or array.ndim != 2:
+        return np.ascontiguousarray(array)
+    made = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[1], _COLUMNS):  # as a whole, transposing takes three times as long
+        made[:, start : start + _COLUMNS] = array[:, start : start + _COLUMNS]
+    return made
+
+
+def _upper_halves(array: Array) -> Array:
+    """float32 rounded to bfloat16, as its bits."""
+    made = np.empty(array.shape, "u2")
+    for start in range(0, len(array), _ROUNDED):
+        bits = array[start : start + _ROUNDED].view("u4")
+        rounded = bits >> 16
+        rounded &= 1  # of two as near the even one
+        rounded += 0x7FFF
+        rounded += bits
+        rounded >>= 16
+        made[start : start + _ROUNDED] = rounded
+    return made
