@@ -3,9 +3,10 @@
     python benchmarks/conversion.py
 
 Random checkpoints of the shapes of gpt2 (0.5 GB), gpt2-xl (6.2 GB, float32) and t5-3b (5.7 GB, bfloat16): `cp -r`,
-`mean` without and with --no-verify, in turn; for gpt2-xl also `svd`, once. A dry run on t5-11b's shapes (45 GB), all
-header: sparse files that occupy no disk. Each command is a process of its own; peak memory is what the kernel accounts
-for it. Needs 20 GB of disk. Writes benchmarks/results/conversion.json.
+`mean` without and with --no-verify, in turn, each begun when what the one before wrote is on the disk. `cp` does not wait
+for that, a conversion does: so it is also measured with `sync`. For gpt2-xl also `svd`, once. A dry run on t5-11b's shapes
+(45 GB), all header: sparse files that occupy no disk. Each command is a process of its own; peak memory is what the kernel
+accounts for it. Needs 20 GB of disk. Writes benchmarks/results/conversion.json.
 """
 
 from __future__ import annotations
@@ -125,12 +126,16 @@ def main() -> None:
             heads = [source, "--q-groups", str(q), "--kv-groups", str(kv), "-o", output, "--no-evaluate", "-q"]
             ways: dict[str, Callable[[], tuple[float, float]]] = {
                 "cp": lambda source=source, output=output: run_process("cp", "-r", str(source), str(output)),
+                "cp, sync": lambda source=source, output=output: run_process(
+                    "sh", "-c", 'cp -r "$0" "$1" && sync', str(source), str(output)
+                ),
                 "mean, --no-verify": lambda heads=heads: run(*heads, "--method", "mean", "--no-verify"),
                 "mean": lambda heads=heads: run(*heads, "--method", "mean"),
             }
             taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
             for i in range(options.repeats + 1):
                 for way, once in ways.items():
+                    os.sync()
                     found = once()
                     shutil.rmtree(output)
                     if i:  # the first round only warms up

@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,8 +41,8 @@ def convert_all(
 ) -> dict[Site, SiteRecord]:
     """Gives every tensor of the result to `store`.
 
-    What only changes its name is copied by a thread. Each attention site is converted by one thread, so that the
-    result does not depend on their number; with no site left they help copying.
+    One thread begins with what only changes its name, the others with attention sites; who is done with the one helps
+    with the other. Each site is converted by one thread, so that the result does not depend on their number.
 
     Args:
         plan: what to do.
@@ -58,6 +58,7 @@ def convert_all(
         CheckpointError: a weight cannot be read, or is not finite.
     """
     copies = deque(tensor for tensor in plan.tensors if isinstance(tensor.origin, str))
+    copies.reverse()  # the last first: the threads shall write to different files, as far as there are several
     of_site: dict[Site, list[OutputTensor]] = {}
     for tensor in plan.tensors:
         if isinstance(tensor.origin, Site):
@@ -80,24 +81,30 @@ def convert_all(
                 return
             yield piece
 
-    def copy() -> None:
+    def copy_rest() -> None:
         for tensor in taken(copies):
             store(tensor, pieces(tensor))
             done.append(tensor.nbytes)
 
-    def compute() -> None:
+    def convert_sites() -> None:
         for site, tensors in taken(sites):
             made = calibrated.get(site) or convert_site(plan, source, site)
             records[site] = made.record
             for tensor, data in zip(tensors, site_bytes(plan, site, made.heads, tensors, source.name), strict=True):
                 store(tensor, [data])
                 done.append(tensor.nbytes)
-        copy()
 
-    with _sites_at_a_time(plan) as count, ThreadPoolExecutor(count + 1) as pool:
-        running: set[Future[None]] = {pool.submit(compute) for _ in range(count if source.concurrent else 1)}
+    def work(*stages: Callable[[], None]) -> None:
+        for stage in stages:
+            stage()
+
+    with _sites_at_a_time(plan) as count, ThreadPoolExecutor(max(count, 2)) as pool:
+        # No more threads than cores: they would only wait for each other.
+        running = {
+            pool.submit(work, convert_sites, copy_rest) for _ in range(max(count - 1, 1) if source.concurrent else 1)
+        }
         if source.concurrent:
-            running.add(pool.submit(copy))
+            running.add(pool.submit(work, copy_rest, convert_sites) if count > 1 else pool.submit(copy_rest))
         try:
             while running:
                 ended, running = wait(running, _LOOKED_AT, FIRST_EXCEPTION)
@@ -153,7 +160,12 @@ def write_model(
     def store(tensor: OutputTensor, pieces: Iterable[memoryview]) -> None:
         writer_of[tensor.name].write(tensor.name, pieces)
 
-    records = convert_all(plan, source, calibrated, store, progress)
+    def look(*told: Any) -> None:
+        progress(*told)
+        for writer in writers.values():
+            writer.flush()
+
+    records = convert_all(plan, source, calibrated, store, look)
     if verify:
         with ThreadPoolExecutor(_READERS) as pool:
             sums = dict(zip(writers, pool.map(ShardWriter.verify, writers.values()), strict=True))

@@ -278,7 +278,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 class ShardWriter:
     """A safetensors file written tensor by tensor, in any order, while none of it is held.
 
-    The library writes whole files from tensors in memory; a shard of 5 GB would need as much. What is written can be
+    The library writes whole files from tensors in memory; a shard of 2 GB would need as much. What is written can be
     checked against what lies on the disk, by a checksum of each tensor.
     """
 
@@ -320,6 +320,10 @@ class ShardWriter:
         if at != end:
             raise OSError(errno.EIO, f"{name}: {end - at} bytes are missing")
         self.sums[name] = checksum
+
+    def flush(self) -> None:
+        """Has written to the disk what there is so far, so that less is left for the end. Raises OSError."""
+        _sync(self.path)
 
     def verify(self) -> str:
         """Reads the whole file again; returns its SHA-256. Raises CheckpointError where it is not what was written."""

@@ -23,10 +23,8 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' names of the dtypes a checkpoint may hold: torch's names and bytes"""
 FLOATING = ("F64", "F32", "F16", "BF16")
-_EXPONENTS = {
-    "F64": ("u8", 0x7FF0_0000_0000_0000), "F32": ("u4", 0x7F80_0000), "F16": ("u2", 0x7C00), "BF16": ("u2", 0x7F80),
-}  # fmt: skip
-"""unsigned integers of the same size, and the bits that are all set in what is no number"""
+_INFINITE = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
+"""the bits of infinity; those of NaN are larger"""
 _ROUNDED = 2**16  # numbers at a time
 _COLUMNS = 16  # transposed at a time: what a line of the processor's cache holds
 
@@ -54,11 +52,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def check_finite(data: memoryview, dtype: str, name: str, where: str) -> None:
     """Raises CheckpointError where the bytes of tensor `name` of `where` hold what is no number."""
-    if dtype in _EXPONENTS:
-        unsigned, exponent = _EXPONENTS[dtype]
-        for start in range(0, len(data), PIECE):
-            if (np.frombuffer(data[start : start + PIECE], unsigned) & exponent).max() == exponent:
-                raise CheckpointError(f"{where}: {name} holds NaN or infinite values (in {DTYPES[dtype][0]})")
+    if dtype not in _INFINITE:
+        return
+    size, infinite = DTYPES[dtype][1], _INFINITE[dtype]
+    negative = infinite | 1 << 8 * size - 1
+    for start in range(0, len(data), PIECE):
+        piece = data[start : start + PIECE]
+        # The largest is found without making another array: of the positive as signed integers, of the negative not so.
+        if np.frombuffer(piece, f"i{size}").max() >= infinite or np.frombuffer(piece, f"u{size}").max() >= negative:
+            raise CheckpointError(f"{where}: {name} holds NaN or infinite values (in {DTYPES[dtype][0]})")
 
 
 def decoded_dtype(dtype: str) -> str:

@@ -13,7 +13,7 @@ from ..errors import OutputError, RecipeError
 from ..families import family_of
 from ..heads import METHODS, Partition
 from ..output import check_output
-from ..plan import AUTO, REFINE_STEPS, Calibration, Request, make_plan
+from ..plan import AUTO, DEFAULT_SHARD, REFINE_STEPS, Calibration, Request, make_plan
 from ..recipe import load_recipe
 from ..report import calibration_lines, conversion_report, costs
 from .console import Out, push, run_app, show_loading, show_quality, show_report
@@ -132,9 +132,9 @@ def convert(
         str,
         typer.Option(
             rich_help_panel=OUTPUT,
-            help="Largest weight file; with --no-calibration about the memory a conversion needs.",
+            help="Of a weight file, such as 300MB.",
         ),
-    ] = "5GB",
+    ] = DEFAULT_SHARD,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", rich_help_panel=OUTPUT, help="Do not read the written weights again.")
     ] = False,
