@@ -3,10 +3,10 @@
     python benchmarks/conversion.py
 
 Random checkpoints of the shapes of gpt2 (0.5 GB), gpt2-xl (6.2 GB, float32) and t5-3b (5.7 GB, bfloat16): `cp -r`,
-`mean` without and with --no-verify, in turn, each begun when what the one before wrote is on the disk. `cp` does not wait
-for that, a conversion does: so it is also measured with `sync`. For gpt2-xl also `svd`, once. A dry run on t5-11b's shapes
-(45 GB), all header: sparse files that occupy no disk. Each command is a process of its own; peak memory is what the kernel
-accounts for it. Needs 20 GB of disk. Writes benchmarks/results/conversion.json.
+`mean` without and with --no-verify, in turn, each begun when what the one before wrote is on the disk. `cp` does not
+wait for that, a conversion does: so it is also measured with `sync`. For gpt2-xl also `svd`, once. A dry run on
+t5-11b's shapes (45 GB), all header: sparse files that occupy no disk. Each command is a process of its own; peak
+memory is what the kernel accounts for it. Needs 20 GB of disk. Writes benchmarks/results/conversion.json.
 """
 
 from __future__ import annotations
