@@ -3,9 +3,9 @@
     python benchmarks/conversion.py
 
 Random checkpoints of the shapes of gpt2 (0.5 GB), gpt2-xl (6.2 GB, float32) and t5-3b (5.7 GB, bfloat16): `cp -r`,
-`mean` without and with --no-verify, in turn, each begun when what the one before wrote is on the disk. `cp` does not
-wait for that, a conversion does: so it is also measured with `sync`. For gpt2-xl also `svd`, once. A dry run on
-t5-11b's shapes (45 GB), all header: sparse files that occupy no disk. Each command is a process of its own; peak
+`mean` without and with --no-verify, in random order, each begun when what the one before wrote is on the disk. `cp`
+does not wait for that, a conversion does: so it is also measured with `sync`. For gpt2-xl also `svd`, once. A dry run
+on t5-11b's shapes (45 GB), all header: sparse files that occupy no disk. Each command is a process of its own; peak
 memory is what the kernel accounts for it. Needs 20 GB of disk. Writes benchmarks/results/conversion.json.
 """
 
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import random
 import shutil
 import statistics
 import struct
@@ -132,11 +133,12 @@ def main() -> None:
                 "mean, --no-verify": lambda heads=heads: run(*heads, "--method", "mean", "--no-verify"),
                 "mean": lambda heads=heads: run(*heads, "--method", "mean"),
             }
+            order = random.Random(0)
             taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
             for i in range(options.repeats + 1):
-                for way, once in ways.items():
+                for way in order.sample([*ways], len(ways)):  # none always after the same
                     os.sync()
-                    found = once()
+                    found = ways[way]()
                     shutil.rmtree(output)
                     if i:  # the first round only warms up
                         taken[way].append(found)

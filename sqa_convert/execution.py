@@ -160,8 +160,8 @@ def write_model(
     def store(tensor: OutputTensor, pieces: Iterable[memoryview]) -> None:
         writer_of[tensor.name].write(tensor.name, pieces)
 
-    def look(*told: Any) -> None:
-        progress(*told)
+    def look(stage: str, done: int, total: int, news: str = "") -> None:
+        progress(stage, done, total, news)
         for writer in writers.values():
             writer.flush()
 
