@@ -99,7 +99,7 @@ def convert(
             from the weights alone. The published methods (mean, first, select) fit only when told to.
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".
         revision: of a hub id.
-        max_shard_size: of a weight file, such as "300MB"; by default "2GB".
+        max_shard_size: of the largest weight file, such as "300MB"; by default "2GB".
         overwrite: replace an existing `output`.
         verify: of an `output`, read every written tensor again, and check names and shapes against the model class;
             with `evaluate` also load it in a process of its own, without this package, and compare logits.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import CheckpointError, one_line
 from .families import Site
-from .output import ShardWriter, carry_files, write_json
+from .output import ShardWriter, carry_files, flushing, write_json
 from .plan import OutputTensor, Plan
 from .progress import Progress, silent
 from .sites import SiteRecord, Sites, convert_site, site_bytes, uses_torch
@@ -42,7 +42,8 @@ def convert_all(
     """Gives every tensor of the result to `store`.
 
     One thread begins with what only changes its name, the others with attention sites; who is done with the one helps
-    with the other. Each site is converted by one thread, so that the result does not depend on their number.
+    with the other, as far as memory allows. Each site is converted by one thread, so that the result does not depend on
+    their number.
 
     Args:
         plan: what to do.
@@ -98,28 +99,27 @@ def convert_all(
         for stage in stages:
             stage()
 
-    with _sites_at_a_time(plan) as count, ThreadPoolExecutor(max(count, 2)) as pool:
-        # No more threads than cores: they would only wait for each other.
-        running = {
-            pool.submit(work, convert_sites, copy_rest) for _ in range(max(count - 1, 1) if source.concurrent else 1)
-        }
+    with _sites_at_a_time(plan) as count:
+        works: list[tuple[Callable[[], None], ...]] = [(convert_sites, copy_rest)]
         if source.concurrent:
-            running.add(pool.submit(work, copy_rest, convert_sites) if count > 1 else pool.submit(copy_rest))
-        try:
-            while running:
-                ended, running = wait(running, _LOOKED_AT, FIRST_EXCEPTION)
-                for future in ended:
-                    future.result()  # raises what went wrong there
-                progress("convert", sum(done), plan.nbytes)
-        finally:
-            stop.set()
+            works = works * max(count - 1, 1) + [(copy_rest, convert_sites) if count > 1 else (copy_rest,)]
+        with ThreadPoolExecutor(len(works)) as pool:
+            try:
+                running = {pool.submit(work, *stages) for stages in works}
+                while running:
+                    ended, running = wait(running, _LOOKED_AT, FIRST_EXCEPTION)
+                    for future in ended:
+                        future.result()  # raises what went wrong there
+                    progress("convert", sum(done), plan.nbytes)
+            finally:
+                stop.set()
     return records
 
 
 @contextlib.contextmanager
 def _sites_at_a_time(plan: Plan) -> Iterator[int]:
     """As many as there are cores and memory for; where torch converts them, its number of threads is kept to."""
-    count, threads = os.cpu_count() or 1, None
+    count, threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, None
     if uses_torch(plan):
         import torch
 
@@ -160,12 +160,8 @@ def write_model(
     def store(tensor: OutputTensor, pieces: Iterable[memoryview]) -> None:
         writer_of[tensor.name].write(tensor.name, pieces)
 
-    def look(stage: str, done: int, total: int, news: str = "") -> None:
-        progress(stage, done, total, news)
-        for writer in writers.values():
-            writer.flush()
-
-    records = convert_all(plan, source, calibrated, store, look)
+    with flushing(writers.values()):
+        records = convert_all(plan, source, calibrated, store, progress)
     if verify:
         with ThreadPoolExecutor(_READERS) as pool:
             sums = dict(zip(writers, pool.map(ShardWriter.verify, writers.values()), strict=True))

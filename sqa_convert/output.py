@@ -14,6 +14,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -286,6 +287,7 @@ class ShardWriter:
         """Makes the file in its full size, with its header; `checked` is what `verify` needs. Raises OSError."""
         self.path, self.checked = path, checked
         self._writing = threading.Lock()  # the kernel lets one write at a time, and the others wait at full speed
+        self._fresh = False
         self.sums: dict[str, int] = {}
         """CRC-32 of each tensor written"""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -316,14 +318,17 @@ class ShardWriter:
                 while data:
                     with self._writing:
                         written = file.write(data)
+                    self._fresh = True
                     data = data[written:]
         if at != end:
             raise OSError(errno.EIO, f"{name}: {end - at} bytes are missing")
         self.sums[name] = checksum
 
     def flush(self) -> None:
-        """Has written to the disk what there is so far, so that less is left for the end. Raises OSError."""
-        _sync(self.path)
+        """Has what was written since the last time put on the disk. Raises OSError."""
+        if self._fresh:
+            self._fresh = False
+            _sync(self.path)
 
     def verify(self) -> str:
         """Reads the whole file again; returns its SHA-256. Raises CheckpointError where it is not what was written."""
@@ -350,6 +355,30 @@ class ShardWriter:
             if self.sums.get(name) != checksum:
                 raise CheckpointError(f"{self.path.name}: {name} was not written as computed; is the disk sound?")
         return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def flushing(writers: Iterable[ShardWriter], every: float = 0.2) -> Iterator[None]:
+    """What they write in the block is put on the disk meanwhile, every so many seconds: less is left for the end.
+
+    Raises:
+        OSError: it could not be. Whoever asks the system later would not be told of it again.
+    """
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(every):
+            for writer in writers:
+                if not done.is_set():
+                    writer.flush()
+
+    with ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(flush)
+        try:
+            yield
+        finally:
+            done.set()
+        flushed.result()
 
 
 def sha256_of(path: Path) -> str:

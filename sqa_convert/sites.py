@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .families import Site
 from .heads import AttentionHeads, Partition, get_method
 from .plan import OutputTensor, Plan
@@ -61,6 +63,8 @@ class Calibrated:
 
 def uses_torch(plan: Plan) -> bool:
     """Whether converting the sites of a plan does."""
+    if all(partition.is_identity for partition in plan.partitions.values()):
+        return False
     return plan.calibration is not None or plan.searched or get_method(plan.method).needs_statistics
 
 
@@ -83,7 +87,9 @@ def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
         if plan.searched:
             counts = len(partition.clusters), len(partition.groups)
             partition = search(heads, statistics, *counts, torch.Generator().manual_seed(0))
-    return ConvertedSite(method.convert(heads, partition, statistics), SiteRecord(method.name, partition))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused when it is stored
+        made = method.convert(heads, partition, statistics)
+    return ConvertedSite(made, SiteRecord(method.name, partition))
 
 
 def site_bytes(

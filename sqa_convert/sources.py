@@ -238,7 +238,7 @@ class PickleSource(Source):
     def pieces(self, name: str) -> Iterator[memoryview]:
         content = self._load(self.index[name].file)
         self._check_unchanged()  # reading beyond the end of a mapped file would end the process
-        yield tensor_bytes(content[name].detach().clone())
+        yield from _cut(tensor_bytes(content[name].detach().clone()))
 
 
 class ModelSource(Source):
@@ -253,7 +253,12 @@ class ModelSource(Source):
         self.index = indexed(_described(self._tensors, "memory", self.name), self.name)
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        yield tensor_bytes(self._tensors[name].detach().cpu())
+        yield from _cut(tensor_bytes(self._tensors[name].detach().cpu()))
+
+
+def _cut(data: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(data), PIECE):
+        yield data[start : start + PIECE]
 
 
 def _described(tensors: Mapping[str, Tensor], file: str, where: str) -> Iterator[tuple[str, Any, str, str]]:

@@ -25,6 +25,7 @@ DTYPES = {
 FLOATING = ("F64", "F32", "F16", "BF16")
 _INFINITE = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
 """the bits of infinity; those of NaN are larger"""
+_NAN = 0x7FC0  # in bfloat16
 _ROUNDED = 2**16  # numbers at a time
 _COLUMNS = 16  # transposed at a time: what a line of the processor's cache holds
 
@@ -83,10 +84,11 @@ def decode(data: memoryview, dtype: str, into: Array | None = None) -> Array:
 def encode(array: Array, dtype: str) -> memoryview:
     """An array's bytes in C order, each number rounded to the nearest of `dtype`, of two as near to the even one.
 
-    What is too large for `dtype` becomes infinite; shares the array's memory where nothing has to change.
+    float64 is rounded to bfloat16 by way of float32, as torch does. What is too large for `dtype` becomes infinite.
+    Shares the array's memory where nothing has to change.
     """
     array = _contiguous(array).reshape(-1)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         array = array.astype("float32" if dtype == "BF16" else DTYPES[dtype][0], copy=False)
     return (_upper_halves(array) if dtype == "BF16" else array).view("u1").data
 
@@ -104,11 +106,13 @@ def _upper_halves(array: Array) -> Array:
     """float32 rounded to bfloat16, as its bits."""
     made = np.empty(array.shape, "u2")
     for start in range(0, len(array), _ROUNDED):
-        bits = array[start : start + _ROUNDED].view("u4")
+        numbers = array[start : start + _ROUNDED]
+        bits = numbers.view("u4")
         rounded = bits >> 16
         rounded &= 1  # of two as near the even one
         rounded += 0x7FFF
         rounded += bits
         rounded >>= 16
+        np.copyto(rounded, _NAN, where=np.isnan(numbers))  # of which some would be rounded to zero
         made[start : start + _ROUNDED] = rounded
     return made

@@ -1,9 +1,11 @@
 """Sources in every shape the hub has them, and what arrives in the output."""
 
+import errno
 import hashlib
 import json
 import shutil
 import time
+import warnings
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from transformers import (
     T5EncoderModel,
 )
 
+import sqa_convert
+from sqa_convert import output
 from sqa_convert.checkpoint import SAMPLES, open_source
 from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
 from sqa_convert.evaluation import load_model, load_tokenizer
@@ -373,6 +377,45 @@ def test_a_tensor_with_a_piece_missing_is_no_tensor(tmp_path):
         writer.write("a", [tensor_bytes(torch.ones(2))])
 
 
+def test_what_is_written_is_put_on_the_disk_meanwhile(tmp_path, monkeypatch):
+    """Each file once for what is new in it, and a disk that fails then is heard of."""
+    synced = []
+    monkeypatch.setattr(output, "_sync", synced.append)
+    tensors = [OutputTensor("a", (4,), "F32", "a")]
+    one, two = (ShardWriter(tmp_path / name, tensors, checked=False) for name in ("one", "two"))
+    with output.flushing([one, two], every=0.01):
+        one.write("a", [tensor_bytes(torch.ones(4))])
+        while not synced:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    assert synced == [one.path]
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(output, "_sync", fail)
+    with pytest.raises(OSError, match="Input/output"), output.flushing([two], every=0.01):
+        two.write("a", [tensor_bytes(torch.ones(4))])
+        time.sleep(0.1)
+
+
+def test_keeping_all_heads_is_possible_however_they_are_grouped(tmp_path):
+    for partition in ("searched", "contiguous", None):
+        made = sqa_convert.convert("sample:gpt2", 12, 12, partition=partition, output=tmp_path / str(partition)).report
+        assert {site["method"] for site in made["sites"]} == {"none"}
+
+
+def test_numbers_that_overflow_are_refused_in_one_line(folder):
+    """No numeric library's warning beside it; those that may be added stay as they are."""
+    model = gpt2()
+    model.transformer.h[0].attn.c_attn.weight.data.fill_(3e38)
+    model.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match="weight holds NaN or infinite"):
+            convert(folder, 8, 4, method="mean")
+
+
 def test_a_header_that_was_not_written_so_is_noticed(tmp_path):
     path = tmp_path / "x.safetensors"
     writer = ShardWriter(path, [OutputTensor("a", (4,), "F32", "a")], checked=True)
@@ -404,7 +447,7 @@ def test_integers_and_nothing_are_finite():
 
 
 class Endless(Source):
-    """A model whose tensors come in pieces that never end, but for those of attention."""
+    """A model whose tensors come in pieces that never end, but for those that converting attention needs."""
 
     def __init__(self, model):
         self.name, self.config = "endless", model.config.to_dict() | {"architectures": ["GPT2LMHeadModel"]}
@@ -412,7 +455,7 @@ class Endless(Source):
         self.index = {name: TensorInfo(tuple(t.shape), "F32", "x") for name, t in self.tensors.items()}
 
     def pieces(self, name):
-        if ".attn." in name:
+        if ".attn." in name or ".ln_1." in name:
             yield tensor_bytes(self.tensors[name].detach())
             return
         while True:
@@ -420,10 +463,11 @@ class Endless(Source):
             time.sleep(0.01)
 
 
+@pytest.mark.parametrize("method", ["mean", "svd"])
 @pytest.mark.parametrize("who", ["store", "progress"])
-def test_what_goes_wrong_in_one_thread_stops_the_others(who):
+def test_what_goes_wrong_in_one_thread_stops_the_others(who, method):
     """A failure at a site, or Ctrl-C, while the rest is still being copied."""
-    source = Endless(gpt2())
+    source, request = Endless(gpt2()), Request(8, 4, method=method, calibration=None)
     threads = torch.get_num_threads()
 
     def store(tensor, pieces):
@@ -437,7 +481,7 @@ def test_what_goes_wrong_in_one_thread_stops_the_others(who):
             raise KeyboardInterrupt
 
     with pytest.raises(OSError if who == "store" else KeyboardInterrupt):
-        convert_all(make_plan(source, Request(8, 4, method="mean")), source, {}, store, progress)
+        convert_all(make_plan(source, request), source, {}, store, progress)
     assert torch.get_num_threads() == threads
 
 

@@ -22,6 +22,16 @@ def patterns(dtype):
     return (bits if dtype == "F64" else bits.to(torch.int32)).view(torch_dtype(dtype))
 
 
+def test_what_is_no_number_stays_none():
+    """Of whatever bits: the largest would be rounded to zero."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, 0x7FFF8000, -0x400000], dtype=torch.int32)
+    values = bits.view(torch.float32)
+    assert values.isnan().all()
+    for dtype in FLOATING:
+        assert stored(values.numpy(), dtype).isnan().all()
+        assert stored(values.double().numpy(), dtype).isnan().all()
+
+
 def same(made, expected):
     """Bit for bit, but for which NaN it is."""
     expected = expected.contiguous()

@@ -34,8 +34,12 @@ class Out:
         self.stdout = Console()
         self.stderr = Console(stderr=True)
 
-    def quieten_libraries(self) -> None:
-        """Only what this program says reaches the terminal, unless --verbose."""
+    def quieten_libraries(self, transformers: bool = True) -> None:
+        """Only what this program says reaches the terminal, unless --verbose.
+
+        Args:
+            transformers: whether it is going to be used; importing it takes longer than many a conversion.
+        """
         if self.verbose:
             return
         import logging
@@ -46,10 +50,12 @@ class Out:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         logging.disable(logging.WARNING)
         from huggingface_hub.utils import disable_progress_bars
-        from transformers.utils import logging as transformers_logging
 
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        if transformers:
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
         if self.quiet or self.as_json or not self.stderr.is_terminal:
             disable_progress_bars()
 

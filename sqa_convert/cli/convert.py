@@ -16,6 +16,7 @@ from ..output import check_output
 from ..plan import AUTO, DEFAULT_SHARD, REFINE_STEPS, Calibration, Request, make_plan
 from ..recipe import load_recipe
 from ..report import calibration_lines, conversion_report, costs
+from ..sites import uses_torch
 from .console import Out, push, run_app, show_loading, show_quality, show_report
 from .options import EXIT_CODES, TEXT, AsJson, Public, PushToHub, Quiet, Verbose, Version, listing, make_app
 
@@ -132,7 +133,7 @@ def convert(
         str,
         typer.Option(
             rich_help_panel=OUTPUT,
-            help="Of a weight file, such as 300MB.",
+            help="Largest weight file, such as 300MB.",
         ),
     ] = DEFAULT_SHARD,
     no_verify: Annotated[
@@ -243,8 +244,7 @@ def convert(
     from ..data import check_data
 
     runs = plan.calibration is not None or not no_evaluate or recipe is not None
-    if runs or not no_verify:  # else neither torch nor transformers are imported, which takes longer than much of this
-        out.quieten_libraries()
+    out.quieten_libraries(transformers=runs or not no_verify or uses_torch(plan))
     if runs or device != "auto":
         from ..devices import choose_device
 
