@@ -114,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {n: version(n) for n in ("torch", "safetensors", "sqa-convert")}
+        "versions": {n: version(n) for n in ("torch", "numpy", "safetensors", "sqa-convert")}
         | {"python": platform.python_version()},
         "repeats": options.repeats,
     }

@@ -71,6 +71,32 @@ def variants(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def conversion(found: dict[str, Any]) -> list[str]:
+    """What a conversion takes, beside copying the folder: medians, with the range of the ratio."""
+    ways = {"cp, sync": "`cp -r`, `sync`", "mean, --no-verify": "`mean --no-verify`", "mean": "`mean`"}
+    lines = [
+        f"| random weights of the shape of | `cp -r` | {' | '.join(ways.values())} |",
+        "|---|---|" + "---|" * len(ways),
+    ]
+    for name in dict.fromkeys(key.split(",")[0] for key in found if ", cp" in key):
+        copied = found[f"{name}, cp"]
+        cells = [f"{name}, {copied['source_bytes'] / 1e9:.1f} GB", f"{copied['seconds']['median']:.2f} s"]
+        for way in ways:
+            row = found[f"{name}, {way}"]
+            low, ratio, high = (row["times_cp"][key] for key in ("min", "median", "max"))
+            memory = "" if "cp" in way else f", {row['peak_resident_MB']['median'] / 1e3:.2f} GB"
+            cells.append(f"{row['seconds']['median']:.2f} s{memory}: {ratio:.2f}× ({low:.2f}–{high:.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    svd, dry = found["gpt2-xl, svd, --no-calibration, --no-verify"], found["dry run 45 GB"]
+    versions = f"Python {found['versions']['python']}, numpy {found['versions']['numpy']}"
+    lines += ["", f"{found['machine']}, {versions}; seconds, peak memory and times `cp -r`, medians of"]
+    lines += [
+        f"{found['repeats']} rounds in random order. `svd --no-calibration --no-verify` of gpt2-xl's shape, once:"
+    ]
+    lines += [f"{svd['seconds']['median']:.0f} s, {svd['peak_resident_MB']['median'] / 1e3:.2f} GB. `--dry-run` on a"]
+    return [*lines, f"checkpoint of {dry['source_bytes'] / 1e9:.0f} GB: {dry['seconds']['median']:.1f} s."]
+
+
 def faults(found: dict[str, Any]) -> list[str]:
     """What was done to running commands, and what was lost: one row for each kind, --overwrite with the rest."""
     rows: dict[str, dict[str, int]] = {}
@@ -143,6 +169,7 @@ def soak(found: dict[str, Any]) -> list[str]:
 PARTS = (
     (README, "speed", table, "speed-cpu"),
     (README, "variants", variants, "variants-cpu"),
+    (README, "conversion", conversion, "conversion"),
     (TRUST, "faults", faults, "faults"),
     (TRUST, "hostile", hostile, "hostile"),
     (TRUST, "mutants", mutants, "mutants"),
