@@ -31,6 +31,7 @@ REPORT = "report.json"
 """in every output; a folder without it was not made here"""
 _STAGED, _REPLACED = ".sqa-partial", ".sqa-replaced"
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_WRITTEN = PIECE // 2  # bytes at a time: Linux copies larger ones into larger pages, at a third of the speed
 _HERE, _RENAME_EXCHANGE = -100, 2  # as in Linux's headers
 
 
@@ -317,7 +318,7 @@ class ShardWriter:
                 at += len(data)
                 while data:
                     with self._writing:
-                        written = file.write(data)
+                        written = file.write(data[:_WRITTEN])
                     self._fresh = True
                     data = data[written:]
         if at != end:

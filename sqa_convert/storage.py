@@ -26,7 +26,7 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 _INFINITE = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
 """the bits of infinity; those of NaN are larger"""
 _NAN = 0x7FC0  # in bfloat16
-_ROUNDED = 2**16  # numbers at a time
+_ROUNDED = 2**18  # numbers at a time
 _COLUMNS = 16  # transposed at a time: what a line of the processor's cache holds
 
 Array = np.ndarray[Any, Any]
