@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .families import Site
 from .heads import AttentionHeads, Partition, get_method
 from .plan import OutputTensor, Plan
 from .sources import Source
-from .storage import Array, check_finite, encode
+from .storage import check_finite, encode
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .storage import Array
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ def uses_torch(plan: Plan) -> bool:
 
 def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
     """Converts one site from the weights alone. Raises CheckpointError."""
+    import numpy as np
+
     heads, partition = read_site(plan, source, site), plan.partitions[site.kind]
     if partition.is_identity:
         return ConvertedSite(heads, SiteRecord("none", partition))

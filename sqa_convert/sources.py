@@ -11,15 +11,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .checks import MOST_TENSORS, check_pickle, is_zip, read_header
 from .errors import CheckpointError, one_line, shown
-from .storage import DTYPES, PIECE, Array, check_finite, decode, decoded_dtype, dtype_name, tensor_bytes
+from .storage import DTYPES, PIECE, check_finite, decode, decoded_dtype, dtype_name, tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from .storage import Array
 
 _LONGEST_NAME = 500
 _MOST_DIMENSIONS = 64  # numpy's limit
@@ -74,6 +74,8 @@ class Source(ABC):
         Raises:
             CheckpointError: they cannot be read, or are not finite.
         """
+        import numpy as np
+
         info = self.index[name]
         made, at = np.empty(math.prod(info.shape), decoded_dtype(info.dtype)), 0
         for piece in self.pieces(name):

@@ -1,19 +1,21 @@
 """How numbers are stored: safetensors' dtypes, from bytes to numpy's arrays and back.
 
-Needs no torch, which takes longer to import than copying a model of a gigabyte takes.
+Needs no torch, which takes longer to import than copying a model of a gigabyte takes; and numpy only when it is used,
+so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
+
+    Array = np.ndarray[Any, Any]
 
 PIECE = 2**20
 """bytes handed on at a time: a power of two, and little enough to stay in the processor's cache"""
@@ -28,8 +30,6 @@ _INFINITE = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "B
 _NAN = 0x7FC0  # in bfloat16
 _ROUNDED = 2**18  # numbers at a time
 _COLUMNS = 16  # transposed at a time: what a line of the processor's cache holds
-
-Array = np.ndarray[Any, Any]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -55,6 +55,8 @@ def check_finite(data: memoryview, dtype: str, name: str, where: str) -> None:
     """Raises CheckpointError where the bytes of tensor `name` of `where` hold what is no number."""
     if dtype not in _INFINITE:
         return
+    import numpy as np
+
     size, infinite = DTYPES[dtype][1], _INFINITE[dtype]
     negative = infinite | 1 << 8 * size - 1
     for start in range(0, len(data), PIECE):
@@ -71,6 +73,8 @@ def decoded_dtype(dtype: str) -> str:
 
 def decode(data: memoryview, dtype: str, into: Array | None = None) -> Array:
     """Stored floating-point numbers as a flat array of `decoded_dtype`: a new one, or `into`."""
+    import numpy as np
+
     made = np.empty(len(data) // DTYPES[dtype][1], decoded_dtype(dtype)) if into is None else into
     if dtype == "BF16":  # the upper half of a float32
         bits = made.view("u4")
@@ -87,6 +91,8 @@ def encode(array: Array, dtype: str) -> memoryview:
     float64 is rounded to bfloat16 by way of float32, as torch does. What is too large for `dtype` becomes infinite.
     Shares the array's memory where nothing has to change.
     """
+    import numpy as np
+
     array = _contiguous(array).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         array = array.astype("float32" if dtype == "BF16" else DTYPES[dtype][0], copy=False)
@@ -94,6 +100,8 @@ def encode(array: Array, dtype: str) -> memoryview:
 
 
 def _contiguous(array: Array) -> Array:
+    import numpy as np
+
     if array.flags.c_contiguous or array.ndim != 2:
         return np.ascontiguousarray(array)
     made = np.empty(array.shape, array.dtype)
@@ -104,6 +112,8 @@ def _contiguous(array: Array) -> Array:
 
 def _upper_halves(array: Array) -> Array:
     """float32 rounded to bfloat16, as its bits."""
+    import numpy as np
+
     made = np.empty(array.shape, "u2")
     for start in range(0, len(array), _ROUNDED):
         numbers = array[start : start + _ROUNDED]

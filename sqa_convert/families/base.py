@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UnsupportedModelError, shown
 from ..heads.layout import AttentionHeads
-from ..storage import Array
 
 if TYPE_CHECKING:
     from ..heads.attention import Attention
+    from ..storage import Array
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version", "auto_map", "custom_pipelines")
 """of config.json: what the source says of its own files and code"""

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..heads.layout import AttentionHeads
-from ..storage import Array
 from .base import (
     MOST_HEADS,
     MOST_LAYERS,
@@ -25,6 +24,7 @@ from .base import (
 
 if TYPE_CHECKING:
     from ..heads.attention import Attention
+    from ..storage import Array
 
 _STALE = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")  # buffers of old releases
 _BASE = re.compile(r"(wte|wpe|ln_f|h\.\d+)\.")  # names without the prefix, as the original hub files have them

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic
 
-import numpy as np
 from typing_extensions import TypeVar
-
-from ..storage import Array
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..storage import Array
 
 A = TypeVar("A", bound="Tensor | Array", default="Tensor")
 
@@ -54,5 +53,7 @@ class AttentionHeads(Generic[A]):
 
     def arrays(self: AttentionHeads[Any]) -> AttentionHeads[Array]:
         """The same memory, on the CPU, as arrays."""
+        import numpy as np
+
         arrays: Iterator[Any] = (None if a is None else np.asarray(a) for a in vars(self).values())
         return AttentionHeads(*arrays)

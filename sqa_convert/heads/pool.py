@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from .layout import A, AttentionHeads
 from .partition import Partition
 
@@ -47,6 +45,8 @@ def pool(
 
 
 def _stack(heads: list[Any], like: Any) -> Any:
+    import numpy as np
+
     if not isinstance(like, np.ndarray):
         import torch
 
