@@ -17,7 +17,8 @@ _PIPELINES = {
 
 def model_card(report: dict[str, Any], folder: Path) -> str:
     """README.md of the result in `folder`."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub.repocard_data import ModelCardData  # alone: the rest takes longer than copying a small model
+    from jinja2 import Template
 
     said, source = presented(report), report["source"]
     task = _PIPELINES.get(said["auto"])
@@ -31,20 +32,18 @@ def model_card(report: dict[str, Any], folder: Path) -> str:
         eval_results=_results(report, task or "text2text-generation"),
         **source.get("card", {}),
     )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        pictures={path.stem: path.name for path in folder.glob("*.svg")},
-        cost=_markdown(*costs(report)),
-        quality=_markdown(*quality_table(report)) if quality_table(report)[1] else "",
-        speed=_markdown(*speed_rows(report["speed"])) if report.get("speed") else "",
-        **said,
-    )
-    return str(card)
+    filled = data.to_dict() | {
+        "card_data": data.to_yaml(),
+        "pictures": {path.stem: path.name for path in folder.glob("*.svg")},
+        "cost": _markdown(*costs(report)),
+        "quality": _markdown(*quality_table(report)) if quality_table(report)[1] else "",
+        "speed": _markdown(*speed_rows(report["speed"])) if report.get("speed") else "",
+    }
+    return Template(TEMPLATE.read_text(encoding="utf-8")).render(filled | said)
 
 
 def _results(report: dict[str, Any], task: str) -> list[Any] | None:
-    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import EvalResult
 
     last, quality = last_quality(report), report.get("quality", {})
     if last is None:

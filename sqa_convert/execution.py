@@ -92,7 +92,7 @@ def convert_all(
             made = calibrated.get(site) or convert_site(plan, source, site)
             records[site] = made.record
             for tensor, data in zip(tensors, site_bytes(plan, site, made.heads, tensors, source.name), strict=True):
-                store(tensor, [data])
+                store(tensor, data)
                 done.append(tensor.nbytes)
 
     def work(*stages: Callable[[], None]) -> None:

@@ -75,12 +75,12 @@ def conversion_report(
 
 def _source_card(folder: Path) -> dict[str, Any]:
     """What the result's card takes over from the source's; empty where it has none that can be read."""
-    from huggingface_hub import ModelCard
-
     try:
         path = regular_file(folder, CARD, LARGEST_CONFIG)
         if path is None:
             return {}
+        from huggingface_hub import ModelCard
+
         data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # whatever it is, a card is no reason to stop
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from .families import Site
 from .heads import AttentionHeads, Partition, get_method
 from .plan import OutputTensor, Plan
 from .sources import Source
-from .storage import check_finite, encode
+from .storage import check_finite, encoded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,13 +96,17 @@ def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
 
 def site_bytes(
     plan: Plan, site: Site, heads: AttentionHeads[Any], tensors: list[OutputTensor], where: str
-) -> list[memoryview]:
-    """What the result holds of a converted site, of each of its `tensors`. Raises CheckpointError."""
-    made, written = [], plan.family.write(site, heads.arrays())
+) -> Iterator[Iterator[memoryview]]:
+    """What the result holds of a converted site, of each of its `tensors` in pieces. Raises CheckpointError."""
+
+    def pieces(array: Array, tensor: OutputTensor) -> Iterator[memoryview]:
+        for piece in encoded(array, tensor.dtype):
+            check_finite(piece, tensor.dtype, tensor.name, where)
+            yield piece
+
+    written = plan.family.write(site, heads.arrays())
     for tensor in tensors:
-        made.append(encode(written.pop(tensor.name), tensor.dtype))
-        check_finite(made[-1], tensor.dtype, tensor.name, where)
-    return made
+        yield pieces(written[tensor.name], tensor)
 
 
 def read_site(plan: Plan, source: Source, site: Site) -> AttentionHeads[Array]:

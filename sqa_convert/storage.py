@@ -6,6 +6,7 @@ so that `--help` answers at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
@@ -28,7 +29,7 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 _INFINITE = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
 """the bits of infinity; those of NaN are larger"""
 _NAN = 0x7FC0  # in bfloat16
-_ROUNDED = 2**18  # numbers at a time
+_ENCODED = 2**18  # numbers at a time: they, and what is made of them on the way, stay in the processor's cache
 _COLUMNS = 16  # transposed at a time: what a line of the processor's cache holds
 
 
@@ -96,7 +97,14 @@ def encode(array: Array, dtype: str) -> memoryview:
     array = _contiguous(array).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         array = array.astype("float32" if dtype == "BF16" else DTYPES[dtype][0], copy=False)
-    return (_upper_halves(array) if dtype == "BF16" else array).view("u1").data
+        return (_upper_halves(array) if dtype == "BF16" else array).view("u1").data
+
+
+def encoded(array: Array, dtype: str) -> Iterator[memoryview]:
+    """What `encode` makes of an array, some rows at a time: none of it is held, and memory for all need not be made."""
+    rows = max(1, _ENCODED * len(array) // max(1, array.size))
+    for start in range(0, len(array), rows):
+        yield encode(array[start : start + rows], dtype)
 
 
 def _contiguous(array: Array) -> Array:
@@ -114,15 +122,12 @@ def _upper_halves(array: Array) -> Array:
     """float32 rounded to bfloat16, as its bits."""
     import numpy as np
 
-    made = np.empty(array.shape, "u2")
-    for start in range(0, len(array), _ROUNDED):
-        numbers = array[start : start + _ROUNDED]
-        bits = numbers.view("u4")
-        rounded = bits >> 16
-        rounded &= 1  # of two as near the even one
-        rounded += 0x7FFF
-        rounded += bits
-        rounded >>= 16
-        np.copyto(rounded, _NAN, where=np.isnan(numbers))  # of which some would be rounded to zero
-        made[start : start + _ROUNDED] = rounded
-    return made
+    bits = array.view("u4")
+    rounded = bits >> 16
+    rounded &= 1  # of two as near the even one
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    if np.isnan(array.max(initial=0)):
+        np.copyto(rounded, _NAN, where=np.isnan(array))  # of which some would be rounded to zero
+    return rounded.astype("u2")

@@ -5,14 +5,15 @@ Tensors and arrays alike: what is so simple need not wait until torch is importe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from .layout import A, AttentionHeads
 from .partition import Partition
 
-Rule = Callable[[Any, tuple[int, ...]], Any]
-"""((H, ...) of all heads, the members of one group) -> (...)"""
+Rule = Callable[[Any, tuple[int, ...], Any], None]
+"""(H, ...) of all heads, the members of one group, and where their one head goes: (...)"""
 
 
 def pool(
@@ -25,7 +26,10 @@ def pool(
     """
 
     def merge(weights: Any, groups: tuple[tuple[int, ...], ...], rule: Rule) -> Any:
-        return _stack([weights[g[0]] if len(g) == 1 else rule(weights, g) for g in groups], weights)
+        made = _empty(len(groups), weights)
+        for i, group in enumerate(groups):
+            (rule if len(group) > 1 else first_of)(weights, group, made[i])
+        return made
 
     def merge_biases(biases: Any, groups: tuple[tuple[int, ...], ...], rule: Rule) -> Any:
         return None if biases is None else merge(biases, groups, rule)
@@ -44,29 +48,28 @@ def pool(
     )
 
 
-def _stack(heads: list[Any], like: Any) -> Any:
-    import numpy as np
-
-    if not isinstance(like, np.ndarray):
-        import torch
-
-        return torch.stack(heads)
-    made = np.empty_like(like, shape=(len(heads), *like.shape[1:]))  # transposed as `like` is: turned when it is stored
-    return np.stack(heads, out=made)
+def mean_of(weights: Any, group: tuple[int, ...], place: Any) -> None:
+    sum_of(weights, group, place)
+    place /= len(group)
 
 
-def mean_of(weights: Any, group: tuple[int, ...]) -> Any:
-    total = sum_of(weights, group)
-    total /= len(group)
-    return total
-
-
-def sum_of(weights: Any, group: tuple[int, ...]) -> Any:
-    total = weights[group[0]] + weights[group[1]]
+def sum_of(weights: Any, group: tuple[int, ...], place: Any) -> None:
+    _library(weights).add(weights[group[0]], weights[group[1]], out=place)
     for head in group[2:]:  # in place: gathering the heads first takes longer than adding them
-        total += weights[head]
-    return total
+        place += weights[head]
 
 
-def first_of(weights: Any, group: tuple[int, ...]) -> Any:
-    return weights[group[0]]
+def first_of(weights: Any, group: tuple[int, ...], place: Any) -> None:
+    place[...] = weights[group[0]]
+
+
+def _empty(heads: int, like: Any) -> Any:
+    """In memory as `like` is: what is transposed is turned when it is stored."""
+    shape = (heads, *like.shape[1:])
+    library = _library(like)
+    return library.empty_like(like, shape=shape) if library.__name__ == "numpy" else like.new_empty(shape)
+
+
+def _library(weights: Any) -> Any:
+    """numpy or torch."""
+    return sys.modules[type(weights).__module__]

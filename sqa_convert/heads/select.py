@@ -32,8 +32,8 @@ def select(heads: AttentionHeads[A], partition: Partition, statistics: Any = Non
     """
     strength = output_map_norm(heads)
 
-    def strongest(weights: Any, group: tuple[int, ...]) -> Any:
-        return weights[max(group, key=lambda h: strength[h])]
+    def strongest(weights: Any, group: tuple[int, ...], place: Any) -> None:
+        place[...] = weights[max(group, key=lambda h: strength[h])]
 
     return pool(heads, partition, query=strongest, key_value=strongest, output=strongest)
 
