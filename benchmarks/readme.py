@@ -6,6 +6,7 @@ python benchmarks/readme.py
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,14 @@ def conversion(found: dict[str, Any]) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     svd, dry = found["gpt2-xl, svd, --no-calibration, --no-verify"], found["dry run 45 GB"]
     versions = f"Python {found['versions']['python']}, numpy {found['versions']['numpy']}"
-    lines += ["", f"{found['machine']}, {versions}; seconds, peak memory and times `cp -r`, medians of"]
-    lines += [
-        f"{found['repeats']} rounds in random order. `svd --no-calibration --no-verify` of gpt2-xl's shape, once:"
-    ]
-    lines += [f"{svd['seconds']['median']:.0f} s, {svd['peak_resident_MB']['median'] / 1e3:.2f} GB. `--dry-run` on a"]
-    return [*lines, f"checkpoint of {dry['source_bytes'] / 1e9:.0f} GB: {dry['seconds']['median']:.1f} s."]
+    svd_said = f"{svd['seconds']['median']:.0f} s, {svd['peak_resident_MB']['median'] / 1e3:.2f} GB"
+    dry_said = f"{dry['seconds']['median']:.1f} s"
+    note = (
+        f"{found['machine']}, {versions}; seconds, peak memory and times `cp -r`, medians of {found['repeats']} rounds "
+        f"in random order. `svd --no-calibration --no-verify` of gpt2-xl's shape, once: {svd_said}. `--dry-run` on a "
+        f"checkpoint of {dry['source_bytes'] / 1e9:.0f} GB: {dry_said}."
+    )
+    return [*lines, "", *textwrap.wrap(note, 120)]
 
 
 def faults(found: dict[str, Any]) -> list[str]:
