@@ -163,8 +163,11 @@ def test_few_tokens_are_warned_about():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: GPT2Model(gpt2().config), lambda: T5EncoderModel(t5().config), lambda: T5Model(t5().config)],
-    ids=["gpt2", "t5-encoder", "t5"],
+    [
+        pytest.param(lambda: GPT2Model(gpt2().config), id="gpt2"),
+        pytest.param(lambda: T5EncoderModel(t5().config), id="t5-encoder"),
+        pytest.param(lambda: T5Model(t5().config), id="t5", marks=pytest.mark.integration),
+    ],
 )
 def test_models_without_a_language_model_head_calibrate_on_random_tokens(make, tmp_path):
     model = make().eval()

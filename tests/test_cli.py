@@ -481,8 +481,15 @@ def test_a_written_tensor_that_differs_is_noticed(run, source, monkeypatch):
 WAITS = {"code": "wait()", "callback": "thing = Thing(); watch = weakref.ref(thing, wait); del thing"}
 
 
-@pytest.mark.parametrize("where", WAITS)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "where"),
+    [
+        (signal.SIGINT, 130, "callback"),
+        (signal.SIGTERM, 143, "code"),
+        pytest.param(signal.SIGINT, 130, "code", marks=pytest.mark.integration),
+        pytest.param(signal.SIGTERM, 143, "callback", marks=pytest.mark.integration),
+    ],
+)
 def test_interruption_leaves_nothing(source, tmp_path, number, code, where):
     """The signal comes while the weights lie there half done; also where Python ignores what is raised."""
     script = (

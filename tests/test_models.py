@@ -80,6 +80,7 @@ def test_eager_equals_sdpa(family, heads):
         close(logits(model, *case), expected, 1e-4)
 
 
+@pytest.mark.integration
 def test_flex_attention_equals_sdpa():
     # Its CPU kernel wants a head size of 16 or more, and takes grouped queries only when compiled.
     model = sqa_gpt2(8, 4, head_dim=16, n_positions=128)
