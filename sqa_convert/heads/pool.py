@@ -5,7 +5,6 @@ Tensors and arrays alike: what is so simple need not wait until torch is importe
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -65,11 +64,18 @@ def first_of(weights: Any, group: tuple[int, ...], place: Any) -> None:
 
 def _empty(heads: int, like: Any) -> Any:
     """In memory as `like` is: what is transposed is turned when it is stored."""
+    import numpy as np
+
     shape = (heads, *like.shape[1:])
-    library = _library(like)
-    return library.empty_like(like, shape=shape) if library.__name__ == "numpy" else like.new_empty(shape)
+    return np.empty_like(like, shape=shape) if isinstance(like, np.ndarray) else like.new_empty(shape)
 
 
 def _library(weights: Any) -> Any:
     """numpy or torch."""
-    return sys.modules[type(weights).__module__]
+    import numpy as np
+
+    if isinstance(weights, np.ndarray):
+        return np
+    import torch
+
+    return torch
