@@ -23,6 +23,7 @@ integration: $(VENV)/ready  ## what takes longer, and PEFT, ONNX, lm-evaluation-
 
 test-oldest: $(OLDEST)/ready  ## what depends on transformers, with the oldest release supported
 	$(OLDEST)/bin/python $(PYTEST) $(ON_TRANSFORMERS:%=tests/test_%.py)
+	$(OLDEST)/bin/python $(PYTEST) -m integration tests/test_models.py
 
 lint: $(VENV)/ready docs
 	$(BIN)/ruff check .

@@ -97,7 +97,7 @@ def conversion(found: dict[str, Any]) -> list[str]:
         f"in random order. `svd --no-calibration --no-verify` of gpt2-xl's shape, once: {svd_said}. `--dry-run` on a "
         f"checkpoint of {dry['source_bytes'] / 1e9:.0f} GB: {dry_said}."
     )
-    return [*lines, "", *textwrap.wrap(note, 120)]
+    return [*lines, "", *textwrap.wrap(note, 120, break_on_hyphens=False)]
 
 
 def faults(found: dict[str, Any]) -> list[str]:

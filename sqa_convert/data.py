@@ -6,6 +6,7 @@ import hashlib
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -85,22 +86,27 @@ def _shuffle(rows: Iterator[Row]) -> Iterator[Row]:
 def _stdlib(split: Split, tests: bool, shuffled: bool) -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
     found = False
-    paths = sorted(root.rglob("*.py"))
-    if shuffled:
-        random.Random(0).shuffle(paths)
-    for path in paths:
-        name = path.relative_to(root)
-        if {"site-packages", "dist-packages", "__pycache__"} & set(name.parts):
+    for name in _stdlib_files(root, tests, shuffled):
+        held_out = hashlib.sha256(name.encode()).digest()[0] % HELD_OUT_EVERY == 0
+        if held_out != (split == "heldout"):
             continue
-        if not tests and {"test", "tests", "idle_test"} & set(name.parts[:-1]):
-            continue
-        held_out = hashlib.sha256(name.as_posix().encode()).digest()[0] % HELD_OUT_EVERY == 0
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text.strip() and held_out == (split == "heldout"):
+        text = (root / name).read_text(encoding="utf-8", errors="replace")
+        if text.strip():
             found = True
             yield text
     if not found:
         raise DataError(f"this Python ships no standard library source under {root}: give text with --data")
+
+
+@cache  # it takes a while where many packages are installed beside it
+def _stdlib_files(root: Path, tests: bool, shuffled: bool) -> tuple[str, ...]:
+    paths = sorted(root.rglob("*.py"))
+    if shuffled:
+        random.Random(0).shuffle(paths)
+    left_out = {"site-packages", "dist-packages", "__pycache__"}
+    tested = set() if tests else {"test", "tests", "idle_test"}
+    names = (path.relative_to(root) for path in paths)
+    return tuple(n.as_posix() for n in names if not left_out & set(n.parts) and not tested & set(n.parts[:-1]))
 
 
 def _files(data: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def continuations(
     Returns:
         For each of `count` texts {"given": the text, and per model its answer}.
     """
-    rows = [row for batch in held_out.batches for row in batch["input_ids"]][:count]
+    rows = list(islice(_inputs(held_out), count))
     texts: list[dict[str, str]] = [{} for _ in rows]
     for name, folder in models.items():
         tokenizer: Any = load_tokenizer(folder, trust_remote_code)
@@ -50,6 +51,14 @@ def continuations(
             text["given"] = tokenizer.decode(given[0])
             text[name] = tokenizer.decode(written if whole else written[given.shape[1] :])
     return texts
+
+
+def _inputs(held_out: HeldOut) -> Iterator[torch.Tensor]:
+    """Token ids (T,) without padding."""
+    for batch in held_out.batches:
+        ids = batch["input_ids"]
+        for row, kept in zip(ids, batch.get("attention_mask", torch.ones_like(ids)), strict=True):
+            yield row[kept.bool()]
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 _INFINITE = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
 """the bits of infinity; those of NaN are larger"""
 _NAN = 0x7FC0  # in bfloat16
-_ENCODED = 2**18  # numbers at a time: they, and what is made of them on the way, stay in the processor's cache
+_ENCODED = 2**18  # numbers at a time: few enough for the processor's cache
 _COLUMNS = 16  # transposed at a time: what a line of the processor's cache holds
 
 
@@ -101,7 +101,7 @@ def encode(array: Array, dtype: str) -> memoryview:
 
 
 def encoded(array: Array, dtype: str) -> Iterator[memoryview]:
-    """What `encode` makes of an array, some rows at a time: none of it is held, and memory for all need not be made."""
+    """What `encode` makes of an array, some rows at a time, so that memory is needed for those alone."""
     rows = max(1, _ENCODED * len(array) // max(1, array.size))
     for start in range(0, len(array), rows):
         yield encode(array[start : start + rows], dtype)

@@ -13,6 +13,14 @@ def seeded():
     torch.set_num_threads(1)  # the suite runs one process a core
 
 
+@pytest.fixture(autouse=True, scope="session")
+def brief():
+    """What models write for people to read: a few words will do here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sqa_convert.generation.WRITTEN", 8)
+        yield
+
+
 def pytest_configure():
     from transformers.utils.logging import disable_progress_bar
 

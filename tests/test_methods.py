@@ -157,6 +157,17 @@ def test_mean_averages_queries_and_keys_and_sums_outputs():
     assert torch.equal(result.output_bias, source.output_bias)
 
 
+@pytest.mark.parametrize("method", ["mean", "first", "select"])
+def test_gradients_flow_through_what_is_simple(method):
+    """Of a model's own parameters, which need them."""
+    source = random_heads(6, 6)
+    for weights in vars(source).values():
+        weights.requires_grad_()
+    result = get_method(method).convert(source, Partition.contiguous(6, 4, 2), None)
+    sum(weights.sum() for weights in vars(result).values()).backward()
+    assert all(weights.grad.abs().sum() > 0 for weights in vars(source).values())
+
+
 def test_first_takes_the_first_head_of_each_group():
     source = random_heads(4, 4)
     result = get_method("first").convert(source, Partition((((2, 0), (1, 3)),)), None)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from sqa_convert import storage
 from sqa_convert.heads import METHODS, AttentionHeads, Partition
-from sqa_convert.storage import FLOATING, decode, encode, tensor_bytes, torch_dtype
+from sqa_convert.storage import FLOATING, decode, encode, encoded, tensor_bytes, torch_dtype
 
 HALVES = torch.arange(-(2**15), 2**15, dtype=torch.int16)
 """every pattern of 16 bits"""
@@ -83,6 +84,18 @@ def test_what_is_transposed_is_stored_in_order(shape, dtype):
     same(stored(values.numpy(), dtype), values.to(torch_dtype(dtype)))
     same(stored(values.numpy().T, dtype), (values if values.ndim == 1 else values.T).to(torch_dtype(dtype)))
     same(stored(np.repeat(values.numpy(), 2, -1)[..., ::2], dtype), values.to(torch_dtype(dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("shape", [(1000,), (30, 33), (33, 30), (7, 5, 9), (3, 400), (100, 1), (3, 0)])
+def test_what_is_stored_in_pieces_is_what_is_stored_at_once(shape, dtype, monkeypatch):
+    """A row longer than a piece, and a last piece that is not full, among them."""
+    monkeypatch.setattr(storage, "_ENCODED", 100)
+    values = np.random.default_rng(0).standard_normal(shape, "float32")
+    for array in (values, values.T, values.swapaxes(0, 1) if values.ndim == 3 else values[::-1]):
+        pieces = list(encoded(array, dtype))
+        assert b"".join(pieces) == bytes(encode(array, dtype))
+        assert len(pieces) > 1 or array.size <= 100
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.needs_statistics])

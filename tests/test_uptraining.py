@@ -172,7 +172,6 @@ def test_a_second_run_goes_on_and_is_held_against_the_conversion(converted):
     assert recovered(second, "kl") == pytest.approx(1 - second["uptrained"]["kl"] / first["converted"]["kl"])
 
 
-@pytest.mark.integration
 def test_a_second_run_without_measuring_leaves_no_old_numbers(converted):
     out = converted("gpt2")
     uptrain(out, FEW, control=True)
@@ -261,15 +260,21 @@ def test_a_full_disk_while_a_checkpoint_is_saved_loses_nothing(converted, monkey
 
 
 def test_a_t5_learns_pairs_and_is_measured_by_its_answers(converted, tmp_path):
-    rows = [{"q": f"name {word}", "a": word} for word in ("import", "return", "class", "while") * 20]
+    asked = {"name import": "import", "name a class": "class", "name the other while": "while"}  # of several lengths
+    rows = [{"q": q, "a": a} for q, a in asked.items()] * 27
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = Recipe(
         data=str(tmp_path / "pairs.jsonl"), source_column="q", target_column="a", prefix="say: ", tokens=16 * 8 * 60,
         sequence_length=16, batch_size=8, learning_rate=3e-3, loss="ce", evaluations=2,
     )  # fmt: skip
     out = converted("t5")
-    quality = uptrain(out, recipe)["quality"]
-    assert quality["data"].endswith("held-out part, 4 pairs")
+    report = uptrain(out, recipe)
+    quality = report["quality"]
+    assert [text["given"] for text in report["samples"]] == [
+        "say: name import</s>",
+        "say: name the other while</s>",
+    ]
+    assert quality["data"].endswith("held-out part, 5 pairs")
     assert quality["uptrained"]["exact_match"] > quality["converted"]["exact_match"] == 0
     assert quality["uptrained"]["loss"] < 0.5 < quality["converted"]["loss"]
     table = quality_table({"quality": quality})

@@ -12,7 +12,7 @@ from .layout import A, AttentionHeads
 from .partition import Partition
 
 Rule = Callable[[Any, tuple[int, ...], Any], None]
-"""(H, ...) of all heads, the members of one group, and where their one head goes: (...)"""
+"""(H, d, ...) of all heads, the members of one group, and where their one head goes: (d, ...), a view"""
 
 
 def pool(
@@ -53,8 +53,8 @@ def mean_of(weights: Any, group: tuple[int, ...], place: Any) -> None:
 
 
 def sum_of(weights: Any, group: tuple[int, ...], place: Any) -> None:
-    _library(weights).add(weights[group[0]], weights[group[1]], out=place)
-    for head in group[2:]:  # in place: gathering the heads first takes longer than adding them
+    first_of(weights, group, place)
+    for head in group[1:]:  # in place: gathering the heads first takes longer than adding them
         place += weights[head]
 
 
@@ -63,19 +63,8 @@ def first_of(weights: Any, group: tuple[int, ...], place: Any) -> None:
 
 
 def _empty(heads: int, like: Any) -> Any:
-    """In memory as `like` is: what is transposed is turned when it is stored."""
+    """An array lies in memory as `like` does: what is transposed is turned when it is stored."""
     import numpy as np
 
     shape = (heads, *like.shape[1:])
     return np.empty_like(like, shape=shape) if isinstance(like, np.ndarray) else like.new_empty(shape)
-
-
-def _library(weights: Any) -> Any:
-    """numpy or torch."""
-    import numpy as np
-
-    if isinstance(weights, np.ndarray):
-        return np
-    import torch
-
-    return torch
