@@ -86,7 +86,15 @@ def _shuffle(rows: Iterator[Row]) -> Iterator[Row]:
 def _stdlib(split: Split, tests: bool, shuffled: bool) -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
     found = False
-    for name in _stdlib_files(root, tests, shuffled):
+    left_out = {"site-packages", "dist-packages", "__pycache__"}
+    tested = set() if tests else {"test", "tests", "idle_test"}
+    names = list(_python_files(root))
+    if shuffled:
+        random.Random(0).shuffle(names)
+    for name in names:
+        *folders, _ = name.split("/")
+        if not left_out.isdisjoint(folders) or not tested.isdisjoint(folders):
+            continue
         held_out = hashlib.sha256(name.encode()).digest()[0] % HELD_OUT_EVERY == 0
         if held_out != (split == "heldout"):
             continue
@@ -99,14 +107,8 @@ def _stdlib(split: Split, tests: bool, shuffled: bool) -> Iterator[str]:
 
 
 @cache  # it takes a while where many packages are installed beside it
-def _stdlib_files(root: Path, tests: bool, shuffled: bool) -> tuple[str, ...]:
-    paths = sorted(root.rglob("*.py"))
-    if shuffled:
-        random.Random(0).shuffle(paths)
-    left_out = {"site-packages", "dist-packages", "__pycache__"}
-    tested = set() if tests else {"test", "tests", "idle_test"}
-    names = (path.relative_to(root) for path in paths)
-    return tuple(n.as_posix() for n in names if not left_out & set(n.parts) and not tested & set(n.parts[:-1]))
+def _python_files(root: Path) -> tuple[str, ...]:
+    return tuple(path.relative_to(root).as_posix() for path in sorted(root.rglob("*.py")))
 
 
 def _files(data: str) -> list[str]:

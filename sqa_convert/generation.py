@@ -24,7 +24,7 @@ SHOWN = 2
 def continuations(
     models: Mapping[str, Path], held_out: HeldOut, count: int = SHOWN, *, trust_remote_code: bool = False
 ) -> list[dict[str, str]]:
-    """Greedy continuations of held-out text; of an encoder-decoder, what it fills the gaps with.
+    """Greedy continuations of held-out text; of an encoder-decoder, its answers to gaps or sources.
 
     Returns:
         For each of `count` texts {"given": the text, and per model its answer}.

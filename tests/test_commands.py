@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -144,6 +145,16 @@ def test_a_quality_gate_has_its_own_exit_code(run, out):
 def test_models_that_cannot_be_compared_are_named(run):
     code, _, err = run(evaluate, "sample:gpt2", "--against", "sample:t5", "--tokens", 256)
     assert code == 2 and "other kind or vocabulary" in err
+
+
+def test_what_a_model_writes_ends_where_its_positions_do(run, monkeypatch):
+    monkeypatch.setattr("sqa_convert.generation.WRITTEN", 48)
+    gpt2(vocab_size=2048, n_positions=64).save_pretrained("short")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SAMPLES / "gpt2" / name, "short")
+    code, said, err = run(evaluate, "short", "--tokens", 256, "--samples", 1, "--json")
+    assert code == 0, err
+    assert json.loads(said)["samples"][0].keys() == {"given", "model"}
 
 
 def test_an_encoder_decoder_answers_side_by_side(run):

@@ -158,8 +158,8 @@ def test_mean_averages_queries_and_keys_and_sums_outputs():
 
 
 @pytest.mark.parametrize("method", ["mean", "first", "select"])
-def test_gradients_flow_through_what_is_simple(method):
-    """Of a model's own parameters, which need them."""
+def test_gradients_flow_through_simple_methods(method):
+    """Heads may be parameters that require gradients."""
     source = random_heads(6, 6)
     for weights in vars(source).values():
         weights.requires_grad_()

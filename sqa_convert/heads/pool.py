@@ -12,7 +12,7 @@ from .layout import A, AttentionHeads
 from .partition import Partition
 
 Rule = Callable[[Any, tuple[int, ...], Any], None]
-"""(H, d, ...) of all heads, the members of one group, and where their one head goes: (d, ...), a view"""
+"""(H, ...) of all heads, the members of one group, and a view of (...) to write their one head into"""
 
 
 def pool(
