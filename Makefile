@@ -46,7 +46,7 @@ smoke: dist  ## every command and snippet of README.md and docs/, from the insta
 	$(SMOKE)/bin/python tests/smoke.py
 
 notebooks: $(VENV)/ready  ## run them all
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
 
 audit:  ## what is installed beside this package: known vulnerabilities (asks pypi.org), licences
 	$(PYTHON) -m venv --clear $(AUDIT)/installed

@@ -258,11 +258,16 @@ def _child(
             fault.signal,
             int(fault.lasting),
         )
-        os.write(begun, b"1")
         try:
+            os.write(begun, b"1")
             main()
         except SystemExit as stop:
             code = int(stop.code or 0)
+        except KeyboardInterrupt as early:
+            if early.__traceback__ is None or early.__traceback__.tb_next is not None:
+                raise
+            code = 130  # it came before the command itself had begun
+            print("error: interrupted", file=sys.stderr)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         os.write(counted, b"%d %d" % (shim.faults_calls(), shim.faults_hits()))
         if fault.modules is not None:
