@@ -86,14 +86,12 @@ def _shuffle(rows: Iterator[Row]) -> Iterator[Row]:
 def _stdlib(split: Split, tests: bool, shuffled: bool) -> Iterator[str]:
     root = Path(sysconfig.get_path("stdlib"))
     found = False
-    left_out = {"site-packages", "dist-packages", "__pycache__"}
-    tested = set() if tests else {"test", "tests", "idle_test"}
+    left_out = {"site-packages", "dist-packages", "__pycache__"} | (set() if tests else {"test", "tests", "idle_test"})
     names = list(_python_files(root))
     if shuffled:
         random.Random(0).shuffle(names)
     for name in names:
-        *folders, _ = name.split("/")
-        if not left_out.isdisjoint(folders) or not tested.isdisjoint(folders):
+        if not left_out.isdisjoint(name.split("/")[:-1]):
             continue
         held_out = hashlib.sha256(name.encode()).digest()[0] % HELD_OUT_EVERY == 0
         if held_out != (split == "heldout"):
