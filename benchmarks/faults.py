@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -242,7 +243,7 @@ def _child(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.chdir(work)
         sys.argv = ["command", *arguments]
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
         shim = ctypes.CDLL(os.environ[SHIM])
         fault = fault or Fault(kinds=0)
         if fault.user:
@@ -258,16 +259,11 @@ def _child(
             fault.signal,
             int(fault.lasting),
         )
+        os.write(begun, b"1")
         try:
-            os.write(begun, b"1")
             main()
         except SystemExit as stop:
             code = int(stop.code or 0)
-        except KeyboardInterrupt as early:
-            if early.__traceback__ is None or early.__traceback__.tb_next is not None:
-                raise
-            code = 130  # it came before the command itself had begun
-            print("error: interrupted", file=sys.stderr)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         os.write(counted, b"%d %d" % (shim.faults_calls(), shim.faults_hits()))
         if fault.modules is not None:
@@ -279,6 +275,12 @@ def _child(
         with contextlib.suppress(BaseException):
             sys.stderr.flush()
         os._exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """As Python does, but for the moments in which the command has not begun or is over: there it is no trial of it."""
+    if frame is None or frame.f_code is not _child.__code__:
+        signal.default_int_handler(number, frame)
 
 
 def load_as_it_does(main: Callable[[], None], arguments: Iterable[object], work: Path) -> None:
