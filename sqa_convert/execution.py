@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import CheckpointError, one_line
 from .families import Site
-from .output import ShardWriter, carry_files, flushing, write_json
+from .output import carry_files, write_json
 from .plan import OutputTensor, Plan
 from .progress import Progress, silent
+from .shards import ShardWriter, flushing
 from .sites import SiteRecord, Sites, convert_site, site_bytes, uses_torch
 from .sources import ModelSource, Source
 from .storage import check_finite, decode, encode, torch_dtype

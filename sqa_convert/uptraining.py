@@ -33,10 +33,11 @@ from .errors import (
 from .evaluation import compare, load_model, predict
 from .families import family_of
 from .generation import answer_scores, continuations
-from .output import check_output, empty, hold, sha256_of, staged_output, write_shard
+from .output import check_output, empty, hold, sha256_of, staged_output
 from .progress import Progress, silent
 from .recipe import Recipe, dump_recipe, load_recipe
 from .report import read_report
+from .shards import write_shard
 from .trainer import COMPLETE
 from .training import FINAL, Job, check_settings, is_first, step_of, train
 from .training_data import training_data

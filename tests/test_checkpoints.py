@@ -22,14 +22,14 @@ from transformers import (
 )
 
 import sqa_convert
-from sqa_convert import output
+from sqa_convert import shards
 from sqa_convert.checkpoint import SAMPLES, open_source
 from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
 from sqa_convert.evaluation import load_model, load_tokenizer
 from sqa_convert.execution import convert_all
 from sqa_convert.models import SQAT5EncoderModel
-from sqa_convert.output import ShardWriter
 from sqa_convert.plan import OutputTensor, Request, make_plan
+from sqa_convert.shards import ShardWriter
 from sqa_convert.sources import Source, TensorInfo
 from sqa_convert.storage import check_finite, tensor_bytes, torch_dtype
 
@@ -380,10 +380,10 @@ def test_a_tensor_with_a_piece_missing_is_no_tensor(tmp_path):
 def test_what_is_written_is_put_on_the_disk_meanwhile(tmp_path, monkeypatch):
     """Each file once for what is new in it, and a disk that fails then is heard of."""
     synced = []
-    monkeypatch.setattr(output, "_sync", synced.append)
+    monkeypatch.setattr(shards, "sync", synced.append)
     tensors = [OutputTensor("a", (4,), "F32", "a")]
     one, two = (ShardWriter(tmp_path / name, tensors, checked=False) for name in ("one", "two"))
-    with output.flushing([one, two], every=0.01):
+    with shards.flushing([one, two], every=0.01):
         one.write("a", [tensor_bytes(torch.ones(4))])
         while not synced:
             time.sleep(0.01)
@@ -393,8 +393,8 @@ def test_what_is_written_is_put_on_the_disk_meanwhile(tmp_path, monkeypatch):
     def fail(path):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(output, "_sync", fail)
-    with pytest.raises(OSError, match="Input/output"), output.flushing([two], every=0.01):
+    monkeypatch.setattr(shards, "sync", fail)
+    with pytest.raises(OSError, match="Input/output"), shards.flushing([two], every=0.01):
         two.write("a", [tensor_bytes(torch.ones(4))])
         time.sleep(0.1)
 
