@@ -10,7 +10,7 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"cli"},
     {"conversion", "speed", "uptraining"},
     {"describe"},
-    {"card", "hub", "page"},
+    {"card", "hub", "page", "run_folder"},
     {"calibrate", "training"},
     {"calibration_text", "trainer", "training_data"},
     {"activations", "generation", "tasks"},

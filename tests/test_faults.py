@@ -23,8 +23,8 @@ from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.errors import CheckpointError, InterruptedByUserError, OutputError
 from sqa_convert.output import hold, staged_output, write_json
 from sqa_convert.report import read_report
+from sqa_convert.run_folder import run_folder
 from sqa_convert.trainer import UptrainingTrainer
-from sqa_convert.uptraining import run_folder
 
 
 def write(folder, text):

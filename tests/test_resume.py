@@ -17,8 +17,8 @@ from sqa_convert import uptrain
 from sqa_convert.errors import InterruptedByUserError, RecipeError
 from sqa_convert.output import write_json
 from sqa_convert.report import read_report
+from sqa_convert.run_folder import conversion_id
 from sqa_convert.trainer import UptrainingTrainer
-from sqa_convert.uptraining import _fingerprint
 
 UPTRAIN = [sys.executable, "-m", "sqa_convert.cli.uptrain"]
 RECIPE = (
@@ -111,9 +111,9 @@ def test_a_run_is_not_resumed_on_another_conversion(folders):
         uptrain(one, "quick", resume=True)
     with pytest.raises(RecipeError, match="leave out"):
         uptrain(one, resume=True, restart=True)
-    begun = _fingerprint(one)
+    begun = conversion_id(one)
     write_json(one / "report.json", read_report(one) | {"speed": {"schema": 1}})  # as sqa-bench does
-    assert _fingerprint(one) == begun
+    assert conversion_id(one) == begun
     convert("sample:gpt2", 4, 2, output=one, overwrite=True)
     with pytest.raises(RecipeError, match="converted anew"):
         uptrain(one, resume=True)

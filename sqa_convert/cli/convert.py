@@ -255,9 +255,9 @@ def convert(
         check_data(calibration, "--calibration")
     with out.progress() as progress:
         if recipe is not None:
+            from ..run_folder import run_folder
             from ..training import check_settings
             from ..training_data import training_data
-            from ..uptraining import run_folder
 
             if run_folder(target).exists() and not overwrite:
                 raise OutputError(f"{run_folder(target)} holds a run that was stopped: --overwrite throws it away")

@@ -90,7 +90,7 @@ def uptrain_command(
     settings = None if resume else load_recipe(recipe or "quick", **changes)
     if dry_run:
         from ..report import read_report
-        from ..uptraining import RECIPE, run_folder
+        from ..run_folder import RECIPE, run_folder
 
         read_report(folder)
         settings = settings or load_recipe(str(run_folder(folder) / RECIPE))

@@ -1,0 +1,156 @@
+"""The folder beside a model in uptraining: who owns it, what is left of it, and going on with it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from .errors import CheckpointError, InterruptedByUserError, OutputError, QualityError, RecipeError, SQAError, one_line
+from .output import empty, hold
+from .recipe import Recipe, dump_recipe, load_recipe
+from .report import read_report
+from .trainer import COMPLETE
+from .training import is_first, step_of
+
+RECIPE = "recipe.yaml"
+OF = "of"  # which conversion a run belongs to
+BECAME = "became"  # what it was replaced by, if that was the last thing done
+
+
+def run_folder(folder: Path) -> Path:
+    """Where the checkpoints of a model's uptraining are, while it is not done."""
+    return folder.resolve().parent / f"{folder.resolve().name}.uptraining"
+
+
+def run_settings(
+    folder: Path, run: Path, recipe: str | Recipe | None, resume: bool, restart: bool, **overrides: Any
+) -> Recipe:
+    """The recipe of a run: of one to go on with its own. Raises RecipeError."""
+    if is_first() and _is_done(run, folder):
+        _discard(run)  # all that was left to do
+    if resume:
+        if restart or recipe is not None or any(value is not None for value in overrides.values()):
+            raise RecipeError(f"--resume goes on with the recipe in {run}: leave out --restart and what changes it")
+        if not (run / OF).is_file():
+            raise RecipeError(f"--resume: there is no {run}, so no run that was stopped")
+        if (run / OF).read_text() != conversion_id(folder):
+            raise RecipeError(f"--resume: {folder} was converted anew since the run in {run} began: --restart")
+        return load_recipe(str(run / RECIPE))
+    settings = override("quick" if recipe is None else recipe, **overrides)
+    if not restart and is_first() and any(run.glob(f"*/checkpoint-*/{COMPLETE}")):
+        raise RecipeError(f"{run} holds a run that was stopped: --resume goes on with it, --restart throws it away")
+    return settings
+
+
+def _is_done(run: Path, folder: Path) -> bool:
+    """Whether a run's result is in its place."""
+    became = run / BECAME
+    try:
+        return became.is_file() and became.read_text() == conversion_id(folder)
+    except CheckpointError:  # it is gone
+        return False
+
+
+def _discard(run: Path) -> None:
+    """Removes a run that is done; what tells that it is goes last."""
+    with contextlib.suppress(OSError):
+        empty(run, last=BECAME)
+        run.rmdir()
+
+
+def conversion_id(folder: Path) -> str:
+    """Of a conversion: two have not the same report, but for what measuring its speed adds."""
+    report = {key: value for key, value in read_report(folder).items() if key != "speed"}
+    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
+
+
+def override(recipe: str | Recipe, **settings: Any) -> Recipe:
+    """A recipe with the settings that are not None. Raises RecipeError."""
+    if isinstance(recipe, str):
+        return load_recipe(recipe, **settings)
+    return dataclasses.replace(recipe, **{key: value for key, value in settings.items() if value is not None})
+
+
+@contextlib.contextmanager
+def alone(run: Path, folder: Path) -> Iterator[None]:
+    """One uptraining of a folder at a time, which leaves nothing behind when it is done. Raises OutputError."""
+    try:
+        held = hold(run) if is_first() else None
+    except BlockingIOError as error:
+        raise OutputError(f"{folder} is being uptrained by another process") from error
+    except OSError as error:
+        raise OutputError(f"{run} cannot be made: {one_line(error)}") from error
+    try:
+        yield
+        if is_first():
+            _discard(run)
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+@contextlib.contextmanager
+def recoverable(run: Path, folder: Path) -> Iterator[None]:
+    """What stops a training is said in one line, with what was kept of it."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedByUserError(f"interrupted; {_kept(run, folder)}") from error
+    except QualityError as error:
+        raise QualityError(f"{one_line(error)}; {_kept(run, folder)}") from error
+    except torch.OutOfMemoryError as error:
+        raise RecipeError(
+            "out of memory on the device: lower micro_batch or set gradient_checkpointing, "
+            f"in {run / RECIPE} if the run is to go on; {_kept(run, folder)}"
+        ) from error
+    except OutputError as error:
+        raise OutputError(f"{one_line(error)}; {_kept(run, folder)}") from error
+    except (SQAError, SystemExit):
+        _kept(run, folder)
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        texts = ("No space left", "File too large", "Disk quota exceeded")
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(text in str(error) for text in texts)
+        # torch.save and safetensors have errors of their own for a file that could not be written; the first hides why.
+        unsaid = any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "iostream error"))
+        if not full and not unsaid and not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        what = "the disk is full" if full else "the disk is full or failing" if unsaid else one_line(error)
+        raise OutputError(f"{run} cannot be written: {what}; {_kept(run, folder)}") from error
+
+
+def _kept(run: Path, folder: Path) -> str:
+    """What is left of a run that stops here; one with nothing to go on from is cleared away."""
+    if is_first() and _is_done(run, folder):
+        _discard(run)
+        return f"{folder} is uptrained"
+    stages: dict[str, int] = {}
+    for path in run.glob(f"*/checkpoint-*/{COMPLETE}"):
+        stage = path.parent.parent.name
+        stages[stage] = max(stages.get(stage, 0), step_of(path))
+    if not stages:
+        if is_first():
+            shutil.rmtree(run, ignore_errors=True)
+        return f"{folder} is still the converted model"
+    last = " and ".join(f"step {step} of {stage}" for stage, step in sorted(stages.items(), reverse=True))
+    return f"{folder} is still the converted model; go on from {last} with: sqa-uptrain {folder} --resume"
+
+
+def begin(run: Path, folder: Path, settings: Recipe) -> None:
+    # TensorBoard would write among the checkpoints, which go when all is done.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.with_suffix(".runs")))
+    if is_first() and not (run / OF).is_file():  # a run that goes on needs what it has
+        (run / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
+        (run / OF).write_text(conversion_id(folder))
