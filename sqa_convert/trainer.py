@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -155,10 +156,11 @@ class _Watch(TrainerCallback):
                 raise KeyboardInterrupt
             self.interrupted = True
 
-        try:
+        self.before = None
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup, in the background of a script
+            return
+        with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives
             self.before = signal.signal(signal.SIGINT, interrupt)
-        except ValueError:  # not in the main thread, where no signal arrives
-            self.before = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restore()

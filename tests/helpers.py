@@ -1,4 +1,6 @@
-"""Random checkpoints of every kind, and inputs for them."""
+"""Random checkpoints of every kind, inputs for them, and what tests of processes share."""
+
+import signal
 
 import torch
 from transformers import (
@@ -124,3 +126,10 @@ def plain_convert(*args, method="mean", **kwargs):
 
 def convert_model(model, *args, **kwargs):
     return plain_convert(model, *args, **kwargs).model
+
+
+def as_from_a_terminal():
+    """For `preexec_fn`: a process that stops when it is told to, whatever pytest was started by. Python leaves SIGINT
+    ignored where its parent ignores it, as under nohup and in the background of a script."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

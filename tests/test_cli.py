@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import gpt2, t5
+from helpers import as_from_a_terminal, gpt2, t5
 from safetensors.torch import load_file, save_file
 
 from sqa_convert import execution, output
@@ -478,6 +478,15 @@ def test_a_written_tensor_that_differs_is_noticed(run, source, monkeypatch):
     assert run(source, *HEADS, *QUIET, "--no-verify")[0] == 0
 
 
+@pytest.fixture
+def ignoring():
+    """pytest as nohup and scripts start it in the background."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 WAITS = {"code": "wait()", "callback": "thing = Thing(); watch = weakref.ref(thing, wait); del thing"}
 
 
@@ -490,7 +499,7 @@ WAITS = {"code": "wait()", "callback": "thing = Thing(); watch = weakref.ref(thi
         pytest.param(signal.SIGTERM, 143, "callback", marks=pytest.mark.integration),
     ],
 )
-def test_interruption_leaves_nothing(source, tmp_path, number, code, where):
+def test_interruption_leaves_nothing(source, tmp_path, number, code, where, ignoring):
     """The signal comes while the weights lie there half done; also where Python ignores what is raised."""
     script = (
         "import threading, time, weakref, sqa_convert.execution as c, sqa_convert.cli.convert as cli\n"
@@ -507,7 +516,7 @@ def test_interruption_leaves_nothing(source, tmp_path, number, code, where):
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, source, *HEADS, *QUIET],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_from_a_terminal,
     )  # fmt: skip
     assert process.stdout.readline() == "written\n"
     time.sleep(0.1)
@@ -517,6 +526,11 @@ def test_interruption_leaves_nothing(source, tmp_path, number, code, where):
     assert process.returncode == code
     assert err == ("error: interrupted; nothing half-written was kept\n" if number == signal.SIGINT else "")
     assert os.listdir(tmp_path) == ["source"]
+
+
+def test_signals_that_were_ignored_from_the_start_stay_ignored(run, ignoring):
+    assert run("--version")[0] == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 LOAD = """

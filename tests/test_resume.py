@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from helpers import as_from_a_terminal
 from helpers import plain_convert as convert
 from safetensors.torch import load_file
 
@@ -86,7 +87,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folders):
     many.write_text(
         RECIPE.replace("2_048\nsequence", "512_000\nsequence").replace("evaluations: 4", "evaluations: 1000")
     )
-    process = start(one, "--recipe", many, "--no-evaluate")
+    process = start(one, "--recipe", many, "--no-evaluate", preexec_fn=as_from_a_terminal)
     wait_for("one.uptraining/uptrain/checkpoint-8/complete", one.parent, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)

@@ -144,8 +144,9 @@ def run_app(app: Any, name: str) -> NoReturn:
     """Runs a typer app as the command `name`. Errors become one line on stderr and their documented exit code."""
     import signal
 
-    # A terminated run clears its temporary folder as an interrupted one does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # what started us may want us to go on
+        # A terminated run clears its temporary folder as an interrupted one does.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.unraisablehook = _stop_after_all
     try:
         code = app(prog_name=name, standalone_mode=False) or 0
