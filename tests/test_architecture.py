@@ -21,7 +21,7 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"checkpoint", "families"},
     {"sources"},
     {"checks", "heads", "recipe", "workloads"},
-    {"distill", "flops", "timing"},
+    {"distill", "flops", "sampling", "timing"},
     {"devices", "storage"},
     {"errors", "models", "progress"},
 ]

@@ -10,7 +10,7 @@ from helpers import SOURCES, gpt2, logits, tokens
 from helpers import t5 as any_t5
 from transformers import AutoConfig, GPT2Model, T5EncoderModel, T5Model
 
-from sqa_convert import calibrate, calibration_text, convert, evaluate
+from sqa_convert import calibrate, convert, evaluate, sampling
 from sqa_convert.activations import capture, sensitivity
 from sqa_convert.checkpoint import open_source
 from sqa_convert.errors import DataError, RecipeError
@@ -200,7 +200,7 @@ def test_text_of_the_users_is_read(tmp_path):
 
 def test_sampled_text_starts_anywhere_in_a_document():
     model = gpt2()
-    ids = calibration_text.sample(model, 40, 32, CPU, torch.Generator().manual_seed(0))
+    ids = sampling.sample(model, 40, 32, CPU, torch.Generator().manual_seed(0))
     assert ids.shape == (40, 32)
     starts = (ids == model.config.bos_token_id).nonzero()[:, 1]
     assert len(starts.unique()) > 8
@@ -215,7 +215,7 @@ def test_samples_follow_the_models_distribution_whatever_its_generation_config(s
         model.transformer.wte.weight[7] = model.transformer.wte.weight[model.config.eos_token_id]
     model.generation_config.update(**settings)
     begin = torch.zeros(120, 1, dtype=torch.long)
-    ids = calibration_text._generate(model, begin, 31, CPU, torch.Generator().manual_seed(0))[:, 1:]
+    ids = sampling._generate(model, begin, 31, CPU, torch.Generator().manual_seed(0))[:, 1:]
     assert ids.shape == (120, 31)
     ends, twins = ((ids == token).sum().item() for token in (model.config.eos_token_id, 7))
     assert twins > 40 and abs(ends - twins) < 0.5 * twins
