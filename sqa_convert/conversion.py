@@ -106,7 +106,7 @@ def convert(
         evaluate: measure source and result on held-out text, one after the other, where the model has a language model
             head. Needs `output`.
         data: that text, as `sqa_convert.data.documents` takes it; by default the built-in corpus.
-        device: to calibrate and evaluate on: "auto", "cpu", "cuda", "mps".
+        device: to calibrate and evaluate on: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of everything random.
         trust_remote_code: let code that the source brings along run when it is calibrated or evaluated.
         progress: called as the work goes on, with the stage, how much of it is done, and how much there is.

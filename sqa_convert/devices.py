@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from .errors import RecipeError
@@ -13,15 +15,43 @@ _BFLOAT16 = {
 """FLOP/s of dense bfloat16 products, by part of the name; the vendor's data sheets"""
 
 
-def choose_device(device: str) -> torch.device:
-    """ "auto" is CUDA, then MPS, then the CPU. Raises RecipeError for a device that is not there."""
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device to compute on.
+
+    Args:
+        device: "auto" is CUDA, then MPS, then the CPU; "cuda:1" is the second GPU.
+
+    Raises:
+        RecipeError: it is not there.
+    """
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
     if device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(name)
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not here.get(device):
-        raise RecipeError(f"--device {device} is not available: choose auto, {', '.join(d for d in here if here[d])}")
-    return torch.device(device)
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if counts[name]))
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    # torch takes cuda:256 for cuda:0.
+    if str(chosen) != str(device) or (chosen.index or 0) >= counts.get(chosen.type, 0):
+        here = [name if count == 1 else f"{name}:0 … {name}:{count - 1}" for name, count in counts.items() if count]
+        raise RecipeError(f"--device {device} is not available: choose auto, {', '.join(here)}")
+    return chosen if chosen.type == "cuda" else torch.device(chosen.type)  # of the others there is one
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Of the processes that torchrun starts on a machine each has a GPU of its own. Raises RecipeError."""
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device.index is not None:
+        raise RecipeError(f"--device {device}: each process has a GPU of its own; give --device cuda")
+    if number >= count:
+        raise RecipeError(f"there are more processes here than GPUs ({count}): lower --nproc-per-node, or --device cpu")
+    return torch.device("cuda", number)
 
 
 def device_name(device: torch.device) -> str:

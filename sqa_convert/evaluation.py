@@ -160,7 +160,7 @@ def prepare(
     Args:
         data: as `sqa_convert.data.documents` takes it; its held-out part is used.
         tokens: of text.
-        device: "auto", "cpu", "cuda", "mps".
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of the span corruption.
 
     Raises:
@@ -325,7 +325,7 @@ def evaluate(
         against: likewise, usually the source; of the same kind and vocabulary.
         data: as `sqa_convert.data.documents` takes it, its held-out part is used; by default the built-in corpus.
         tokens: of text.
-        device: "auto", "cpu", "cuda", "mps".
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of the span corruption of T5.
 
     Returns:

@@ -55,7 +55,7 @@ class Settings:
     dtype: str = "auto"
     """"float32", "bfloat16", "float16"; "auto": as stored, which must be the same for all."""
     device: str = "auto"
-    """"auto", "cpu", "cuda", "mps"."""
+    """"auto", "cpu", "cuda", "cuda:1", "mps"."""
     attention: str = "sdpa"
     """The attention kernel, a name of ATTENTION."""
     repeats: int = 5

@@ -278,6 +278,9 @@ def training_arguments(
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs in one process would each get a whole batch
+    if device.index is not None and arguments.device != device:
+        arguments._setup_devices = device  # the Trainer knows the first GPU only
+        torch.cuda.set_device(device)  # where its data go
     return arguments
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
 from .checkpoint import read_config, resolve
 from .describe import write_report
-from .devices import choose_device, device_name
+from .devices import choose_device, device_name, own_device
 from .errors import CheckpointError, OutputError, RecipeError, one_line
 from .evaluation import compare, load_model, predict
 from .families import family_of
@@ -55,7 +53,7 @@ def uptrain(
         recipe: a packaged recipe's name, a YAML file, or a Recipe; by default "quick".
         source: the unconverted model, by default the one named in the report.
         data: text to train on instead of the recipe's; its held-out part is measured on.
-        device: "auto", "cpu", "cuda", "mps".
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: instead of the recipe's.
         evaluate: measure source, converted and uptrained on held-out text, and the model as it learns.
         control: also train the source on the same tokens; instead of the recipe's.
@@ -85,7 +83,7 @@ def uptrain(
     run = run_folder(folder)
     settings = run_settings(folder, run, recipe, resume, restart, data=data, seed=seed, control=control)
     origin = _origin(report, source)
-    chosen = _own_device(choose_device(device))
+    chosen = own_device(choose_device(device))
     check_settings(settings, evaluate, chosen)
     text = training_data(folder, settings, trust_remote_code=trust_remote_code)
     held_out = text.held_out(chosen) if evaluate else None
@@ -162,14 +160,6 @@ def _publish(
             report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(staging, report)
         (run / BECAME).write_text(conversion_id(staging))
-
-
-def _own_device(device: torch.device) -> torch.device:
-    """Of several processes each has a GPU of its own."""
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
 
 
 def _origin(report: dict[str, Any], source: str | None) -> Path:

@@ -172,7 +172,8 @@ def convert(
     push_to_hub: PushToHub = None,
     public: Public = False,
     device: Annotated[
-        str, typer.Option(rich_help_panel=MEASURE, help="To calibrate, measure and train on: auto, cpu, cuda, mps.")
+        str,
+        typer.Option(rich_help_panel=MEASURE, help="To calibrate, measure and train on: auto, cpu, cuda, cuda:1, mps."),
     ] = "auto",
     seed: Annotated[
         int | None, typer.Option(rich_help_panel=MEASURE, help="Of everything random. Default: the recipe's, or 0.")

@@ -55,7 +55,7 @@ PushToHub = Annotated[
     typer.Option("--push-to-hub", metavar="REPO", help="Then upload the folder, as NAME or OWNER/NAME; private."),
 ]
 Public = Annotated[bool, typer.Option("--public", help="A repository made by --push-to-hub is public.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let code that the source brings along run. Default: never.")
 ]
