@@ -6,7 +6,6 @@ Imports neither torch nor transformers, so that `--dry-run` answers at once, wha
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from . import __version__
+from .amounts import amount, parse_size
 from .errors import CheckpointError, RecipeError
 from .families import Config, Dimensions, Family, Site, family_of
 from .heads import Partition, get_method, variant_heads
@@ -38,8 +38,8 @@ class Calibration:
 
     text: str | None = None
     """As `sqa_convert.data.documents` takes it; None: GPT-2 samples its own, T5 reads the built-in corpus."""
-    tokens: int | None = None
-    """Tokens of text, a tenth of them held out; None: 20 for each unknown of a fit, and at least 65,536."""
+    tokens: int | str | None = None
+    """Tokens of text, also as "400k", a tenth of them held out; None: 20 for each unknown of a fit, at least 65,536."""
     refit: bool | None = None
     """Fit output projections by least squares; None: with "auto", "svd" and "procrustes"."""
     refine_steps: int | None = None
@@ -80,7 +80,7 @@ class Request:
     dtype: str = "auto"
     """"auto" keeps each tensor's own; else a name of `CASTS`"""
     max_shard_size: str = DEFAULT_SHARD
-    """such as "300MB" """
+    """such as "300MB", at least 1MB"""
 
     def partitions(self, config: Config) -> dict[str, Partition]:
         """The partition of every kind of attention the model has; needs nothing but its config.json.
@@ -125,17 +125,18 @@ class Request:
         asked = self.calibration
         if asked is None:
             return None
-        if asked.tokens is not None and asked.tokens < 1:
+        tokens = None if asked.tokens is None else amount(asked.tokens, "--calibration-tokens")
+        if tokens == 0:
             raise RecipeError(f"--calibration-tokens {asked.tokens}: give 1 or more, or --no-calibration")
         if asked.refine_steps is not None and asked.refine_steps < 0:
             raise RecipeError(f"--refine-steps {asked.refine_steps}: give 0 or more")
         refit = uses if asked.refit is None else asked.refit
         steps = (REFINE_STEPS if uses else 0) if asked.refine_steps is None else asked.refine_steps
         if not (uses or refit or steps):
-            if asked.text is not None or asked.tokens is not None:
+            if asked.text is not None or tokens is not None:
                 raise RecipeError(f"--calibration: {self.method} fits nothing; add --refit or --refine-steps")
             return None
-        return Fitting(asked.text, asked.tokens or max(_LEAST_TOKENS, TOKENS_PER_UNKNOWN * unknowns), refit, steps)
+        return Fitting(asked.text, tokens or max(_LEAST_TOKENS, TOKENS_PER_UNKNOWN * unknowns), refit, steps)
 
     def head_counts(self, heads: int) -> tuple[int, int]:
         """Hq and Hkv for a source of `heads` heads. Raises RecipeError."""
@@ -283,18 +284,6 @@ def make_plan(source: Source, request: Request) -> Plan:
 
 def _unknowns(partitions: Mapping[str, Partition], dimensions: Dimensions) -> int:
     return max((len(p.clusters) for p in partitions.values() if not p.is_identity), default=0) * dimensions.head_dim
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "300MB", "5GB" (powers of ten) or "5GiB". Raises RecipeError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    size = 0
-    if match:
-        base = 1024 if match[3] else 1000
-        size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-    if size < 1:
-        raise RecipeError(f"--max-shard-size {text}: give a size such as 300MB or 5GB")
-    return size
 
 
 def _canonical_names(family: Family, source: Source) -> dict[str, str]:

@@ -22,10 +22,11 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"sources"},
     {"checks", "heads", "recipe", "workloads"},
     {"distill", "flops", "sampling", "timing"},
-    {"devices", "storage"},
+    {"amounts", "devices", "storage"},
     {"errors", "models", "progress"},
 ]
 LIGHT = [
+    "amounts",
     "__init__",
     "__main__",
     "checks",

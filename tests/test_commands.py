@@ -66,7 +66,7 @@ def test_json_is_one_object_and_nothing_else(run, out):
 def test_recipes_are_listed_and_can_be_looked_at(run, out):
     code, said, _ = run(uptrain, "--list-recipes")
     assert code == 0 and len(said.splitlines()) >= 9 and "gqa-5pct" in said
-    code, said, _ = run(uptrain, "out", "--recipe", "gpt2-small", "--tokens", 65536 * 7, "--dry-run")
+    code, said, _ = run(uptrain, "out", "--recipe", "gpt2-small", "--tokens", "458.752k", "--dry-run")
     assert code == 0 and "tokens: 458752" in said and "# 7 steps" in said
 
 
@@ -125,7 +125,7 @@ def test_a_converted_model_is_held_against_what_it_was_made_from(run, out):
     code, said, err = run(evaluate, "out", "--tokens", 2048, "--samples", 1)
     assert code == 0, err
     assert "sample:gpt2" in said and "[given]" in said and said.count("[sample:gpt2]") == 1
-    code, said, err = run(evaluate, "out", "--tokens", 2048, "--json", "--samples", 1)
+    code, said, err = run(evaluate, "out", "--tokens", "2k", "--json", "--samples", 1)
     result = json.loads(said)
     assert (code, err, result["schema"]) == (0, "", 1)
     assert result["models"] == {"against": "sample:gpt2", "model": "out"}
@@ -140,6 +140,8 @@ def test_a_quality_gate_has_its_own_exit_code(run, out):
     assert code == 0, err
     code, _, err = run(evaluate, "sample:gpt2", "--max-kl", 0.5)
     assert code == 2 and "--against" in err
+    code, _, err = run(evaluate, "out", "--max-kl", "nan")
+    assert code == 2 and "--max-kl nan: give 0 or more" in err
 
 
 def test_models_that_cannot_be_compared_are_named(run):

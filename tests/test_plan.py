@@ -12,6 +12,7 @@ from helpers import plain_convert as convert
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, MT5Config, T5Config
 
+from sqa_convert.amounts import amount
 from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
 from sqa_convert.families import FAMILIES, Family, Site, family_of
 from sqa_convert.heads import Partition, get_method
@@ -345,15 +346,42 @@ def test_shards_hold_every_tensor_once_within_the_limit():
         assert sum(t.nbytes for t in tensors) <= 50e6 or len(tensors) == 1
 
 
-@pytest.mark.parametrize(("text", "size"), [("300MB", 3e8), ("5GB", 5e9), ("1KiB", 1024), ("1.5 g", 1.5e9), ("7", 7)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("300MB", 3e8), ("5GB", 5e9), ("2MiB", 2**21), ("1.5 g", 1.5e9), ("1MB", 1e6), ("1000k", 1e6)]
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "big", "-1GB", "0", "5XB"])
+@pytest.mark.parametrize(
+    "text", ["", "big", "-1GB", "0", "5XB", "2", "7B", "5000000000", "1KiB", "999KB", "0.1MB", "9" * 99 + "GB", 2]
+)
 def test_bad_sizes_are_refused(text):
     with pytest.raises(RecipeError, match="--max-shard-size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [(64, 64), ("4096", 4096), ("400k", 400_000), ("5M", 5_000_000), ("1.5m", 1_500_000), ("2e6", 2_000_000),
+     ("1_024", 1024), ("2B", 2 * 10**9)],
+)  # fmt: skip
+def test_amounts(given, number):
+    assert amount(given, "--tokens") == number
+
+
+@pytest.mark.parametrize(
+    "given", ["", "k", "many", "-4k", "4kb", "1.5", "0.0001k", "nan", "inf", "4 4", "9e99", True, 1.5]
+)
+def test_what_is_no_amount_is_refused(given):
+    with pytest.raises(RecipeError, match=r"--tokens .*give a whole number"):
+        amount(given, "--tokens")
+
+
+def test_calibration_tokens_are_an_amount_from_python_too():
+    assert Request(8, 4, calibration=Calibration(tokens="70k")).fitting(1).tokens == 70_000
+    with pytest.raises(RecipeError, match="--calibration-tokens 'many'"):
+        Request(8, 4, calibration=Calibration(tokens="many")).fitting(1)
 
 
 def test_two_names_of_one_tensor_are_refused():

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..amounts import amount
 from ..errors import CheckpointError, OutputError, RecipeError, one_line
 from .console import Out, run_app, show_report
 from .options import EXIT_CODES, AsJson, Device, Quiet, TrustRemoteCode, Verbose, Version, make_app
@@ -120,13 +121,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 def parse_lengths(text: str | None) -> tuple[int, ...]:
     """ "1k,4096" as (1024, 4096). Raises RecipeError."""
-    found = []
-    for word in _words(text or ""):
-        digits, factor = (word[:-1], 1024) if word[-1] in "kK" else (word, 1)
-        if not digits.isdecimal():
-            raise RecipeError(f"--lengths {text}: {word!r} is no number of tokens such as 512 or 4k")
-        found.append(int(digits) * factor)
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(amount(word, "--lengths", thousand=1024) for word in _words(text or "")))
 
 
 def _resolve(names: list[str]) -> dict[str, Path]:

@@ -18,7 +18,7 @@ from ..recipe import load_recipe
 from ..report import calibration_lines, conversion_report, costs
 from ..sites import uses_torch
 from .console import Out, push, run_app, show_loading, show_quality, show_report
-from .options import EXIT_CODES, TEXT, AsJson, Public, PushToHub, Quiet, Verbose, Version, listing, make_app
+from .options import EXIT_CODES, TEXT, AsJson, Public, PushToHub, Quiet, Verbose, Version, count, listing, make_app
 
 app = make_app()
 
@@ -85,7 +85,10 @@ def convert(
     calibration_tokens: Annotated[
         int | None,
         typer.Option(
-            metavar="N", rich_help_panel=CALIBRATE, help="Default: 20 for each unknown of a fit, at least 65536."
+            metavar="N",
+            parser=count(),
+            rich_help_panel=CALIBRATE,
+            help="Also as 400k or 5M. Default: 20 for each unknown of a fit, at least 65536.",
         ),
     ] = None,
     refit: Annotated[
@@ -133,7 +136,7 @@ def convert(
         str,
         typer.Option(
             rich_help_panel=OUTPUT,
-            help="Largest weight file, such as 300MB.",
+            help="Largest weight file, such as 300MB; at least 1MB.",
         ),
     ] = DEFAULT_SHARD,
     no_verify: Annotated[

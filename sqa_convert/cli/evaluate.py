@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ from .options import (
     TrustRemoteCode,
     Verbose,
     Version,
+    count,
     make_app,
 )  # fmt: skip
 
@@ -31,7 +33,9 @@ def evaluate_command(
         typer.Option(metavar="MODEL", help="To compare with. Default: what FOLDER was converted from."),
     ] = None,
     data: Annotated[str | None, typer.Option(help=TEXT + " Its held-out part is used.")] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=64, help="Tokens of text.")] = 16384,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", parser=count(64), help="Tokens of text, also as 400k or 5M.")
+    ] = 16384,
     samples: Annotated[int, typer.Option(metavar="N", min=0, help="Texts that both models go on with.")] = 2,
     max_kl: Annotated[
         float | None, typer.Option(metavar="X", help="Exit with code 4 if KL(against || FOLDER) is larger, nats/token.")
@@ -40,7 +44,7 @@ def evaluate_command(
         str | None,
         typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness, or a YAML file (extra: sqa-convert[eval])."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Examples of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", parser=count(1), help="Examples of each task.")] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -81,6 +85,8 @@ def evaluate_command(
     if against is None and (folder / REPORT).is_file():
         source = read_report(folder)["source"]
         against, revision = source["name"], source["revision"]
+    if max_kl is not None and not 0 <= max_kl < math.inf:
+        raise RecipeError(f"--max-kl {max_kl}: give 0 or more, in nats a token")
     if max_kl is not None and against is None:
         raise RecipeError("--max-kl needs a model to compare with: give --against")
     models = ({} if against is None else {"against": resolve(against, revision)}) | {"model": folder}

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from ..amounts import amount
+from ..errors import RecipeError
 
 SAY = "What is said"
 EXIT_CODES = (
@@ -25,6 +27,21 @@ def make_app() -> typer.Typer:
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
     )
+
+
+def count(least: int = 0) -> Callable[[str], int]:
+    """A flag's parser: a whole number, also as 400k or 5M, of at least so many."""
+
+    def parse(text: str) -> int:
+        try:
+            number = amount(text, "")
+        except RecipeError as error:
+            raise typer.BadParameter(str(error)) from error
+        if number < least:
+            raise typer.BadParameter(f"{number:,} is less than {least:,}.")
+        return number
+
+    return parse
 
 
 def _version(wanted: bool) -> None:

@@ -22,6 +22,7 @@ from .options import (
     TrustRemoteCode,
     Verbose,
     Version,
+    count,
     listing,
     make_app,
 )  # fmt: skip
@@ -45,7 +46,9 @@ def uptrain_command(
         str | None, typer.Option(metavar="MODEL", help="The unconverted model. Default: as the report names it.")
     ] = None,
     data: Annotated[str | None, typer.Option(help=TEXT + " Instead of the recipe's.")] = None,
-    tokens: Annotated[int | None, typer.Option(metavar="N", help="Instead of the recipe's.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", parser=count(), help="Instead of the recipe's; also as 400k or 5M.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the recipe's.")] = None,
     loss: Annotated[str | None, typer.Option(help="kl, ce or mix, instead of the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
