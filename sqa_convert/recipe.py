@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .amounts import amount
 from .errors import RecipeError
+from .recipe_hints import HINTS
 
 LOSSES = ("kl", "ce", "mix")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -150,13 +152,9 @@ def load_recipe(name: str, **overrides: Any) -> Recipe:
     packaged = recipe_folder() / f"{name}.yaml"
     path = packaged if packaged.is_file() else Path(name)
     try:
-        import yaml
-
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{name}: no such file or recipe ({', '.join(recipe_names())})") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise RecipeError(f"{path} must hold a table of settings")
     return _recipe({**content, **{k: v for k, v in overrides.items() if v is not None}}, str(path))
@@ -174,10 +172,44 @@ def summary(name: str) -> str:
     return (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
 
 
-def _is_a(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+def _parsed(text: str, path: Path) -> Any:
+    """YAML's content. Raises RecipeError, also where a key stands twice: YAML takes the last and says nothing."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+                raise RecipeError(f"{path}: given twice: {', '.join(twice)}")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _as(kind: type, value: Any) -> Any:
+    """A value as one of a setting's kind; numbers may be text, such as "5M" or "2e-4". Raises ValueError."""
+    if type(value) is kind:
+        return value
+    try:
+        if kind is int and type(value) in (str, float):
+            return amount(str(value), "")
+        if kind is float and type(value) in (str, int):
+            return float(value)
+    except ValueError:
+        pass
+    raise ValueError(f"{value!r} is no {kind.__name__}")
+
+
+def _hint(key: str, known: Collection[str]) -> str:
+    """What an unknown setting may have been meant for: by what other trainers call it, or by its letters."""
+    hint = HINTS.get(key.lower().replace("-", "_").replace(" ", "_"))
+    if hint is not None:
+        return f"; here it is {hint}"
+    close = difflib.get_close_matches(key, known, 1)
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def _recipe(content: Mapping[str, Any], where: str) -> Recipe:
@@ -186,12 +218,12 @@ def _recipe(content: Mapping[str, Any], where: str) -> Recipe:
     faults = []
     for key, value in content.items():
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, 1)
-            faults.append(f"{key}: no such setting" + (f", did you mean {close[0]}?" if close else ""))
-        elif not _is_a(value, fields[key]):
-            faults.append(f"{key}: {value!r} is no {fields[key].__name__}")
-        else:
-            values[key] = fields[key](value)
+            faults.append(f"{key}: no such setting{_hint(str(key), fields)}")
+            continue
+        try:
+            values[key] = _as(fields[key], value)
+        except ValueError as error:
+            faults.append(f"{key}: {error}")
     recipe = None
     try:
         recipe = Recipe(**values)

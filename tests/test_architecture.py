@@ -23,7 +23,7 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"checks", "heads", "recipe", "workloads"},
     {"distill", "flops", "sampling", "timing"},
     {"amounts", "devices", "storage"},
-    {"errors", "models", "progress"},
+    {"errors", "models", "progress", "recipe_hints"},
 ]
 LIGHT = [
     "amounts",
@@ -32,6 +32,7 @@ LIGHT = [
     "checks",
     "errors",
     "recipe",
+    "recipe_hints",
     "plan",
     "checkpoint",
     "sources",

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -17,6 +18,7 @@ from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.errors import CheckpointError, DataError, OutputError, QualityError, RecipeError
 from sqa_convert.evaluation import HeldOut, Predictions, evaluate, load_model, measure, predict
 from sqa_convert.recipe import dump_recipe, recipe_folder, recipe_names, summary
+from sqa_convert.recipe_hints import HINTS
 from sqa_convert.report import quality_table, recovered, uptraining_lines
 from sqa_convert.trainer import UptrainingTrainer
 from sqa_convert.training import Job, no_dropout
@@ -363,12 +365,68 @@ def test_every_packaged_recipe_loads_says_what_it_is_for_and_comes_back_from_its
 
 def test_flags_win_over_the_recipe(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("tokens: 1_000_000\nlearning_rate: 1e-4\nloss: ce\n")  # YAML 1.1 reads 1e-4 as text
-    with pytest.raises(RecipeError, match="learning_rate"):
-        load_recipe(str(path))
     path.write_text("tokens: 1_000_000\nlearning_rate: 1.0e-4\nloss: ce\n")
     assert load_recipe(str(path)) == Recipe(tokens=1_000_000, learning_rate=1e-4, loss="ce")
     assert load_recipe(str(path), tokens=2_000_000).tokens == 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("1e-4", 1e-4), ("2e-4", 2e-4), ("'2.0E-4'", 2e-4), ("1", 1.0), (".5", 0.5),
+        ("nine", None), ("true", None), ("1e-4 x", None), ("[1]", None), ("", None), (".nan", None), ("1e999", None),
+    ],
+)  # fmt: skip
+def test_a_rate_is_a_number_however_it_is_written(written, meant, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"learning_rate: {written}\n")  # YAML 1.1 reads 1e-4 as text
+    if meant is None:
+        with pytest.raises(RecipeError, match="learning_rate"):
+            load_recipe(str(tmp_path / "r.yaml"))
+    else:
+        assert load_recipe(str(tmp_path / "r.yaml")).learning_rate == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("5M", 5_000_000), ("400k", 400_000), ("1.1M", 1_100_000), ("0.4 m", 400_000), ("1e6", 1_000_000),
+        ("1.0e+6", 1_000_000), ("2B", 2 * 10**9), ("1_000_000", 1_000_000),
+        ("400000.5", None), ("5MB", None), ("4,00", None), ("-5M", None), ("yes", None), ("1e99", None), (".inf", None),
+    ],
+)  # fmt: skip
+def test_a_count_is_a_number_however_it_is_written(written, meant, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"tokens: {written}\n")
+    if meant is None:
+        with pytest.raises(RecipeError, match="tokens"):
+            load_recipe(str(tmp_path / "r.yaml"))
+    else:
+        recipe = load_recipe(str(tmp_path / "r.yaml"))
+        assert recipe.tokens == meant and type(recipe.tokens) is int
+
+
+def test_a_setting_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_text("tokens: 5M\nseed: 1\n'tokens': 400k\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml: given twice: tokens"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("lr", "`learning_rate`"), ("epochs", "`tokens`"), ("max_steps", "`tokens`: steps"), ("bf16", "`precision`"),
+        ("per_device_train_batch_size", "`micro_batch`"), ("Warmup-Steps", "`warmup`, a share"),
+        ("output_dir", "--output"), ("optimizer", "AdamW"), ("learnng_rate", "did you mean learning_rate"),
+    ],
+)  # fmt: skip
+def test_other_trainers_names_lead_to_a_recipes(key, hint, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"{key}: 1\n")
+    with pytest.raises(RecipeError, match=f"{key}: no such setting.*{hint}"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_hints_name_settings_that_there_are():
+    settings = {field.name for field in dataclasses.fields(Recipe)}
+    assert {name for hint in HINTS.values() for name in re.findall("`([a-z_]+)`", hint)} - {"text"} <= settings
 
 
 def test_all_faults_of_a_recipe_are_named_at_once(tmp_path):
