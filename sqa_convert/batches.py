@@ -13,24 +13,60 @@ from torch import Tensor, nn
 
 from .distill import IGNORED
 from .errors import CheckpointError, DataError, one_line
+from .text_formats import pieces
 
 NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0  # T5's span corruption (Raffel et al., arXiv 1910.10683, section 3.3.4)
+_ENCODED = 2**16  # characters given to a tokenizer at once, about
+_OF_A_TOKEN = 16  # characters at most, mostly: the beginning of a document that fills a block
+_WAITING = 2**24  # characters of the documents held to go on with
 
 
 def token_stream(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tensor]:
     """Documents, each closed by the end-of-text token, packed into int64 blocks (length,); a rest is dropped."""
     tokens = array("i")
     for text in texts:
-        try:
-            tokens.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-            if tokenizer.eos_token_id is not None:
-                tokens.append(tokenizer.eos_token_id)
-        except Exception as error:  # a tokenizer that loads can still lack what a text asks for
-            raise CheckpointError(f"the tokenizer does not take the text: {one_line(error)}") from error
-        whole = len(tokens) // length * length
-        if whole:
-            yield from torch.frombuffer(tokens[:whole], dtype=torch.int32).long().view(-1, length)
-            tokens = tokens[whole:]
+        for part in _encoded(text, tokenizer, _ENCODED):
+            tokens.extend(part)
+            whole = len(tokens) // length * length
+            if whole:
+                yield from torch.frombuffer(tokens[:whole], dtype=torch.int32).long().view(-1, length)
+                tokens = tokens[whole:]
+
+
+def drawn_stream(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tensor]:
+    """Blocks as of `token_stream`, but of each document one block at most, its beginning, while there are others.
+
+    When all have had their turn they go on where they stopped. What a block cuts off is never followed by another
+    document within the block, so an end-of-text token stands between any two.
+    """
+    turn: Iterator[tuple[str, Iterator[int]]]
+    turn = ((text, chain.from_iterable(_encoded(text, tokenizer, _OF_A_TOKEN * length))) for text in texts)
+    block: list[int] = []
+    while True:
+        waiting: list[tuple[str, Iterator[int]]] = []
+        room = _WAITING
+        for text, document in turn:
+            block += islice(document, length - len(block))
+            if len(block) == length:
+                yield torch.tensor(block)
+                block = []
+                if room > 0:
+                    waiting.append((text, document))
+                    room -= len(text)
+        if not waiting:
+            return
+        turn = iter(waiting)
+
+
+def _encoded(text: str, tokenizer: Any, size: int) -> Iterator[array[int]]:
+    """A document's tokens, of about `size` characters at a time, and the end-of-text token."""
+    try:
+        for piece in pieces(text, size):
+            yield array("i", tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+        if tokenizer.eos_token_id is not None:
+            yield array("i", [tokenizer.eos_token_id])
+    except Exception as error:  # a tokenizer that loads can still lack what a text asks for
+        raise CheckpointError(f"the tokenizer does not take the text: {one_line(error)}") from error
 
 
 def token_blocks(
@@ -40,14 +76,15 @@ def token_blocks(
     max_tokens: int | None = None,
     name: str = "the data",
     flag: str = "--data",
+    drawn: bool = False,
 ) -> Tensor:
-    """The blocks of `token_stream` as (n, length), of at most `max_tokens`.
+    """The blocks of `token_stream` as (n, length), of at most `max_tokens`; of `drawn_stream` where they are `drawn`.
 
     Raises:
         DataError: the documents do not fill one block.
     """
     most = None if max_tokens is None else max(1, max_tokens // length)
-    blocks = list(islice(token_stream(texts, tokenizer, length), most))
+    blocks = list(islice((drawn_stream if drawn else token_stream)(texts, tokenizer, length), most))
     if not blocks:
         raise DataError(f"{name} holds less than one block of {length} tokens: give more with {flag}")
     return torch.stack(blocks)

@@ -18,6 +18,8 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"evaluation", "execution", "report"},
     {"shards", "sites"},
     {"batches", "data", "output", "pictures", "plan"},
+    {"text_files"},
+    {"text_formats"},
     {"checkpoint", "families"},
     {"sources"},
     {"checks", "heads", "recipe", "workloads"},
