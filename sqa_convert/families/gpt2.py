@@ -39,6 +39,7 @@ class GPT2(Family):
         "AutoConfig": "configuration_sqa_gpt2.SQAGPT2Config",
         "AutoModel": "modeling_sqa_gpt2.SQAGPT2Model",
         "AutoModelForCausalLM": "modeling_sqa_gpt2.SQAGPT2ForCausalLM",
+        "AutoModelForPreTraining": "modeling_sqa_gpt2.SQAGPT2ForCausalLM",
         "AutoModelForSequenceClassification": "modeling_sqa_gpt2.SQAGPT2ForSequenceClassification",
     }
     architectures = {

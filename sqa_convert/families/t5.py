@@ -40,6 +40,8 @@ class T5(Family):
         "AutoConfig": "configuration_sqa_t5.SQAT5Config",
         "AutoModel": "modeling_sqa_t5.SQAT5Model",
         "AutoModelForSeq2SeqLM": "modeling_sqa_t5.SQAT5ForConditionalGeneration",
+        "AutoModelForCausalLM": "modeling_sqa_t5.SQAT5ForConditionalGeneration",
+        "AutoModelForPreTraining": "modeling_sqa_t5.SQAT5ForConditionalGeneration",
         "AutoModelForTextEncoding": "modeling_sqa_t5.SQAT5EncoderModel",
     }
     architectures = {

@@ -1,27 +1,31 @@
 """The two architectures. Importing this registers them with the Auto classes of transformers."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTextEncoding,
-)
+import transformers
+from transformers import AutoConfig
 
 from .configuration_sqa_gpt2 import SQAGPT2Config
 from .configuration_sqa_t5 import SQAT5Config
 from .modeling_sqa_gpt2 import SQAGPT2ForCausalLM, SQAGPT2ForSequenceClassification, SQAGPT2Model
 from .modeling_sqa_t5 import SQAT5EncoderModel, SQAT5ForConditionalGeneration, SQAT5Model
 
+_CLASSES = {
+    SQAGPT2Model: ("AutoModel",),
+    SQAGPT2ForCausalLM: ("AutoModelForCausalLM", "AutoModelForPreTraining"),
+    SQAGPT2ForSequenceClassification: ("AutoModelForSequenceClassification",),
+    SQAT5Model: ("AutoModel",),
+    # Pipelines load a T5 by its class's name, which only transformers' own classes have: ours by the Auto class.
+    SQAT5ForConditionalGeneration: ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModelForPreTraining"),
+    SQAT5EncoderModel: ("AutoModelForTextEncoding",),
+}
+"""the Auto classes that load each, its own first; families' `auto_map` says the same to who has only the folder"""
+
 for _config in (SQAGPT2Config, SQAT5Config):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
-AutoModel.register(SQAGPT2Config, SQAGPT2Model, exist_ok=True)
-AutoModelForCausalLM.register(SQAGPT2Config, SQAGPT2ForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(SQAGPT2Config, SQAGPT2ForSequenceClassification, exist_ok=True)
-AutoModel.register(SQAT5Config, SQAT5Model, exist_ok=True)
-AutoModelForSeq2SeqLM.register(SQAT5Config, SQAT5ForConditionalGeneration, exist_ok=True)
-AutoModelForTextEncoding.register(SQAT5Config, SQAT5EncoderModel, exist_ok=True)
+    _config.register_for_auto_class()
+for _class, _autos in _CLASSES.items():
+    for _auto in _autos:
+        getattr(transformers, _auto).register(_class.config_class, _class, exist_ok=True)
+    _class.register_for_auto_class(_autos[0])  # `save_pretrained` writes the modeling files, too
 
 __all__ = [
     "SQAGPT2Config",
