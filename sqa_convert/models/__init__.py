@@ -1,14 +1,14 @@
 """The two architectures. Importing this registers them with the Auto classes of transformers."""
 
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from .configuration_sqa_gpt2 import SQAGPT2Config
 from .configuration_sqa_t5 import SQAT5Config
 from .modeling_sqa_gpt2 import SQAGPT2ForCausalLM, SQAGPT2ForSequenceClassification, SQAGPT2Model
 from .modeling_sqa_t5 import SQAT5EncoderModel, SQAT5ForConditionalGeneration, SQAT5Model
 
-_CLASSES = {
+_CLASSES: dict[type[PreTrainedModel], tuple[str, ...]] = {
     SQAGPT2Model: ("AutoModel",),
     SQAGPT2ForCausalLM: ("AutoModelForCausalLM", "AutoModelForPreTraining"),
     SQAGPT2ForSequenceClassification: ("AutoModelForSequenceClassification",),
