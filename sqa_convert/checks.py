@@ -53,16 +53,20 @@ _FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 def regular_file(folder: Path, name: str, largest: int | None = None) -> Path | None:
     """A file of a checkpoint, None where it has none of that name.
 
-    A link may lead to another place in the folder, or as in the hub's cache to the blobs that belong to it.
-
     Raises:
-        CheckpointError: it is a device or the like, lies elsewhere, or is larger than `largest` bytes.
+        CheckpointError: it is a device or the like, a link to nothing or to what is not the checkpoint's own, or larger
+            than `largest` bytes.
     """
     path = folder / name
     try:
         found, home = path.resolve(strict=True), folder.resolve()
         status = found.stat()
     except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a link to {shown(str(path.readlink()), 300)}, where no file is; download the model again, "
+                "or put the file itself there"
+            ) from None
         return None
     except (OSError, RuntimeError, ValueError) as error:  # may not be looked at, a loop of links, a zero byte
         raise CheckpointError(f"{shown(str(path), 300)} cannot be read: {one_line(error)}") from error
@@ -70,12 +74,23 @@ def regular_file(folder: Path, name: str, largest: int | None = None) -> Path | 
         return None
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is no regular file")
-    homes = [home, (home.parent.parent / "blobs").resolve()] if home.parent.name == "snapshots" else [home]
-    if not any(found.is_relative_to(place) for place in homes):
-        raise CheckpointError(f"{path} is a link that leads outside the folder; put the file itself there")
+    if not found.is_relative_to(home) and not _may_lie_elsewhere(name, found):
+        raise CheckpointError(
+            f"{path} is a link to {shown(str(found), 300)}, which is not the model's own; put the file itself there "
+            f"(cp -rL copies a folder with what its links lead to)"
+        )
     if largest is not None and status.st_size > largest:
         raise CheckpointError(f"{path} has {status.st_size:,} bytes, at most {largest:,} are read")
     return path
+
+
+def _may_lie_elsewhere(name: str, target: Path) -> bool:
+    """Whether a link out of the folder can be left to lead there.
+
+    Weights can: of what is no table of tensors nothing gets into the result. Text that is copied, and perhaps
+    published, must be the model's own: a blob of the hub's cache, or a file of the same name.
+    """
+    return name.endswith((".safetensors", ".bin")) or "blobs" in target.parent.parts or target.name == Path(name).name
 
 
 def carried_file(folder: Path, name: str) -> None:

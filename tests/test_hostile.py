@@ -18,6 +18,7 @@ from fuzzing import KINDS, Checkpoints, digest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sqa_convert import convert
 from sqa_convert.checkpoint import open_source, resolve
 from sqa_convert.cli.convert import main
 from sqa_convert.errors import CheckpointError, SQAError, one_line, shown
@@ -153,12 +154,12 @@ def sound(tmp_path_factory):
     return _made[0]
 
 
-@pytest.mark.parametrize("name", ["config is a device", "tokenizer is a FIFO", "weights are a link outside"])
+@pytest.mark.parametrize("name", ["config is a device", "tokenizer is a FIFO", "tokenizer is a link outside"])
 def test_every_command_looks_at_a_folder_before_a_library_does(name, place):
     source = hostile.build(place, "gpt2")
     hostile.CATALOGUE[name].spoil(place)
     for use in (resolve, load_config, load_tokenizer):
-        with pytest.raises(CheckpointError, match=r"no regular file|outside the folder"):
+        with pytest.raises(CheckpointError, match="no regular file|not the model's own"):
             use(str(source))
 
 
@@ -212,3 +213,43 @@ def test_what_is_shown_is_short_and_steers_nothing():
     assert len(shown("x" * 10**6)) < 200
     assert one_line(ValueError("a\nb\x1b[2J")) == "a b?[2J"
     assert issubclass(CheckpointError, SQAError)
+
+
+@pytest.mark.parametrize("layout", ["blobs of a cache", "snapshot of a cache", "a store of models"])
+def test_a_folder_of_links_is_converted(layout, tmp_path):
+    source = hostile.build(tmp_path, "sample")
+    (source / "LICENSE").write_text("as you like")
+    store = tmp_path / "elsewhere" / {"blobs of a cache": "models--a--b/blobs"}.get(layout, "gpt2")
+    store.mkdir(parents=True)
+    for number, path in enumerate(sorted(source.iterdir())):
+        target = store / (f"{number:040x}" if "blobs" in layout else path.name)
+        path.rename(target)
+        if layout == "snapshot of a cache":  # links to links
+            between = tmp_path / "snapshots" / path.name
+            between.parent.mkdir(exist_ok=True)
+            between.symlink_to(target)
+            target = between
+        path.symlink_to(target)
+    out = convert(source, 8, 4, method="mean", output=tmp_path / "out", verify=False).output
+    assert (out / "LICENSE").read_text() == "as you like" and not (out / "LICENSE").is_symlink()
+    assert (out / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "LICENSE"])
+def test_a_link_to_nothing_says_so(name, tmp_path):
+    source = hostile.build(tmp_path, "sample")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(tmp_path / "blobs" / ("0" * 40))
+    with pytest.raises(CheckpointError, match=rf"{name} is a link to .*blobs/0+, where no file is; download"):
+        convert(source, 8, 4, method="mean")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "README.md"])
+def test_a_link_to_what_is_not_the_models_own_says_the_way_out(name, tmp_path):
+    source = hostile.build(tmp_path, "sample")
+    hostile.link("../secret.txt", name)(source)
+    if name == "README.md":  # no more than the licence and the like is read of it, and it is no reason to stop
+        assert "what lies outside" not in json.dumps(convert(source, 8, 4, method="mean").report)
+        return
+    with pytest.raises(CheckpointError, match=rf"{name} is a link to .*secret.txt, .* put the file itself .*cp -rL"):
+        convert(source, 8, 4, method="mean")
