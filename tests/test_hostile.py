@@ -159,7 +159,7 @@ def test_every_command_looks_at_a_folder_before_a_library_does(name, place):
     source = hostile.build(place, "gpt2")
     hostile.CATALOGUE[name].spoil(place)
     for use in (resolve, load_config, load_tokenizer):
-        with pytest.raises(CheckpointError, match="no regular file|not the model's own"):
+        with pytest.raises(CheckpointError, match=r"no regular file|not the model's own"):
             use(str(source))
 
 
