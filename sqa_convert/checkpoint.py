@@ -8,6 +8,7 @@ from typing import Any
 
 from .checks import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, carried_file, check_pickle, parse_json, regular_file
 from .errors import CheckpointError, RecipeError, SQAError, one_line, shown
+from .families import completed
 from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, Stamp, indexed, stamp
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -29,12 +30,12 @@ CARRIED_FILES = (
 )
 """files of the source that the result needs as they are"""
 _WEIGHTS = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
-"""where a folder's weights may stand, the best first"""
+"""where a folder's weights may stand, in the order in which transformers looks: all that read a folder read the same"""
 
 Accept = Callable[[dict[str, Any]], object]
 """is given config.json before any weight is fetched; raises when there is no point in going on"""
@@ -56,30 +57,26 @@ def open_source(
     stamps: dict[Path, Stamp] = {}
     if (folder := local_folder(name, revision)) is not None:
         commit, stamps = None, _stamps(folder)
-        config = read_config(name, folder)
+        config = source_config(name, folder)
         accept(config)
     else:
         folder, commit = _download(name, revision, "config.json")
-        config = read_config(name, folder)
+        config = source_config(name, folder)
         accept(config)
         source = _hub_headers(name, revision) if headers_only else None
         if source is None:
-            patterns = ("config.json", CARD, *CARRIED_FILES, "model*.safetensors", _WEIGHTS[0])
+            patterns = ("config.json", CARD, *CARRIED_FILES, "model*.safetensors", _WEIGHTS[1])
             folder, commit = _download(name, revision, *patterns)
             if not any(folder.glob("model*.safetensors")):
-                folder, commit = _download(name, revision, "pytorch_model*.bin", _WEIGHTS[2])
+                folder, commit = _download(name, revision, "pytorch_model*.bin", _WEIGHTS[3])
     if source is None:
         _check_carried(folder)
         stamps = stamps or _stamps(folder)
-        files, promised = _weight_files(name, folder)
+        files = _weight_files(name, folder)
         stamps |= {folder / file: stamp(folder / file) for file in files}
-        if files[0].endswith(".safetensors"):
-            source = SafetensorsSource(folder, files)
-            if missing := sorted(promised - source.index.keys()):
-                raise CheckpointError(f"{name}: {shown(missing[0])} stands in the index but in none of the files")
-        else:
-            source = PickleSource(folder, files)  # leaves out tied names, so its index may promise more
+        source = (SafetensorsSource if files[0].endswith(".safetensors") else PickleSource)(folder, files)
         source.stamps = stamps
+        source.notes = _passed_over(folder, files)
     source.name, source.revision, source.folder, source.config = name, commit, folder, config
     return source
 
@@ -103,7 +100,7 @@ def check_folder(folder: Path) -> None:
     regular_file(folder, "config.json", LARGEST_CONFIG)
     _check_carried(folder)
     if any((folder / candidate).is_file() for candidate in _WEIGHTS):
-        for file in _weight_files(str(folder), folder)[0]:
+        for file in _weight_files(str(folder), folder):
             if file.endswith(".bin"):
                 check_pickle(folder / file)
 
@@ -139,6 +136,11 @@ def local_folder(name: str, revision: str | None = None) -> Path | None:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name}: no such folder")
     return None
+
+
+def source_config(name: str, folder: Path) -> dict[str, Any]:
+    """config.json of a source, as transformers reads it. Raises CheckpointError, UnsupportedModelError."""
+    return dict(completed(read_config(name, folder)))
 
 
 def read_config(name: str, folder: Path) -> dict[str, Any]:
@@ -206,17 +208,31 @@ def _hub_headers(name: str, revision: str | None) -> Source | None:
     return source
 
 
-def _weight_files(name: str, folder: Path) -> tuple[list[str], set[str]]:
-    """The files that hold a folder's weights, and the tensor names its index promises."""
+def _passed_over(folder: Path, files: list[str]) -> tuple[str, ...]:
+    """A sentence where the folder holds other weights of the same format, which may be of another state."""
+    kind = Path(files[0]).suffix
+    others = [name for name in _WEIGHTS if kind in Path(name).suffixes and (folder / name).is_file()]
+    if len(others) < 2:
+        return ()
+    return (f"weights read from {files[0]}, as transformers does; {others[1]} beside it was not looked at",)
+
+
+def _weight_files(name: str, folder: Path) -> list[str]:
+    """The files that hold a folder's weights. What its index says of single tensors is not believed."""
     for candidate in _WEIGHTS:
         if regular_file(folder, candidate) is None:
             continue
-        files, names = [candidate], set()
+        files = [candidate]
         if candidate.endswith(".json"):
-            weight_map = read_json(folder / candidate, "", LARGEST_INDEX).get("weight_map")
+            index = read_json(folder / candidate, "", LARGEST_INDEX)
+            weight_map = index.get("weight_map")
             if not isinstance(weight_map, dict) or not 0 < len(weight_map) <= MOST_TENSORS:
                 raise CheckpointError(f"{folder / candidate}: no weight_map of 1 to {MOST_TENSORS:,} tensors")
-            files, names = sorted(set(map(str, weight_map.values()))), set(weight_map)
+            if "metadata" not in index:
+                raise CheckpointError(
+                    f'{folder / candidate}: transformers reads no index like it; add "metadata": {{}}'
+                )
+            files = sorted(set(map(str, weight_map.values())))
         for file in files:
             if Path(file).name != file:
                 raise CheckpointError(f"{folder / candidate}: {shown(file)} lies outside the folder")
@@ -224,5 +240,5 @@ def _weight_files(name: str, folder: Path) -> tuple[list[str], set[str]]:
                 raise CheckpointError(f"{name}: {shown(file)} is missing from {folder}")
         if len({Path(file).suffix for file in files}) > 1 or Path(files[0]).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(f"{folder / candidate} names other files than .safetensors or .bin")
-        return files, names
+        return files
     raise CheckpointError(f"{name}: no weights ({', '.join(_WEIGHTS)}) in {folder}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import open_source
 from .describe import write_report
 from .errors import OutputError, RecipeError
-from .execution import build_model, check_loads, write_model
+from .execution import build_model, check_copies, check_loads, write_model
 from .output import staged_output
 from .plan import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Plan, Request, make_plan
 from .progress import Progress, silent
@@ -147,6 +147,7 @@ def convert(
 def _in_memory(plan: Plan, source: Source, settings: Settings, progress: Progress) -> Conversion:
     start = time.perf_counter()
     check_loads(plan)
+    check_copies(plan, source)
     calibrated = _calibrated(plan, source, settings, progress)
     model, records = build_model(plan, source, calibrated.sites, progress)
     report = conversion_report(plan, source, None, records, calibrated.report, settings.seed)
@@ -180,6 +181,7 @@ def convert_to_folder(
         start = time.perf_counter()
         if settings.verify:
             check_loads(plan)
+        check_copies(plan, source)
         calibrated = _calibrated(plan, source, settings, progress)
         calibrating, start = time.perf_counter() - start, time.perf_counter()
         records, sums = write_model(plan, source, folder, calibrated.sites, settings.verify, progress)

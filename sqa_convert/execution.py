@@ -137,6 +137,9 @@ def _sites_at_a_time(plan: Plan) -> Iterator[int]:
 def carried(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[memoryview]:
     """The bytes of a tensor that only changes its name, and perhaps its dtype. Raises CheckpointError."""
     assert isinstance(tensor.origin, str)
+    if tensor.origin in plan.zeros:
+        yield memoryview(bytes(tensor.nbytes))
+        return
     name = plan.source_names[tensor.origin]
     stored = source.index[name].dtype
     for piece in source.pieces(name):
@@ -189,6 +192,16 @@ def result_config(plan: Plan, records: Mapping[Site, SiteRecord]) -> dict[str, A
     return plan.config | {"sqa": plan.config["sqa"] | {"partition": partition}}
 
 
+def check_copies(plan: Plan, source: Source) -> None:
+    """Raises CheckpointError where tensors that should be one and the same hold different numbers."""
+    for name, other in plan.copies:
+        if not source.equal(name, other):
+            raise CheckpointError(
+                f"{source.name}: {other} and {name} differ, where config.json says that they are one tensor; if the "
+                f"model has a head of its own, config.json has to say {plan.family.untied}"
+            )
+
+
 def check_loads(plan: Plan) -> None:
     """The result's config is accepted, and its model calls for the shapes that are planned. Builds no weights.
 
@@ -209,7 +222,7 @@ def check_loads(plan: Plan) -> None:
     prefix = "" if model.base_model_prefix in dict(model.named_children()) else f"{model.base_model_prefix}."
     for tensor in plan.tensors:
         shape = expected.get(tensor.name, expected.get(tensor.name.removeprefix(prefix)))
-        if isinstance(tensor.origin, Site) and shape != tensor.shape:
+        if shape != tensor.shape and (shape is not None or isinstance(tensor.origin, Site)):
             raise CheckpointError(f"{tensor.name} has shape {tensor.shape}, the model class calls for {shape}")
 
 

@@ -17,8 +17,9 @@ from .amounts import amount, parse_size
 from .errors import CheckpointError, RecipeError
 from .families import Config, Dimensions, Family, Site, family_of
 from .heads import Partition, get_method, variant_heads
-from .sources import Source
+from .sources import Source, TensorInfo
 from .storage import DTYPES, FLOATING
+from .stored import Stored, stored_tensors
 
 AUTO = "auto"
 """the method that tries several on calibration text and takes the best; without text it is `BLIND_METHOD`"""
@@ -207,6 +208,12 @@ class Plan:
     """config.json of the result"""
     source_names: dict[str, str]
     """canonical name -> name in the source"""
+    zeros: dict[str, TensorInfo]
+    """biases that the source does without, by canonical name"""
+    copies: tuple[tuple[str, str], ...]
+    """pairs of names in the source that must hold the same numbers; the second is left out"""
+    notes: tuple[str, ...]
+    """what there is to know of the source, in sentences"""
     before: Cost
     after: Cost
 
@@ -239,12 +246,11 @@ def make_plan(source: Source, request: Request) -> Plan:
     partitions = request.partitions(source.config)
     family = family_of(source.config)
     dimensions = family.dimensions(source.config)
-    names = _canonical_names(family, source)
-    _check_shapes(family, source, names)
+    stored = stored_tensors(family, source)
 
     cast = CASTS.get(request.dtype)
     counts = {kind: (len(p.clusters), len(p.kv_groups)) for kind, p in partitions.items()}
-    tensors = _output_tensors(family, source, names, counts, cast)
+    tensors = _output_tensors(family, source, stored, counts, cast)
     config = family.result_config(source.config, counts)
     if cast is not None:
         config |= {"dtype": request.dtype}
@@ -257,9 +263,8 @@ def make_plan(source: Source, request: Request) -> Plan:
     }
     sites = tuple(family.sites(source.config))
     unknowns = _unknowns(partitions, dimensions)
-    stored = source.index[names[family.consumed(sites[0])[0]]].dtype
-    tied = family.tied(source.config)
-    before = {name: source.index[stored_name].shape for name, stored_name in names.items()}
+    dtype = stored.infos[family.consumed(sites[0])[0]].dtype
+    before = {name: info.shape for name, info in stored.infos.items()}
     after = {tensor.name: tensor.shape for tensor in tensors}
     original = dict.fromkeys(counts, (dimensions.heads, dimensions.heads))
     return Plan(
@@ -276,9 +281,12 @@ def make_plan(source: Source, request: Request) -> Plan:
         shards=_shards(tensors, parse_size(request.max_shard_size)),
         source_config=source.config,
         config=config,
-        source_names=names,
-        before=_cost(dimensions, sites, original, _parameters(before, tied), stored),
-        after=_cost(dimensions, sites, counts, _parameters(after, tied), cast or stored),
+        source_names=stored.names,
+        zeros=stored.zeros,
+        copies=stored.copies,
+        notes=(*source.notes, *stored.notes),
+        before=_cost(dimensions, sites, original, _parameters(before, stored.others), dtype),
+        after=_cost(dimensions, sites, counts, _parameters(after, stored.others), cast or dtype),
     )
 
 
@@ -286,45 +294,14 @@ def _unknowns(partitions: Mapping[str, Partition], dimensions: Dimensions) -> in
     return max((len(p.clusters) for p in partitions.values() if not p.is_identity), default=0) * dimensions.head_dim
 
 
-def _canonical_names(family: Family, source: Source) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for name in source.index:
-        canonical = family.canonical(name)
-        if canonical is None:
-            continue
-        if canonical in names:
-            raise CheckpointError(f"{source.name}: {names[canonical]} and {name} are the same tensor")
-        names[canonical] = name
-    return names
-
-
-def _check_shapes(family: Family, source: Source, names: Mapping[str, str]) -> None:
-    for name, shape in family.required(source.config).items():
-        if name not in names:
-            raise CheckpointError(f"{source.name}: tensor {name} is missing, which config.json calls for")
-        info = source.index[names[name]]
-        if info.shape != shape:
-            raise CheckpointError(
-                f"{source.name}: {names[name]} has shape {list(info.shape)}, config.json calls for {list(shape)}"
-            )
-        if info.dtype not in FLOATING:
-            raise CheckpointError(
-                f"{source.name}: {names[name]} is {info.dtype}; weights must be {', '.join(FLOATING)}"
-            )
-    for name, info in source.index.items():
-        if info.dtype not in DTYPES:
-            raise CheckpointError(f"{source.name}: {name} is {info.dtype}, which is not supported")
-
-
 def _output_tensors(
-    family: Family, source: Source, names: Mapping[str, str], counts: Mapping[str, tuple[int, int]], dtype: str | None
+    family: Family, source: Source, stored: Stored, counts: Mapping[str, tuple[int, int]], dtype: str | None
 ) -> list[OutputTensor]:
     """In the source's order; a site's tensors stand where its first one stood."""
     site_of = {name: site for site in family.sites(source.config) for name in family.consumed(site)}
     tensors: list[OutputTensor] = []
     done: set[Site] = set()
-    for name, source_name in names.items():
-        info = source.index[source_name]
+    for name, info in stored.infos.items():
         site = site_of.get(name)
         if site is None:
             kept = dtype if dtype and info.dtype in FLOATING else info.dtype
@@ -332,7 +309,7 @@ def _output_tensors(
         elif site not in done:
             done.add(site)
             for new, written in family.written(site, source.config, *counts[site.kind]).items():
-                like = source.index[names[written.like]].dtype
+                like = stored.infos[written.like].dtype
                 tensors.append(OutputTensor(new, written.shape, dtype or like, site))
     seen: set[str] = set()
     for tensor in tensors:
@@ -356,8 +333,8 @@ def _shards(tensors: list[OutputTensor], max_bytes: int) -> dict[str, tuple[Outp
     return {file: tuple(by_name[n] for n in members) for file, members in split.filename_to_tensors.items()}
 
 
-def _parameters(shapes: Mapping[str, tuple[int, ...]], tied: frozenset[str]) -> int:
-    return sum(math.prod(shape) for name, shape in shapes.items() if name not in tied)
+def _parameters(shapes: Mapping[str, tuple[int, ...]], others: frozenset[str]) -> int:
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in others)
 
 
 def _cost(

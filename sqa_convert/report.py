@@ -58,6 +58,8 @@ def conversion_report(
             "name": source.name,
             "revision": source.revision,
             "architecture": plan.family.source_architecture(source.config),
+            "files": source.files,
+            "notes": list(plan.notes),
             "card": {} if source.folder is None else _source_card(source.folder),
         },
         "output": None if output is None else str(output),
@@ -134,7 +136,7 @@ def presented(report: dict[str, Any]) -> dict[str, Any]:
         "report": report,
         "name": Path(report["output"] or report["source"]["name"]).name,
         "auto": auto_class(report),
-        "how": calibration_lines(report),
+        "how": [*source_lines(report), *calibration_lines(report)],
         "uptraining": uptraining_lines(report),
         "speed_title": speed_title(speed) if speed else "",
     }
@@ -153,6 +155,11 @@ def last_quality(report: dict[str, Any]) -> dict[str, Any] | None:
     """What was measured of the weights as they are now; None where nothing was."""
     quality = report.get("quality", {})
     return quality.get("uptrained" if "uptraining" in report else "converted")
+
+
+def source_lines(report: dict[str, Any]) -> list[str]:
+    """What there is to know of how the source was taken, in sentences; mostly nothing."""
+    return [str(note) for note in report["source"].get("notes", [])]
 
 
 def calibration_lines(report: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from .families import Site
 from .heads import AttentionHeads, Partition, get_method
 from .plan import OutputTensor, Plan
 from .sources import Source
-from .storage import check_finite, encoded
+from .storage import check_finite, decoded_dtype, encoded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,17 @@ def site_bytes(
 
 def read_site(plan: Plan, source: Source, site: Site) -> AttentionHeads[Array]:
     """The source's heads of one site. Raises CheckpointError."""
-    return plan.family.read(site, lambda name: source.read(plan.source_names[name]), plan.dimensions)
+    return plan.family.read(site, lambda name: read_tensor(plan, source, name), plan.dimensions)
+
+
+def read_tensor(plan: Plan, source: Source, name: str) -> Array:
+    """A tensor of the source by its canonical name. Raises CheckpointError."""
+    import numpy as np
+
+    absent = plan.zeros.get(name)
+    if absent is not None:
+        return np.zeros(absent.shape, decoded_dtype(absent.dtype))
+    return source.read(plan.source_names[name])
 
 
 def read_norm(plan: Plan, source: Source, prefix: str) -> tuple[Tensor, Tensor | None]:

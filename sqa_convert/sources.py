@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .storage import Array
 
 _LONGEST_NAME = 500
+_MEMORY = "memory"
 _MOST_DIMENSIONS = 64  # numpy's limit
 
 
@@ -58,11 +59,18 @@ class Source(ABC):
     """where tokenizer and generation config lie"""
     config: dict[str, Any]
     index: dict[str, TensorInfo]
+    notes: tuple[str, ...] = ()
+    """on how it was found, in sentences"""
     stamps: Mapping[Path, Stamp] = MappingProxyType({})
     """of its files, from before they were first read"""
 
     concurrent = True
     """whether several threads may read at a time"""
+
+    @property
+    def files(self) -> list[str]:
+        """Those that the tensors are in; none of a model in memory."""
+        return sorted({info.file for info in self.index.values()} - {_MEMORY})
 
     @abstractmethod
     def pieces(self, name: str) -> Iterator[memoryview]:
@@ -84,6 +92,15 @@ class Source(ABC):
             decode(piece, info.dtype, made[at : at + count])
             at += count
         return made.reshape(info.shape)
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors of one shape hold the same numbers. Raises CheckpointError."""
+        import numpy as np
+
+        if self.index[name].dtype != self.index[other].dtype:
+            return np.array_equal(self.read(name), self.read(other))
+        pairs = zip(self.pieces(name), self.pieces(other), strict=True)
+        return all(np.array_equal(np.frombuffer(one, "u1"), np.frombuffer(two, "u1")) for one, two in pairs)
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -252,7 +269,7 @@ class ModelSource(Source):
         self.config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         self.generation_config = getattr(model, "generation_config", None)
         self._tensors = model.state_dict()
-        self.index = indexed(_described(self._tensors, "memory", self.name), self.name)
+        self.index = indexed(_described(self._tensors, _MEMORY, self.name), self.name)
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         yield from _cut(tensor_bytes(self._tensors[name].detach().cpu()))
@@ -268,12 +285,12 @@ def _described(tensors: Mapping[str, Tensor], file: str, where: str) -> Iterator
     stored once."""
     import torch
 
-    seen: set[tuple[int, tuple[int, ...]]] = set()
+    seen: set[object] = set()
     for key, tensor in tensors.items():
         name = dtype_name(tensor.dtype) if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided else None
         if name is None or tensor.is_meta:
             raise CheckpointError(f"{where}: {shown(key)} is no dense tensor of a known dtype")
-        identity = (tensor.data_ptr(), tuple(tensor.shape))
+        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), name)
         if identity not in seen or tensor.numel() == 0:
             seen.add(identity)
             yield key, tuple(tensor.shape), name, file

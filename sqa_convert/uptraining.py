@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from .checkpoint import read_config, resolve
+from .checkpoint import resolve, source_config
 from .describe import write_report
 from .devices import choose_device, device_name, own_device
 from .errors import CheckpointError, OutputError, RecipeError, one_line
@@ -168,7 +168,7 @@ def _origin(report: dict[str, Any], source: str | None) -> Path:
         origin = resolve(source) if source else resolve(report["source"]["name"], report["source"]["revision"])
     except CheckpointError as error:
         raise CheckpointError(f"{one_line(error)} (the unconverted model; --source names it)") from error
-    config = read_config(str(origin), origin)
+    config = source_config(str(origin), origin)
     if "sqa" in config:
         raise CheckpointError(f"--source {origin} is a converted model; it takes the unconverted one")
     family = family_of(config)
@@ -183,7 +183,8 @@ def _origin(report: dict[str, Any], source: str | None) -> Path:
 
 
 def _save(model: Any, folder: Path, staging: Path) -> None:
-    """New weights in the dtypes, names and files of the old ones; everything else is copied."""
+    """New weights in the dtypes, names and files of the old ones; everything else is copied, with weights that are no
+    part of the model."""
     state = model.state_dict()
     prefix = f"{model.base_model_prefix}."
     for path in folder.iterdir():
@@ -192,9 +193,12 @@ def _save(model: Any, folder: Path, staging: Path) -> None:
         elif path.suffix != ".safetensors":
             shutil.copyfile(path, staging / path.name)
         else:
-            tensors = {}
+            tensors: dict[str, Any] = {}
             with safe_open(path, framework="pt", backend="pread") as old:
                 for name in old.keys():  # noqa: SIM118 - not a dict
-                    new = state[name] if name in state else state[name.removeprefix(prefix)]
-                    tensors[name] = new.detach().cpu().to(old.get_tensor(name).dtype).contiguous()
+                    before = old.get_tensor(name)
+                    new = state.get(name, state.get(name.removeprefix(prefix), before))
+                    new = new.detach().cpu().to(before.dtype).contiguous()
+                    twice = any(new.data_ptr() == other.data_ptr() for other in tensors.values())  # a tie, stored so
+                    tensors[name] = new.clone() if twice else new
             write_shard(staging / path.name, tensors)

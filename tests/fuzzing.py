@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hostile import GPT2, build, header_of, put, values
+from hostile import GPT2, ONE, build, header_of, put, values
 
 from sqa_convert import convert
 from sqa_convert.checkpoint import open_source
@@ -32,7 +32,7 @@ _PLACES = {
     "config's bytes": ("gpt2", "config.json"),
     "header": ("gpt2", "model.safetensors"),
     "header's bytes": ("gpt2", "model.safetensors"),
-    "index": ("gpt2", "model.safetensors.index.json"),
+    "index": ("indexed", "model.safetensors.index.json"),
     ".bin": ("bin", "pytorch_model.bin"),
     "old .bin": ("old", "pytorch_model.bin"),
 }
@@ -90,10 +90,11 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.sound: dict[str, Path] = {}
-        for base in ("gpt2", "t5", "bin", "old"):
+        for base in ("gpt2", "t5", "bin", "old", "indexed"):
             place = folder / base
             place.mkdir()
-            self.sound[base] = build(place, "bin" if base == "old" else base)
+            self.sound[base] = build(place, {"old": "bin", "indexed": "gpt2"}.get(base, base))
+        (self.sound["indexed"] / "model.safetensors").rename(self.sound["indexed"] / ONE)
         import torch
 
         path = self.sound["old"] / "pytorch_model.bin"
@@ -111,7 +112,7 @@ class Checkpoints:
         if kind.startswith("header"):
             return json.dumps(self.header).encode()
         if kind == "index":
-            index = {"metadata": {}, "weight_map": dict.fromkeys(self.header, "model.safetensors")}
+            index = {"metadata": {}, "weight_map": dict.fromkeys(self.header, ONE)}
             return json.dumps(index).encode()
         base, name = _PLACES[kind]
         return self.files[base][name]

@@ -182,6 +182,16 @@ def set_value(name, value):
 
 
 ATTENTION, OUTSIDE = "transformer.h.1.attn.c_attn.weight", "transformer.h.0.mlp.c_fc.weight"
+
+
+def index(weight_map, **content):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder / "all.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map, **content}))
+
+    return change
+
+
 BAD_SOURCES = {
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), "damaged or truncated"),
     "no header": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), "damaged or truncated"),
@@ -206,13 +216,14 @@ BAD_SOURCES = {
     "NaN in the config": (lambda f: edit_config(f, layer_norm_epsilon=float("nan")), "no JSON"),
     "quantized": (lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}), "quantized"),
     "index outside the folder": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}'),
+        index({"a": "../all.safetensors"}, metadata={}),
         "outside the folder",
     ),
     "index without its file": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        index({"a": "b.safetensors"}, metadata={}),
         "b.safetensors is missing",
     ),
+    "index without metadata": (index({"a": "all.safetensors"}), 'add "metadata": {}'),
 }
 
 
@@ -624,6 +635,8 @@ def test_cached_hub_model_converts_offline(run, tmp_path, monkeypatch):
         "name": "someone/tiny",
         "revision": commit,
         "architecture": "T5ForConditionalGeneration",
+        "files": ["model.safetensors"],
+        "notes": [],
         "card": {},
     }
     assert os.listdir() == ["tiny-sqa-q8kv4"]

@@ -29,4 +29,10 @@ def family_of(config: Config) -> Family:
     return family
 
 
-__all__ = ["FAMILIES", "Config", "Dimensions", "Family", "Site", "Written", "family_of"]
+def completed(config: Config) -> Config:
+    """config.json as transformers reads it, as far as a family needs it. Raises UnsupportedModelError."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return config if family is None else family.completed(config)
+
+
+__all__ = ["FAMILIES", "Config", "Dimensions", "Family", "Site", "Written", "completed", "family_of"]

@@ -5,12 +5,13 @@ Nothing here or in a family's tables imports torch, so that a plan can be made f
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import UnsupportedModelError, shown
+from ..errors import UnsupportedModelError, one_line, shown
 from ..heads.layout import AttentionHeads
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version", "auto_map", "custom_pipelines")
 """of config.json: what the source says of its own files and code"""
+
+_OTHER_TASK = re.compile(r"(Classification|QuestionAnswering|MultipleChoice)$")
+"""of a class's name that no library knows: it has a head other than a language model's"""
 
 MOST_LAYERS, MOST_HEADS, MOST_LABELS = 2_000, 4_096, 100_000
 """beyond any model there is; larger ones would fill the memory before a weight is looked for"""
@@ -72,7 +76,11 @@ class Family(ABC):
     tokenizer_class: ClassVar[str]
     """of sources that do not name theirs"""
     architectures: ClassVar[Mapping[str, str]]
-    """class of the source -> our class; the first is assumed where a config names none"""
+    """class of the source -> our class; the first is assumed where a config names none, or one of its author's own"""
+    attributes: ClassVar[Mapping[str, str]]
+    """keys of config.json that are read, and the name transformers knows each by as well; "" where it has no other"""
+    untied: ClassVar[str] = '"tie_word_embeddings": false'
+    """what a config.json has to say of a head that is not the embeddings"""
 
     def has_language_model_head(self, config: Config) -> bool:
         """Whether loss and KL can be measured."""
@@ -100,8 +108,44 @@ class Family(ABC):
             raise UnsupportedModelError(f"{shown(architecture)} is not supported; of {known}")
 
     def source_architecture(self, config: Config) -> str:
+        """transformers' class that loads the source: of a class that it does not know it takes the weights alone."""
+        return next(iter(self.architectures)) if self.own_class(config) else self._named(config)
+
+    def own_class(self, config: Config) -> str | None:
+        """The class a config names where it is none of transformers', but its author's."""
+        name = self._named(config)
+        if name in self.architectures or _OTHER_TASK.search(name):
+            return None
+        import transformers
+
+        return None if name in dir(transformers) else name  # which loads none of its classes
+
+    def _named(self, config: Config) -> str:
         names = config.get("architectures") or [next(iter(self.architectures))]
         return str(names[0])
+
+    def completed(self, config: Config) -> Config:
+        """config.json by the family's own names, with what it leaves out, as transformers' class reads it.
+
+        That class brings torch along, which takes longer than a plan; so it is asked only where the file holds other
+        names, or not all.
+
+        Raises:
+            UnsupportedModelError: the class refuses the file.
+        """
+        aliases = {alias: key for key, alias in self.attributes.items() if alias in config}
+        asked = {*aliases.values(), *(key for key in self.attributes if key not in config)}
+        if not asked:
+            return config
+        from transformers import CONFIG_MAPPING
+
+        try:
+            told = {key: config[key] for key in (*self.attributes, *aliases) if key in config}
+            read = CONFIG_MAPPING[config["model_type"]].from_dict(told)
+        except Exception as error:  # validation fails in several ways
+            raise UnsupportedModelError(f"config.json is not what transformers reads: {one_line(error)}") from error
+        own = {key: value for key, value in config.items() if key not in aliases}
+        return own | {key: getattr(read, key) for key in asked}
 
     @abstractmethod
     def dimensions(self, config: Config) -> Dimensions: ...
@@ -115,11 +159,24 @@ class Family(ABC):
 
     @abstractmethod
     def required(self, config: Config) -> dict[str, Shape]:
-        """Canonical name and shape of every tensor the model cannot do without."""
+        """Canonical name and shape of every tensor the model has, but for copies and what `optional` names."""
+
+    def optional(self, config: Config) -> dict[str, Shape]:
+        """Canonical name and shape of tensors that the model has, and a source need not store."""
+        return {}
+
+    def bias_kind(self, name: str) -> str | None:
+        """What the biases of all layers at one place have in common, of a canonical name of one: where a source has
+        none of a kind they are zeros. None for every other tensor."""
+        return None
 
     @abstractmethod
-    def tied(self, config: Config) -> frozenset[str]:
-        """Canonical names that, where a source stores them at all, are copies of another tensor."""
+    def tied(self, config: Config) -> Mapping[str, str]:
+        """Canonical names that are copies, each with that of the tensor it is a copy of. Either may be stored."""
+
+    def separate(self, config: Config) -> frozenset[str]:
+        """Of `tied`, the names that may also hold numbers of their own."""
+        return frozenset()
 
     @abstractmethod
     def consumed(self, site: Site) -> list[str]:
@@ -158,6 +215,12 @@ class Family(ABC):
             encoder = auto_map["AutoModelForTextEncoding"]
             auto_map = {"AutoConfig": auto_map["AutoConfig"], "AutoModel": encoder, "AutoModelForTextEncoding": encoder}
         return kept | {"model_type": model_type, "architectures": [self.architectures[source]], "auto_map": auto_map}
+
+
+def labels(config: Config) -> int:
+    """How many a classifier tells apart, as transformers reads it."""
+    named = config.get("id2label")
+    return config.get("num_labels") or (len(named) if isinstance(named, Mapping) else 0) or 2
 
 
 def join_heads(weights: Array) -> Array:

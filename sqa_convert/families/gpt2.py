@@ -19,6 +19,7 @@ from .base import (
     Written,
     integers,
     join_heads,
+    labels,
     split_heads,
 )
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..storage import Array
 
 _STALE = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")  # buffers of old releases
+_LAYER = re.compile(r"h\.\d+\.")
 _BASE = re.compile(r"(wte|wpe|ln_f|h\.\d+)\.")  # names without the prefix, as the original hub files have them
 
 
@@ -47,6 +49,13 @@ class GPT2(Family):
         "GPT2Model": "SQAGPT2Model",
         "GPT2ForSequenceClassification": "SQAGPT2ForSequenceClassification",
         "GPT2DoubleHeadsModel": "SQAGPT2ForCausalLM",
+    }
+    attributes = {
+        "n_head": "num_attention_heads",
+        "n_layer": "num_hidden_layers",
+        "n_embd": "hidden_size",
+        "n_positions": "max_position_embeddings",
+        "vocab_size": "",
     }
 
     def check(self, config: Config) -> None:
@@ -96,10 +105,19 @@ class GPT2(Family):
         }
         for i in range(config["n_layer"]):
             shapes |= {f"transformer.h.{i}.{name}": shape for name, shape in layer.items()}
-        return shapes | {"transformer.ln_f.weight": (width,), "transformer.ln_f.bias": (width,)}
+        shapes |= {"transformer.ln_f.weight": (width,), "transformer.ln_f.bias": (width,)}
+        if self.source_architecture(config) == "GPT2ForSequenceClassification":
+            shapes["score.weight"] = (labels(config), width)
+        elif self.has_language_model_head(config) and not self.tied(config):
+            shapes["lm_head.weight"] = (config["vocab_size"], width)
+        return shapes
 
-    def tied(self, config: Config) -> frozenset[str]:
-        return frozenset() if config.get("tie_word_embeddings") is False else frozenset({"lm_head.weight"})
+    def bias_kind(self, name: str) -> str | None:
+        return _LAYER.sub("h.N.", name) if name.endswith(".bias") else None
+
+    def tied(self, config: Config) -> Mapping[str, str]:
+        tied = self.has_language_model_head(config) and config.get("tie_word_embeddings") is not False
+        return {"lm_head.weight": "transformer.wte.weight"} if tied else {}
 
     def consumed(self, site: Site) -> list[str]:
         return [f"{site.prefix}.{name}" for name in ("c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias")]

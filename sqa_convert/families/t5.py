@@ -50,6 +50,16 @@ class T5(Family):
         for name in ("ForConditionalGeneration", "Model", "EncoderModel")
     } | {"T5WithLMHeadModel": "SQAT5ForConditionalGeneration"}  # the class's name when the first checkpoints were saved
 
+    attributes = {
+        "num_heads": "num_attention_heads",
+        "num_layers": "num_hidden_layers",
+        "d_kv": "head_dim",
+        "d_model": "hidden_size",
+        "d_ff": "",
+        "vocab_size": "",
+    }
+    untied = '"tie_word_embeddings": false, "scale_decoder_outputs": true'
+
     def check(self, config: Config) -> None:
         super().check(config)
         integers(config, ("num_heads",), "t5", most=MOST_HEADS)
@@ -108,7 +118,13 @@ class T5(Family):
                 shapes |= {f"{layer}.DenseReluDense.{name}.weight": shape for name, shape in feed_forward.items()}
                 shapes[f"{layer}.layer_norm.weight"] = (width,)
             shapes[f"{stack}.final_layer_norm.weight"] = (width,)
+        if config.get("tie_word_embeddings") is False:
+            shapes |= self.optional(config)
         return shapes
+
+    def optional(self, config: Config) -> dict[str, Shape]:
+        head: dict[str, Shape] = {"lm_head.weight": (config["vocab_size"], config["d_model"])}
+        return head if self.has_language_model_head(config) else {}
 
     @staticmethod
     def _default_ff(config: Config) -> str:
@@ -121,12 +137,15 @@ class T5(Family):
     def _table(self, site: Site) -> str:
         return f"{site.kind}.block.0.layer.0.SelfAttention.{_TABLE}"
 
-    def tied(self, config: Config) -> frozenset[str]:
-        embeddings = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    def tied(self, config: Config) -> Mapping[str, str]:
+        copies = (*(f"{stack}.embed_tokens.weight" for stack in self._layers(config)), *self.optional(config))
+        return dict.fromkeys(copies, "shared.weight")
+
+    def separate(self, config: Config) -> frozenset[str]:
         # v1.1, Flan and mT5 have a head of their own; transformers 5 saves that only under the second name.
         said = (config.get("tie_word_embeddings"), config.get("scale_decoder_outputs"))
         own_head = False in said or config.get("model_type") == "mt5"
-        return frozenset(embeddings if own_head else embeddings | {"lm_head.weight"})
+        return frozenset(self.optional(config) if own_head else ())
 
     def consumed(self, site: Site) -> list[str]:
         names = [f"{site.prefix}.{name}.weight" for name in "qkvo"]
