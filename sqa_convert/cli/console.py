@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,13 +14,13 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..errors import RecipeError, SQAError
 from ..page import PAGE
 from ..report import auto_class, quality_table, uptraining_lines
+from .streams import forgiving_streams
 
 INTERRUPTED = 130
 _WIDE = 200
@@ -31,8 +32,9 @@ class Out:
 
     def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
         self.as_json, self.quiet, self.verbose = as_json, quiet, verbose
-        self.stdout = Console()
-        self.stderr = Console(stderr=True)
+        # Names hold brackets and colons: none of them is markup.
+        self.stdout = Console(markup=False, emoji=False, highlight=False)
+        self.stderr = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
     def quieten_libraries(self, transformers: bool = True) -> None:
         """Only what this program says reaches the terminal, unless --verbose.
@@ -94,21 +96,35 @@ class Out:
     def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
         if self.as_json or self.quiet:
             return
-        table = Table(title=escape(title), title_justify="left", title_style="bold")
+        table = Table(title=visible(title), title_justify="left", title_style="bold")
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right")
+            table.add_column(visible(column), justify="left" if i == 0 else "right")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(visible, row))
         # A log or a pipe has no width: nothing is cut off there.
         self.stdout.print(table, width=None if self.stdout.is_terminal or "COLUMNS" in os.environ else _WIDE)
 
     def result(self, text: str) -> None:
         if not self.as_json and not self.quiet:
-            self.stdout.print(text, soft_wrap=True, markup=False, highlight=False)
+            self.stdout.print(visible(text), soft_wrap=True)
 
     def json(self, content: dict[str, Any]) -> None:
         if self.as_json:
-            print(json.dumps(content, allow_nan=False))
+            print(json.dumps(_finite(content), allow_nan=False))
+
+
+def visible(text: str) -> str:
+    """Without what steers a terminal: a model may write anything, and so may who names a folder."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+def _finite(content: Any) -> Any:
+    """JSON knows no number that is not finite: null."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def show_quality(out: Out, report: dict[str, Any]) -> None:
@@ -137,7 +153,9 @@ def push(out: Out, folder: Path, repo_id: str | None, public: bool) -> None:
 def show_loading(out: Out, report: dict[str, Any], folder: Path) -> None:
     """Where to look, and how to go on."""
     show_report(out, folder)
-    out.result(f'next: {auto_class(report)}.from_pretrained("{folder}", trust_remote_code=True)')
+    plain = str(folder).isprintable() and not set(str(folder)) & set('"\\')
+    literal = f'"{folder}"' if plain else repr(str(folder))
+    out.result(f"next: {auto_class(report)}.from_pretrained({literal}, trust_remote_code=True)")
 
 
 def run_app(app: Any, name: str) -> NoReturn:
@@ -148,6 +166,11 @@ def run_app(app: Any, name: str) -> NoReturn:
         # A terminated run clears its temporary folder as an interrupted one does.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.unraisablehook = _stop_after_all
+    with forgiving_streams():
+        _run(app, name)
+
+
+def _run(app: Any, name: str) -> NoReturn:
     try:
         code = app(prog_name=name, standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer makes a code of the interruption
@@ -157,9 +180,6 @@ def run_app(app: Any, name: str) -> NoReturn:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; nothing half-written was kept", INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own errors about flags have it
             raise
