@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+from fractions import Fraction
 
 from .errors import RecipeError
 
@@ -28,8 +28,8 @@ def amount(given: int | str, flag: str, *, thousand: int = 1000) -> int:
     """
     match = _AMOUNT.fullmatch(str(given).strip())
     if match and not isinstance(given, bool):
-        number = Decimal(match[1].replace("_", "")) * thousand ** _POWERS[match[2].lower()]
-        if number == number.to_integral_value() and number < _MOST:
+        number = Fraction(match[1].replace("_", "")) * thousand ** _POWERS[match[2].lower()]
+        if number.denominator == 1 and number < _MOST:
             return int(number)
     what = f"{flag} {str(given)[:100]!r}".strip()
     raise RecipeError(f"{what}: give a whole number such as 512, 4k or 5M (k = {thousand:,}, M = {thousand**2:,})")
@@ -40,7 +40,7 @@ def parse_size(text: str, flag: str = "--max-shard-size") -> int:
     match = _SIZE.fullmatch(str(text).strip())
     size = 0
     if match:
-        size = int(Decimal(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].lower()])
+        size = int(Fraction(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].lower()])
     if not LEAST_SHARD <= size < _MOST:
         raise RecipeError(f"{flag} {str(text)[:100]}: give a size with its unit, such as 300MB or 5GB; at least 1MB")
     return size

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .callers import undisturbed
 from .checkpoint import open_source
 from .describe import write_report
 from .errors import OutputError, RecipeError
@@ -37,6 +38,7 @@ class Conversion:
     _model: PreTrainedModel | None = None
 
     @property
+    @undisturbed
     def model(self) -> PreTrainedModel:
         """The converted model in eval mode, in the source's dtype; loaded from `output` when first asked for."""
         if self._model is None:
@@ -61,6 +63,7 @@ class Settings:
     trust_remote_code: bool = False
 
 
+@undisturbed
 def convert(
     source: str | Path | PreTrainedModel,
     q_groups: int | None = None,

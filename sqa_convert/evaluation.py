@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .batches import SpanCorruption, token_blocks
+from .callers import undisturbed
 from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, check_folder, read_config
 from .data import BUILT_IN, documents
 from .devices import choose_device, device_name
@@ -309,6 +310,7 @@ def compare(
     return result
 
 
+@undisturbed
 def evaluate(
     folder: str | Path,
     against: str | Path | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from .callers import undisturbed
 from .checkpoint import CARD
 from .errors import CheckpointError, OutputError, RecipeError, one_line
 from .report import read_report
@@ -31,6 +32,7 @@ def check_push(repo_id: str) -> None:
         raise OutputError(f"{FLAG} {repo_id}: {_said(error)}") from error
 
 
+@undisturbed
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> str:
     """Uploads an output folder. Run again after a failure it does not send again what the hub has already.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .callers import undisturbed
 from .devices import choose_device, device_name
 from .errors import RecipeError
 from .evaluation import load_model
@@ -149,6 +150,7 @@ def ideal(base: Measurement, other: Measurement) -> float | None:
     return base.bytes_read / other.bytes_read
 
 
+@undisturbed
 def bench(
     models: Mapping[str, str | Path], settings: Settings = Settings(), *, trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -197,6 +199,7 @@ def bench(
     return _result(measured, settings, device, heads, extended)
 
 
+@undisturbed
 def bench_layers(
     heads: int, head_dim: int, variants: tuple[str, ...] = GRID, settings: Settings = Settings(),
     progress: Progress = silent,

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from .callers import undisturbed
 from .checkpoint import resolve, source_config
 from .describe import write_report
 from .devices import choose_device, device_name, own_device
@@ -28,6 +29,7 @@ from .training import FINAL, Job, check_settings, is_first, train
 from .training_data import training_data
 
 
+@undisturbed
 def uptrain(
     folder: str | Path,
     recipe: str | Recipe | None = None,

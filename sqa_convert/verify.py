@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import models
+from .callers import undisturbed
 from .checkpoint import read_config
 from .checks import LARGEST_CONFIG, regular_file
 from .errors import CheckpointError, one_line, shown
@@ -43,6 +44,7 @@ with torch.no_grad():
 """
 
 
+@undisturbed
 def verify(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """Checks an output folder.
 

@@ -25,10 +25,11 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"checks", "heads", "recipe", "workloads"},
     {"distill", "flops", "sampling", "timing"},
     {"amounts", "devices", "storage"},
-    {"errors", "models", "progress", "recipe_hints"},
+    {"callers", "errors", "models", "progress", "recipe_hints"},
 ]
 LIGHT = [
     "amounts",
+    "callers",
     "__init__",
     "__main__",
     "checks",
