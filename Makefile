@@ -19,7 +19,7 @@ demo: $(VENV)/ready  ## convert sample:gpt2 from 12 heads to 8/4, uptrain it, re
 test: $(VENV)/ready  ## the suite, offline, and how much of the package it reaches
 	$(BIN)/python $(PYTEST) --cov --cov-report=term --cov-fail-under=92
 
-integration: $(VENV)/ready  ## what takes longer, and PEFT, ONNX, lm-evaluation-harness, pipelines, the documentation's examples
+integration: $(VENV)/deepspeed  ## what takes longer, several processes, and PEFT, ONNX, lm-evaluation-harness, pipelines, the documentation's examples
 	$(BIN)/python $(PYTEST) -m integration
 
 test-oldest: $(OLDEST)/ready  ## what depends on transformers, with the oldest release supported
@@ -73,6 +73,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/deepspeed: $(VENV)/ready  # where it cannot be installed, the tests that need it are skipped and say so
+	($(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel ninja && \
+	 DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed) \
+	|| echo "integration: DeepSpeed cannot be installed here"
 	touch $@
 
 $(OLDEST)/ready: pyproject.toml constraints.txt

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from . import processes
 from .errors import CheckpointError, InterruptedByUserError, OutputError, QualityError, RecipeError, SQAError, one_line
 from .output import empty, hold
 from .recipe import Recipe, dump_recipe, load_recipe
 from .report import read_report
 from .trainer import COMPLETE
-from .training import is_first, step_of
+from .training import step_of
 
 RECIPE = "recipe.yaml"
 OF = "of"  # which conversion a run belongs to
@@ -36,8 +37,8 @@ def run_folder(folder: Path) -> Path:
 def run_settings(
     folder: Path, run: Path, recipe: str | Recipe | None, resume: bool, restart: bool, **overrides: Any
 ) -> Recipe:
-    """The recipe of a run: of one to go on with its own. Raises RecipeError."""
-    if is_first() and _is_done(run, folder):
+    """The recipe of a run: of one to go on with its own. The first process knows. Raises RecipeError."""
+    if _is_done(run, folder):
         _discard(run)  # all that was left to do
     if resume:
         if restart or recipe is not None or any(value is not None for value in overrides.values()):
@@ -48,7 +49,7 @@ def run_settings(
             raise RecipeError(f"--resume: {folder} was converted anew since the run in {run} began: --restart")
         return load_recipe(str(run / RECIPE))
     settings = override("quick" if recipe is None else recipe, **overrides)
-    if not restart and is_first() and any(run.glob(f"*/checkpoint-*/{COMPLETE}")):
+    if not restart and any(run.glob(f"*/checkpoint-*/{COMPLETE}")):
         raise RecipeError(f"{run} holds a run that was stopped: --resume goes on with it, --restart throws it away")
     return settings
 
@@ -85,19 +86,30 @@ def override(recipe: str | Recipe, **settings: Any) -> Recipe:
 @contextlib.contextmanager
 def alone(run: Path, folder: Path) -> Iterator[None]:
     """One uptraining of a folder at a time, which leaves nothing behind when it is done. Raises OutputError."""
+    held = None
     try:
-        held = hold(run) if is_first() else None
-    except BlockingIOError as error:
-        raise OutputError(f"{folder} is being uptrained by another process") from error
-    except OSError as error:
-        raise OutputError(f"{run} cannot be made: {one_line(error)}") from error
-    try:
+        with processes.together():
+            if processes.is_first():
+                held = _hold(run, folder)
+        processes.look(run)
+        with processes.together():
+            if processes.is_writer() and not processes.is_first():
+                held = _hold(run, folder)
         yield
-        if is_first():
+        if processes.is_writer():
             _discard(run)
     finally:
         if held is not None:
             os.close(held)
+
+
+def _hold(run: Path, folder: Path) -> int | None:
+    try:
+        return hold(run)
+    except BlockingIOError as error:
+        raise OutputError(f"{folder} is being uptrained by another process") from error
+    except OSError as error:
+        raise OutputError(f"{run} cannot be made: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -133,7 +145,7 @@ def recoverable(run: Path, folder: Path) -> Iterator[None]:
 
 def _kept(run: Path, folder: Path) -> str:
     """What is left of a run that stops here; one with nothing to go on from is cleared away."""
-    if is_first() and _is_done(run, folder):
+    if processes.is_first() and _is_done(run, folder):
         _discard(run)
         return f"{folder} is uptrained"
     stages: dict[str, int] = {}
@@ -141,7 +153,7 @@ def _kept(run: Path, folder: Path) -> str:
         stage = path.parent.parent.name
         stages[stage] = max(stages.get(stage, 0), step_of(path))
     if not stages:
-        if is_first():
+        if processes.is_writer():
             shutil.rmtree(run, ignore_errors=True)
         return f"{folder} is still the converted model"
     last = " and ".join(f"step {step} of {stage}" for stage, step in sorted(stages.items(), reverse=True))
@@ -151,6 +163,6 @@ def _kept(run: Path, folder: Path) -> str:
 def begin(run: Path, folder: Path, settings: Recipe) -> None:
     # TensorBoard would write among the checkpoints, which go when all is done.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.with_suffix(".runs")))
-    if is_first() and not (run / OF).is_file():  # a run that goes on needs what it has
+    if processes.is_writer() and not (run / OF).is_file():  # a run that goes on needs what it has
         (run / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
         (run / OF).write_text(conversion_id(folder))

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from . import engines, processes
 from .distill import Targets, aligned_labels, distillation_loss, instead_of_logits
 from .errors import QualityError
 from .evaluation import HeldOut, Predictions, measure, predict
@@ -100,17 +101,21 @@ class UptrainingTrainer(Trainer):
 
     def check_finite(self) -> None:
         """Raises QualityError when loss or weights are not finite; nothing that is not finite is ever saved."""
-        weights = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        # Of a weight that is shared out by ZeRO-3 this process has a part, elsewhere than where the weight was.
+        weights = [getattr(p, "ds_tensor", p).detach() for p in self.model.parameters() if p.requires_grad]
         levels = torch.stack([self.last_loss, *(norm.to(self.last_loss) for norm in torch._foreach_norm(weights))])
-        if not torch.isfinite(levels).all():
+        if processes.any_says(not torch.isfinite(levels).all()):
             raise QualityError(f"loss or weights are not finite at step {self.state.global_step}: lower learning_rate")
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Loss, KL and agreement on the held-out text, in the arithmetic of the training; each process measures all."""
         assert self.held_out is not None
         start = time.perf_counter()
-        quality = measure(predict(self.model, self.held_out), self.expected)
+        predictions = predict(self.model, self.held_out)
+        with processes.together():
+            quality = measure(predictions, self.expected)
         metrics = {"loss": quality.loss} | ({} if quality.kl is None else {"kl": quality.kl, "top1": quality.top1})
+        metrics = processes.from_first(metrics)  # on which all stop, and keep the best: the last digits may differ
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(named)
         self.watch.aside += time.perf_counter() - start
@@ -171,22 +176,12 @@ class _Watch(TrainerCallback):
             self.before = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._all_agree(state.global_step):
+        self.interrupted = processes.any_says(self.interrupted)  # several must stop after the same step
+        if self.interrupted:
             control.should_save = control.should_training_stop = True
         if state.global_step % _LOOKED_AT == 0 or control.should_save or control.should_evaluate:
             self.trainer.check_finite()
         self.trainer.said(state.global_step, state.max_steps, "")
-
-    def _all_agree(self, step: int) -> bool:
-        """Whether to stop; several processes must do so after the same step, so they ask each other now and then."""
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes == 1:
-            return self.interrupted
-        if step % _LOOKED_AT:
-            return False
-        flag = torch.tensor(float(self.interrupted), device=accelerator.device)
-        self.interrupted = bool(accelerator.reduce(flag, "sum") > 0)
-        return self.interrupted
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -211,8 +206,9 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
+        if processes.is_writer():
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            engines.mark(self.trainer, folder)
             (folder / f".{COMPLETE}").write_text(f"{self.seconds():.2f}")
             (folder / f".{COMPLETE}").rename(folder / COMPLETE)
             rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.pytorch_utils import Conv1D
 
+from . import engines, processes
 from .devices import peak_flops
 from .errors import RecipeError
 from .evaluation import HeldOut, Predictions, load_config, load_model
@@ -31,22 +31,13 @@ _KEPT = 2  # checkpoints of a run
 _SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def local_batch(settings: Recipe) -> tuple[int, int]:
     """Sequences a process computes at once, and how often for one step. Raises RecipeError."""
-    share, rest = divmod(settings.batch_size, _processes())
+    share, rest = divmod(settings.batch_size, processes.count())
     micro = min(settings.micro_batch or share, share)
     if rest or not share or share % micro:
         raise RecipeError(
-            f"batch_size {settings.batch_size} cannot be shared out evenly among {_processes()} processes, "
+            f"batch_size {settings.batch_size} cannot be shared out evenly among {processes.count()} processes, "
             f"{micro or 1} sequences at once in each: see batch_size, micro_batch"
         )
     return micro, share // micro
@@ -55,7 +46,8 @@ def local_batch(settings: Recipe) -> tuple[int, int]:
 def check_settings(settings: Recipe, evaluate: bool, device: torch.device) -> None:
     """Raises RecipeError for what a recipe asks of this machine in vain, before anything is read or written."""
     local_batch(settings)
-    if settings.fsdp and _processes() == 1:
+    engines.check_engine(settings.fsdp)
+    if settings.fsdp and processes.count() == 1:
         raise RecipeError("fsdp shares a model out among processes: start them with torchrun, see the recipe")
     if settings.precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise RecipeError("precision: bfloat16 is not supported by this GPU; choose auto or float32")
@@ -100,8 +92,10 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
         Steps, tokens and seconds in all, the curve, and what the device did.
     """
     done = output / FINAL / _FINISHED
-    if done.is_file():
-        return dict(json.loads(done.read_text()))
+    result = json.loads(done.read_text()) if processes.is_first() and done.is_file() else None
+    result = processes.from_first(result)
+    if result is not None:
+        return dict(result)
     checkpoint = _last_checkpoint(output)
     measured = job.held_out is not None
     set_seed(settings.seed)
@@ -124,11 +118,14 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
         expected=job.expected,
         tokens_per_step=settings.tokens_per_step,
         flops=flops,
-        peak=peak_flops(job.device, _processes()) if arguments.bf16 else None,
+        peak=peak_flops(job.device, processes.count()) if arguments.bf16 else None,
         said=said,
         before=float((Path(checkpoint) / COMPLETE).read_text()) if checkpoint else 0.0,
         callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience and measured else [],
     )
+    with processes.together():
+        engines.check_checkpoint(trainer, checkpoint)
+    engines.check_folder(trainer)
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -154,36 +151,54 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
         values = [point[key.removeprefix("eval_")] for point in trainer.curve]
         kept_start = values[0] <= min(values[1:], default=values[0])
         found["kept"] = "the start, no measurement was better" if kept_start else f"the best {key}"
-    _write_final(trainer, path, kept_start, settings, job, output / FINAL)
-    if is_first():
-        write_json(done, found)
+    weights = engines.whole_weights(trainer)  # by all processes
+    with processes.together():  # none leaves, and nothing is cleared away, before they are written
+        if processes.is_first():
+            _write_final(trainer, weights, path, kept_start, settings, job, output / FINAL)
+            write_json(done, found)
     return found
 
 
-def _write_final(trainer: Any, path: Path, kept_start: bool, settings: Recipe, job: Job, final: Path) -> None:
-    """The trained model as a folder, or the one at `path` that it began with."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if settings.fsdp else None  # by all processes
-    if not is_first():
-        return
-    if kept_start or settings.fsdp:
+def _write_final(
+    trainer: Any, weights: Any, path: Path, kept_start: bool, settings: Recipe, job: Job, final: Path
+) -> None:
+    """The trained model as a folder, or the one at `path` that it began with; `weights` where they were shared out."""
+    if kept_start or weights is not None:
         model: Any = load_model(path, dtype="float32", trust_remote_code=job.trust_remote_code)
-        if not kept_start:
-            model.load_state_dict(state)
     else:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    if not kept_start:
+        if weights is not None:
+            _choose_trained(model, settings)
+            model = _with_lora(model, settings.lora_rank) if settings.lora_rank else model
+            _fill(model, weights)
         model = model.merge_and_unload() if settings.lora_rank else model
     model.save_pretrained(final)
 
 
+def _fill(model: Any, weights: dict[str, Any]) -> None:
+    """Puts weights into a model. Raises RuntimeError unless all that is trained is there, in its shape."""
+    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and name not in weights]
+    if unexpected or missing:
+        raise RuntimeError(f"weights were not gathered: {(missing + unexpected)[:3]}")
+
+
 def _last_checkpoint(output: Path) -> str | None:
-    """The newest that is complete; what was cut off while being written goes."""
-    complete = []
+    """The newest that is complete, on every node; what was cut off while being written goes."""
+    complete = {}
     for path in output.glob("checkpoint-*"):
         if (path / COMPLETE).is_file():
-            complete.append(path / COMPLETE)
-        elif is_first():
+            complete[step_of(path / COMPLETE)] = path
+        elif processes.is_writer():
             shutil.rmtree(path, ignore_errors=True)
-    return str(max(complete, key=step_of).parent) if complete else None
+    steps = processes.gather(set(complete))  # and none looks on before what is cut off is gone
+    everywhere = set.intersection(*steps)
+    if steps[0] and not everywhere:
+        raise RecipeError(
+            f"--resume: a node has no checkpoint of {output}: put FOLDER where all nodes see it, or --restart"
+        )
+    return str(complete[max(everywhere)]) if everywhere else None
 
 
 def no_dropout(path: Path, job: Job) -> dict[str, float]:
@@ -255,7 +270,7 @@ def training_arguments(
         **({"gradient_checkpointing": True} if settings.gradient_checkpointing else {}),
         **({"fsdp": True} if settings.fsdp else {}),
         use_cpu=device.type == "cpu",
-        ddp_backend="gloo" if device.type == "cpu" and _processes() > 1 else None,
+        ddp_backend="gloo" if device.type == "cpu" and processes.count() > 1 else None,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False,
@@ -265,6 +280,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=every,
         save_total_limit=_KEPT,
+        save_on_each_node=processes.apart(),
         load_best_model_at_end=best,
         restore_callback_states_from_checkpoint=resumed and best,
         metric_for_best_model=("eval_loss" if settings.ce == 1 else "eval_kl") if best else None,

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from . import processes
 from .callers import undisturbed
 from .checkpoint import resolve, source_config
 from .describe import write_report
@@ -25,7 +26,7 @@ from .recipe import Recipe, dump_recipe
 from .report import read_report
 from .run_folder import BECAME, OF, RECIPE, alone, begin, conversion_id, recoverable, run_folder, run_settings
 from .shards import write_shard
-from .training import FINAL, Job, check_settings, is_first, train
+from .training import FINAL, Job, check_settings, train
 from .training_data import training_data
 
 
@@ -80,24 +81,33 @@ def uptrain(
     Source: distillation on the source's logits alone as in Minitron, arXiv 2407.14679.
     """
     folder = Path(folder)
-    report = read_report(folder)
-    check_output(folder, overwrite=True, flag="FOLDER")
-    run = run_folder(folder)
-    settings = run_settings(folder, run, recipe, resume, restart, data=data, seed=seed, control=control)
-    origin = _origin(report, source)
     chosen = own_device(choose_device(device))
-    check_settings(settings, evaluate, chosen)
-    text = training_data(folder, settings, trust_remote_code=trust_remote_code)
-    held_out = text.held_out(chosen) if evaluate else None
+    processes.join(chosen)
+    run = run_folder(folder)
+    settings: Any = None
+    with processes.together():
+        report, conversion = read_report(folder), conversion_id(folder)
+        check_output(folder, overwrite=True, flag="FOLDER")
+        if processes.is_first():
+            settings = run_settings(folder, run, recipe, resume, restart, data=data, seed=seed, control=control)
+    settings, first = processes.from_first((settings, conversion))
+    with processes.together():
+        if conversion != first:
+            raise CheckpointError(f"{folder} is another conversion than the one the first process sees under that name")
+        origin = _origin(report, source)
+        check_settings(settings, evaluate, chosen)
+        text = training_data(folder, settings, trust_remote_code=trust_remote_code)
+        held_out = text.held_out(chosen) if evaluate else None
     stages = {"uptrain": (folder, settings)}
     if settings.control:
         stages["control"] = (origin, dataclasses.replace(settings, loss="ce", patience=0))
     results: dict[str, Any] = {}
     report["seconds"] = {key: spent for key, spent in report["seconds"].items() if key not in ("uptrain", "control")}
     with alone(run, folder), recoverable(run, folder):
-        if not resume and is_first():
-            empty(run)
-        begin(run, folder, settings)
+        with processes.together():
+            if not resume and processes.is_writer():
+                empty(run)
+            begin(run, folder, settings)
         teacher = expected = None
         if held_out is not None or settings.ce < 1:
             teacher = load_model(origin, dtype="float32", trust_remote_code=trust_remote_code)
@@ -109,11 +119,13 @@ def uptrain(
             results[stage] = train(path, teacher, how, job, run / stage, partial(progress, stage))
             report["seconds"][stage] = results[stage]["seconds"]
         del teacher
-        if is_first():
+        if processes.is_first():
             report["uptraining"] = dataclasses.asdict(settings) | results["uptrain"] | {"device": device_name(chosen)}
             if settings.control:
                 report["uptraining"]["control_curve"] = results["control"]["curve"]
             _publish(folder, run, report, settings, job, origin, progress)
+        elif processes.apart():
+            report["uptrained_on"] = processes.first_host()
     return report
 
 

@@ -13,7 +13,7 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"card", "hub", "page", "run_folder"},
     {"calibrate", "training"},
     {"calibration_text", "trainer", "training_data"},
-    {"activations", "generation", "tasks"},
+    {"activations", "engines", "generation", "tasks"},
     {"verify"},
     {"evaluation", "execution", "report"},
     {"shards", "sites"},
@@ -24,7 +24,7 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"families", "sources"},
     {"checks", "heads", "recipe", "workloads"},
     {"distill", "flops", "sampling", "timing"},
-    {"amounts", "devices", "storage"},
+    {"amounts", "devices", "processes", "storage"},
     {"callers", "errors", "models", "progress", "recipe_hints"},
 ]
 LIGHT = [

@@ -211,6 +211,6 @@ def _stop_after_all(ignored: Any) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":  # of many processes one speaks
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of many processes on a machine one speaks
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

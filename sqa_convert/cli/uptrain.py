@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -100,11 +101,11 @@ def uptrain_command(
         out.json({"schema": 1, "recipe": dataclasses.asdict(settings), "steps": settings.steps})
         out.result(dump_recipe(settings) + f"# {settings.steps:,} steps of {settings.tokens_per_step:,} tokens")
         return
+    from .. import processes
     from ..hub import check_push
-    from ..training import is_first
     from ..uptraining import uptrain
 
-    out = Out(as_json=as_json, quiet=quiet or not is_first(), verbose=verbose)  # of many processes one speaks
+    out = Out(as_json=as_json, quiet=quiet or not processes.is_first(), verbose=verbose)  # of many processes one speaks
     out.quieten_libraries()
     if push_to_hub is not None:
         check_push(push_to_hub)
@@ -120,7 +121,9 @@ def uptrain_command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    if not is_first():
+    if not processes.is_first():
+        if (host := report.get("uptrained_on")) and processes.is_writer() and not quiet:
+            print(f"the result is in {folder} on {host}; here {folder} is as it was", file=sys.stderr)
         return
     out.json(report)
     show_quality(out, report)
