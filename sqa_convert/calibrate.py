@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .activations import capture, sensitivity
 from .calibration_text import Text, calibration_text
+from .decoding import settle
 from .errors import CheckpointError, QualityError, one_line
 from .evaluation import HeldOut, Predictions, load_model, measure, predict
 from .execution import build_model
@@ -309,7 +310,7 @@ def _parts(*tensors: Tensor | None) -> Iterator[Any]:
 def load_source(plan: Plan, source: Source, trust_remote_code: bool = False) -> Any:
     """The source as a float32 model in eval mode; of one in memory a copy. Raises CheckpointError."""
     if isinstance(source, ModelSource):
-        return copy.deepcopy(source.model).float().eval()
+        return settle(copy.deepcopy(source.model).float().eval())
     assert source.folder is not None
     if plan.has_language_model_head:
         return load_model(source.folder, dtype="float32", trust_remote_code=trust_remote_code)
@@ -317,7 +318,7 @@ def load_source(plan: Plan, source: Source, trust_remote_code: bool = False) -> 
 
     architecture = getattr(transformers, plan.family.source_architecture(plan.source_config))
     try:
-        return architecture.from_pretrained(source.folder, dtype="float32").eval()
+        return settle(architecture.from_pretrained(source.folder, dtype="float32").eval())
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

@@ -17,6 +17,7 @@ CARD = "README.md"
 """the model card, of a source and of a result"""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
 TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 CARRIED_FILES = (
     *TOKENIZER_FILES,
     TOKENIZER_CONFIG,
@@ -24,7 +25,7 @@ CARRIED_FILES = (
     "added_tokens.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_CONFIG,
     "LICENSE",
     "LICENSE.txt",
 )
@@ -145,6 +146,14 @@ def source_config(name: str, folder: Path) -> dict[str, Any]:
 
 def read_config(name: str, folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", f"{name} holds no config.json, so it is no model folder", LARGEST_CONFIG)
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Empty where there is none that can be read: transformers goes on without one, too."""
+    try:
+        return read_json(folder / GENERATION_CONFIG, "")
+    except CheckpointError:
+        return {}
 
 
 def read_json(path: Path, missing: str, largest: int | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .callers import undisturbed
-from .checkpoint import open_source
+from .checkpoint import GENERATION_CONFIG, open_source
 from .describe import write_report
 from .errors import OutputError, RecipeError
 from .execution import build_model, check_copies, check_loads, write_model
@@ -42,11 +43,15 @@ class Conversion:
     def model(self) -> PreTrainedModel:
         """The converted model in eval mode, in the source's dtype; loaded from `output` when first asked for."""
         if self._model is None:
+            from transformers import GenerationConfig
+
             from . import models
+            from .decoding import refusal
 
             assert self.output is not None
             model_class = getattr(models, self.report["architecture"])
-            self._model = model_class.from_pretrained(self.output, dtype="auto").eval()
+            options = {} if refusal(self.output) is None else {"generation_config": GenerationConfig()}
+            self._model = model_class.from_pretrained(self.output, dtype="auto", **options).eval()
         return self._model
 
 
@@ -153,9 +158,24 @@ def _in_memory(plan: Plan, source: Source, settings: Settings, progress: Progres
     check_copies(plan, source)
     calibrated = _calibrated(plan, source, settings, progress)
     model, records = build_model(plan, source, calibrated.sites, progress)
+    _carry_generation(source, model)
     report = conversion_report(plan, source, None, records, calibrated.report, settings.seed)
     report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
     return Conversion(report, None, model)
+
+
+def _carry_generation(source: Source, model: PreTrainedModel) -> None:
+    """The source's settings of generation, as far as transformers takes them."""
+    from transformers import GenerationConfig
+
+    from .decoding import refusal
+
+    if not model.can_generate():
+        return
+    if isinstance(source, ModelSource):
+        model.generation_config = copy.deepcopy(source.generation_config)
+    elif source.folder is not None and (source.folder / GENERATION_CONFIG).is_file() and not refusal(source.folder):
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
 
 
 def convert_to_folder(

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .batches import SpanCorruption, token_blocks
 from .callers import undisturbed
-from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, check_folder, read_config
+from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, check_folder, read_config, read_generation_config
 from .data import BUILT_IN, documents
+from .decoding import settle
 from .devices import choose_device, device_name
 from .distill import IGNORED
 from .errors import CheckpointError, DataError, QualityError, RecipeError, one_line
@@ -78,16 +79,17 @@ def load_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
 def load_model(
     folder: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False, **overrides: Any
 ) -> PreTrainedModel:
-    """A language model, original or converted, in eval mode. Raises CheckpointError."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    """A language model, original or converted, in eval mode, which generates plainly. Raises CheckpointError."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
     config = load_config(folder, trust_remote_code)
     architecture = (config.architectures or [""])[0]
     if architecture.endswith(("Classification", "EncoderModel", "QuestionAnswering")):
         raise CheckpointError(f"{folder} is a {architecture}, which has no language model head")
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    overrides |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "generation_config": GenerationConfig()}
     try:
-        return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **overrides).eval()
+        return settle(auto.from_pretrained(folder, **overrides).eval(), read_generation_config(Path(folder)))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # config.json can make it fail in any way

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .checkpoint import GENERATION_CONFIG
 from .errors import CheckpointError, one_line
 from .families import Site
 from .output import carry_files, write_json
@@ -177,7 +178,8 @@ def write_model(
     for file in plan.family.model_files:
         shutil.copyfile(MODELS / file, folder / file)
     if isinstance(source, ModelSource) and source.generation_config is not None:
-        source.generation_config.save_pretrained(folder)
+        # Its own `save_pretrained` refuses what it takes for a mistake, such as a temperature that is not used.
+        source.generation_config.to_json_file(folder / GENERATION_CONFIG)
     if source.folder is not None:
         tokenizer_class = source.config.get("tokenizer_class") or plan.family.tokenizer_class
         carry_files(source.folder, folder, tokenizer_class)

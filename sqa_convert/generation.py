@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .decoding import generate
 from .distill import IGNORED
 from .evaluation import HeldOut, load_model, load_tokenizer
 
@@ -41,13 +42,8 @@ def continuations(
             room = min(WRITTEN, model.config.n_positions - begin)
         for text, row in zip(texts, rows, strict=True):
             given = (row if whole else row[:begin])[None].to(held_out.device)
-            written = model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
-                max_new_tokens=room,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id or 0,
-            )[0]
+            inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+            written = generate(model, inputs, max_new_tokens=room)[0]
             text["given"] = tokenizer.decode(given[0])
             text[name] = tokenizer.decode(written if whole else written[given.shape[1] :])
     return texts
@@ -72,7 +68,7 @@ def answer_scores(model: Any, tokenizer: Any, held_out: HeldOut) -> dict[str, fl
     wanted, given = [], []
     for batch in held_out.batches:
         inputs = {name: tensor.to(held_out.device) for name, tensor in batch.items() if name != "labels"}
-        written = model.generate(**inputs, max_new_tokens=batch["labels"].shape[1], do_sample=False)
+        written = generate(model, inputs, max_new_tokens=batch["labels"].shape[1])
         given += tokenizer.batch_decode(written, skip_special_tokens=True)
         targets = batch["labels"].masked_fill(batch["labels"] == IGNORED, tokenizer.pad_token_id)
         wanted += tokenizer.batch_decode(targets, skip_special_tokens=True)

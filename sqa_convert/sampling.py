@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decoding import generate, own_tokens
 from .progress import Progress, silent
 
 SAMPLED_SEQUENCES = 128
@@ -29,20 +30,26 @@ def sample(
     Of each text a random part of the end is dropped and the rest put one after the other, so that a sequence starts
     anywhere in a text. (Where all start with the first token, fits rely on what heads read there.)
     """
-    known = (getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id"))
-    start = next((token for token in known if token is not None), 0)
     rows: list[Tensor] = []
     kept = 0
     while kept < count * length:
         progress("sample text", kept, count * length)
         missing = math.ceil((count * length - kept) / (length * (1 - _DROPPED / 2)))
-        begin = torch.full((min(at_once, missing), 1), start)
+        begin = first_tokens(model, min(at_once, missing), generator)
         ids = _generate(model, begin, length - 1, device, generator)
         ends = torch.randint(length - int(_DROPPED * length), length + 1, (len(ids),), generator=generator)
         rows += [row[:end] for row, end in zip(ids, ends.tolist(), strict=True)]
         kept += int(ends.sum())
     progress("sample text", count * length, count * length)
     return torch.cat(rows)[: count * length].view(count, length)
+
+
+def first_tokens(model: Any, count: int, generator: torch.Generator) -> Tensor:
+    """What a causal model's texts begin with, (count, 1): any tokens where it names none that it knows."""
+    begin = own_tokens(model).begin
+    if begin is None:
+        return torch.randint(model.config.vocab_size, (count, 1), generator=generator)
+    return torch.full((count, 1), begin)
 
 
 def answers(model: Any, inputs: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -52,23 +59,13 @@ def answers(model: Any, inputs: Tensor, device: torch.device, generator: torch.G
     return torch.cat(parts)[:, 1:]  # without the start token
 
 
-@torch.no_grad()
 def _generate(model: Any, inputs: Tensor, new_tokens: int, device: torch.device, generator: torch.Generator) -> Tensor:
     """Samples at temperature 1, going on at end-of-text tokens; on the CPU."""
-    from transformers import GenerationConfig
-
-    bos, pad, start = (getattr(model.config, f"{n}_token_id", None) for n in ("bos", "pad", "decoder_start"))
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-        cache_implementation="static", disable_compile=True,  # a growing cache is copied at every token
-        bos_token_id=bos, pad_token_id=pad or 0, eos_token_id=None,
-        decoder_start_token_id=pad if start is None else start,
-    )  # fmt: skip
+    given = {"input_ids": inputs.to(device), "attention_mask": torch.ones_like(inputs).to(device)}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        inputs = inputs.to(device)
-        kept, model.generation_config = model.generation_config, GenerationConfig()  # its defaults would be mixed in
-        try:
-            return model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings).cpu()
-        finally:
-            model.generation_config = kept
+        return generate(
+            model, given, eos_token_id=None,
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+            cache_implementation="static", disable_compile=True,  # a growing cache is copied at every token
+        ).cpu()  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from . import models
 from .callers import undisturbed
@@ -36,7 +37,10 @@ _COPIES = 4
 _STRANGER = """
 import sys, torch, transformers
 auto, folder, inputs, result = sys.argv[1:]
-model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, dtype="float32").eval()
+plain = transformers.GenerationConfig()
+model = getattr(transformers, auto).from_pretrained(
+    folder, trust_remote_code=True, dtype="float32", generation_config=plain
+).eval()
 own = "sqa_convert" not in sys.modules and type(model).__module__.startswith("transformers_modules.")
 assert own, "it is not the folder's own code that was loaded"
 with torch.no_grad():
@@ -200,7 +204,8 @@ def _probe(folder: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def same(theirs: Tensor, folder: Path, report: dict[str, Any]) -> float:
     """The largest difference to what the folder's model computes here. Raises CheckpointError where it is large."""
-    model = getattr(models, report["architecture"]).from_pretrained(folder, dtype="float32").eval()
+    model_class, plain = getattr(models, report["architecture"]), GenerationConfig()
+    model = model_class.from_pretrained(folder, dtype="float32", generation_config=plain).eval()
     ours = model(**_probe(folder))[0]
     difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
     if not difference <= _TOLERANCE * max(1.0, ours.abs().max().item()):

@@ -24,8 +24,9 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"families", "sources"},
     {"checks", "heads", "recipe", "workloads"},
     {"distill", "flops", "sampling", "timing"},
+    {"decoding"},
     {"amounts", "devices", "processes", "storage"},
-    {"callers", "errors", "models", "progress", "recipe_hints"},
+    {"callers", "errors", "models", "progress", "recipe_hints", "special_tokens"},
 ]
 LIGHT = [
     "amounts",
@@ -54,6 +55,7 @@ LIGHT = [
     "progress",
     "shards",
     "sites",
+    "special_tokens",
     "execution",
     "conversion",
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..heads.layout import AttentionHeads
+from ..special_tokens import token_ids
 from .base import (
     MOST_HEADS,
     MOST_LAYERS,
@@ -210,14 +211,14 @@ class T5(Family):
         is_mt5 = config.get("model_type") == "mt5"
         # T5 saves this under another name: only v1.1 and Flan say that the embeddings are not tied.
         tied = config.get("tie_word_embeddings") is not False
-        return (
-            {"decoder_start_token_id": 0}
-            | self.common_config(config, "sqa_t5")
-            | {
-                "num_heads": heads[main][0],
-                "num_key_value_heads": heads[main][1],
-                "site_heads": others or None,
-                "feed_forward_proj": config.get("feed_forward_proj", self._default_ff(config)),
-                "scale_decoder_outputs": config.get("scale_decoder_outputs", tied and not is_mt5),
-            }
-        )
+        padding = token_ids(config.get("pad_token_id"), config["vocab_size"]) or (0,)
+        start = token_ids(config.get("decoder_start_token_id"), config["vocab_size"]) or padding
+        return self.common_config(config, "sqa_t5") | {
+            "pad_token_id": padding[0],
+            "decoder_start_token_id": start[0],
+            "num_heads": heads[main][0],
+            "num_key_value_heads": heads[main][1],
+            "site_heads": others or None,
+            "feed_forward_proj": config.get("feed_forward_proj", self._default_ff(config)),
+            "scale_decoder_outputs": config.get("scale_decoder_outputs", tied and not is_mt5),
+        }
