@@ -61,7 +61,7 @@ def test_a_model_is_sampled_from_a_token_that_it_knows(bos, eos, starts, monkeyp
         "sqa_convert.sampling._generate", lambda model, begin, new, *_: first.append(begin) or begin.repeat(1, new + 1)
     )
     ids = sample(model, 20, 8, CPU, torch.Generator().manual_seed(0))
-    assert 0 <= ids.min() and ids.max() < VOCABULARY
+    assert ids.min() >= 0 and ids.max() < VOCABULARY
     assert starts is None or set(first[0].flatten().tolist()) == starts
     assert starts is not None or len(first[0].unique()) > 5
 
