@@ -8,6 +8,7 @@ model's own activations, one after the other, was measured and gained nothing.)
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .activations import capture, sensitivity
 from .calibration_text import Text, calibration_text
+from .data import BUILT_IN
 from .decoding import settle
 from .errors import CheckpointError, QualityError, one_line
 from .evaluation import HeldOut, Predictions, load_model, measure, predict
@@ -35,6 +37,7 @@ from .plan import AUTO, TOKENS_PER_UNKNOWN, Plan
 from .progress import Progress, silent
 from .sites import Calibrated, ConvertedSite, SiteRecord, read_site
 from .sources import ModelSource, Source
+from .text_fit import misfits
 
 CANDIDATES = {"svd": ("svd", True), "svd, contiguous": ("svd", False), "procrustes": ("procrustes", True)}
 """what `auto` chooses from: method, and whether the partition is searched"""
@@ -180,7 +183,8 @@ class Calibrator:
     @cached_property
     def _held_out(self) -> HeldOut:
         batches = [batch | {"labels": batch.get("labels", batch["input_ids"])} for batch in self.text.held_out]
-        return HeldOut(batches, self.text.name, 0, self.device)
+        chosen = self.plan.calibration is not None and self.plan.calibration.text not in (None, BUILT_IN)
+        return HeldOut(batches, self.text.name, 0, self.device, self.text.unknown or 0.0, chosen)
 
     @cached_property
     def _expected(self) -> Predictions:
@@ -197,15 +201,29 @@ class Calibrator:
             "refit": settings.refit,
             "refine_steps": settings.refine_steps,
         }
+        report |= self._fit_of_the_text()
         unknowns = plan.unknowns + 1
         names = ("input_ids", "labels")
         least = min(sum(b.get(name, b["input_ids"]).numel() for b in self.text.batches) for name in names)
         if least < TOKENS_PER_UNKNOWN * unknowns:
-            report["warning"] = (
+            what = (
                 f"{least:,} calibration tokens for {unknowns:,} unknowns of a fit, {TOKENS_PER_UNKNOWN} for each are "
-                "advised: the result may be worse than --no-calibration"
+                "advised: the result may be worse than --no-calibration; give more with --calibration-tokens"
             )
+            few = {"rule": "few_tokens", "value": round(least / unknowns, 2), "bound": TOKENS_PER_UNKNOWN, "text": what}
+            report["warnings"].append(few)
         return report
+
+    def _fit_of_the_text(self) -> dict[str, Any]:
+        """Whether the model was made for the text, as "warnings"; of its own text "own_loss", nats a token."""
+        loss = None
+        with contextlib.suppress(QualityError):
+            if self.plan.has_language_model_head and (self.text.sampled or self.text.unknown is not None):
+                loss = measure(self._expected).loss
+        if self.text.sampled:
+            return {"warnings": []} | ({} if loss is None else {"own_loss": loss})
+        written = self.text.unknown is not None  # else nobody did
+        return {"warnings": misfits(self._held_out.fit(self.model, loss), "--calibration") if written else []}
 
 
 class SiteFitter:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from .activations import Batch
 from .batches import SpanCorruption, token_blocks
-from .data import documents
+from .data import BUILT_IN, documents
 from .errors import DataError
 from .evaluation import check_vocabulary, load_tokenizer
 from .plan import Plan
 from .progress import Progress, silent
 from .sampling import SAMPLED_SEQUENCES, answers, sample
 from .sources import Source
+from .text_fit import looked_at
 
 LONGEST = 1024
 """tokens in one sequence, at most"""
@@ -33,6 +34,10 @@ class Text:
     batches: list[Batch]
     held_out: list[Batch]
     name: str
+    unknown: float | None = None
+    """share of the characters that the tokenizer does not know; None of what the model wrote or nobody did"""
+    sampled: bool = False
+    """whether the model wrote it"""
 
     @property
     def fitted(self) -> int:
@@ -63,14 +68,15 @@ def calibration_text(
     count = max(2, settings.tokens // length)
     is_t5 = "encoder" in plan.partitions
     rows: list[Batch]
+    unknown, sampled = None, False
     if settings.text is not None or (is_t5 and _reads_spans(source, trust_remote_code)):
         tokenizer = _tokenizer(source, trust_remote_code)
-        rows, name = _from_documents(plan, tokenizer, settings.text, length, settings.tokens, is_t5, generator)
+        rows, name, unknown = _from_documents(plan, tokenizer, settings.text, length, settings.tokens, is_t5, generator)
     elif not is_t5 and plan.has_language_model_head:
         each = 2 * len(plan.sites) * plan.dimensions.width * 4 * length  # bytes of keys and values
         at_once = max(1, min(SAMPLED_SEQUENCES, int(_CACHE // each)))
         rows = _split(input_ids=sample(model, count, length, device, generator, at_once, progress))
-        name = "sampled from the model"
+        name, sampled = "sampled from the model", True
     else:
         ids = torch.randint(model.config.vocab_size, (count, length), generator=generator)
         rows, name = _split(input_ids=ids), "random tokens"
@@ -83,7 +89,7 @@ def calibration_text(
         rows = [_without_labels(model, row) for row in rows]
     held = max(1, round(HELD_OUT * len(rows)))
     size = max(1, _BATCH_TOKENS // length)
-    return Text(_stacked(rows[:-held], size), _stacked(rows[-held:], size), name)
+    return Text(_stacked(rows[:-held], size), _stacked(rows[-held:], size), name, unknown, sampled)
 
 
 def _split(**tensors: Tensor) -> list[Batch]:
@@ -101,12 +107,13 @@ def _without_labels(model: Any, row: Batch) -> Batch:
 
 
 def _reads_spans(source: Source, trust_remote_code: bool) -> bool:
-    """Whether there is a tokenizer with sentinels, and a built-in corpus to use it on."""
+    """Whether there is a tokenizer with sentinels, and a built-in corpus that it can read."""
     if source.folder is None:
         return False
     try:
-        SpanCorruption.of(load_tokenizer(source.folder, trust_remote_code))
-        next(documents(None, "train"))
+        tokenizer = load_tokenizer(source.folder, trust_remote_code)
+        SpanCorruption.of(tokenizer)
+        looked_at(documents(None, "train"), tokenizer, BUILT_IN, "--calibration")
     except Exception:  # whatever keeps it from loading, there is another way
         return False
     return True
@@ -133,10 +140,12 @@ def _from_documents(
     tokens: int,
     spans: bool,
     generator: torch.Generator,
-) -> tuple[list[Batch], str]:
-    name = f"{text or 'stdlib'}, training part"
+) -> tuple[list[Batch], str, float]:
+    name = f"{text or BUILT_IN}, training part"
+    texts = documents(text, "train", flag="--calibration")
+    texts, unknown = looked_at(texts, tokenizer, name, "--calibration")
     blocks = token_blocks(
-        documents(text, "train", flag="--calibration"),
+        texts,
         tokenizer,
         length,
         max(tokens, 2 * length),
@@ -148,6 +157,6 @@ def _from_documents(
     corrupt = SpanCorruption.of(tokenizer) if spans else None
     check_vocabulary(blocks, plan.source_config["vocab_size"], corrupt)
     if corrupt is None:
-        return _split(input_ids=blocks), name
+        return _split(input_ids=blocks), name, unknown
     inputs, labels = corrupt(blocks, generator)
-    return _split(input_ids=inputs, labels=labels), f"{name}, span corruption"
+    return _split(input_ids=inputs, labels=labels), f"{name}, span corruption", unknown

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .callers import undisturbed
 from .checkpoint import GENERATION_CONFIG, open_source
 from .describe import write_report
-from .errors import OutputError, RecipeError
+from .errors import OutputError, RecipeError, UnreadableTextError
 from .execution import build_model, check_copies, check_loads, write_model
 from .output import staged_output
 from .plan import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Plan, Request, make_plan
@@ -183,23 +183,7 @@ def convert_to_folder(
 ) -> Conversion:
     """Carries out a plan. What calibration and evaluation need is made ready before anything is written."""
     _refuse_overlap(source, output)
-    held_out = None
-    if settings.evaluate:
-        from .evaluation import prepare
-
-        if source.folder is None:
-            raise RecipeError(
-                "evaluate=True needs a source with a tokenizer: a folder or a hub id, not a model in memory"
-            )
-        if plan.has_language_model_head:
-            held_out = prepare(
-                source.folder,
-                settings.data,
-                device=settings.device,
-                seed=settings.seed,
-                trust_remote_code=settings.trust_remote_code,
-            )
-
+    held_out, not_measured = _held_out(plan, source, settings) if settings.evaluate else (None, "")
     with staged_output(output, settings.overwrite, plan.nbytes) as folder, source.unchanged():
         start = time.perf_counter()
         if settings.verify:
@@ -214,13 +198,33 @@ def convert_to_folder(
         if plan.calibration is not None:
             report["seconds"]["calibrate"] = round(calibrating, 2)
         report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
+        if not_measured:
+            report["not_measured"] = not_measured
         with _reloaded(folder, report, settings):
             if held_out is not None:
                 start = time.perf_counter()
-                report |= _measured(plan, source, folder, held_out, settings, progress)
+                own = report.get("calibration", {}).get("own_loss")
+                report |= _measured(plan, source, folder, held_out, settings, progress, own)
                 report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(folder, report)
     return Conversion(report, output)
+
+
+def _held_out(plan: Plan, source: Source, settings: Settings) -> tuple[HeldOut | None, str]:
+    """What to measure on; or nothing, and why the model cannot be measured on what is taken where nothing was named."""
+    from .evaluation import prepare
+
+    if source.folder is None:
+        raise RecipeError("evaluate=True needs a source with a tokenizer: a folder or a hub id, not a model in memory")
+    if not plan.has_language_model_head:
+        return None, ""
+    how: dict[str, Any] = {key: getattr(settings, key) for key in ("device", "seed", "trust_remote_code")}
+    try:
+        return prepare(source.folder, settings.data, **how), ""
+    except UnreadableTextError as error:
+        if settings.data is not None:
+            raise
+        return None, str(error)
 
 
 def _reloaded(folder: Path, report: dict[str, Any], settings: Settings) -> AbstractContextManager[None]:
@@ -233,7 +237,13 @@ def _reloaded(folder: Path, report: dict[str, Any], settings: Settings) -> Abstr
 
 
 def _measured(
-    plan: Plan, source: Source, folder: Path, held_out: HeldOut, settings: Settings, progress: Progress
+    plan: Plan,
+    source: Source,
+    folder: Path,
+    held_out: HeldOut,
+    settings: Settings,
+    progress: Progress,
+    own: float | None,
 ) -> dict[str, Any]:
     """The "quality" and "samples" of a report, with what averaging the heads would have cost."""
     from .evaluation import compare
@@ -248,7 +258,15 @@ def _measured(
     compared: dict[str, Any] = models if plan.method == "mean" else models | {"mean": averaged}
     trust = settings.trust_remote_code
     return {
-        "quality": compare(compared, held_out, trust_remote_code=trust, progress=progress, optional={"mean"}),
+        "quality": compare(
+            compared,
+            held_out,
+            trust_remote_code=trust,
+            progress=progress,
+            optional={"mean"},
+            untrained=compared.keys() - {"source"},
+            own=own,
+        ),
         "samples": continuations(models, held_out, trust_remote_code=trust),
     }
 

@@ -29,6 +29,10 @@ class DataError(SQAError, ValueError):
     exit_code = 2
 
 
+class UnreadableTextError(DataError):
+    """The model's tokenizer knows next to nothing of the text."""
+
+
 class CheckpointError(SQAError, OSError):
     """The source checkpoint is missing, damaged or not reachable."""
 

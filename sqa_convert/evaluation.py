@@ -13,14 +13,23 @@ from torch import Tensor
 
 from .batches import SpanCorruption, token_blocks
 from .callers import undisturbed
-from .checkpoint import TOKENIZER_CONFIG, TOKENIZER_FILES, check_folder, read_config, read_generation_config
+from .checkpoint import (
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    check_folder,
+    read_config,
+    read_generation_config,
+    read_json,
+)
 from .data import BUILT_IN, documents
 from .decoding import settle
 from .devices import choose_device, device_name
 from .distill import IGNORED
 from .errors import CheckpointError, DataError, QualityError, RecipeError, one_line
-from .output import sha256_of
+from .output import REPORT, is_ours, sha256_of
+from .sampling import own_loss
 from .sources import stamp
+from .text_fit import Fit, looked_at, misfits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +44,7 @@ _TOKENIZERS: dict[tuple[object, ...], Any] = {}  # one that has encoded keeps 0.
 _LARGE_TOKENIZER = 2**26  # bytes
 _MAY_BE_A_TOKENIZERS = (".bpe", ".jinja", ".json", ".model", ".spm", ".tiktoken", ".txt")
 _NEVER_A_TOKENIZERS = ("config.json", "generation_config.json", "model.safetensors.index.json", "report.json")
+_FEW_COUNTED = 256  # predictions
 _CHUNK_LOGITS = 2**25  # logits held at once
 
 
@@ -147,6 +157,34 @@ class HeldOut:
     tokens: int
     """predicted"""
     device: torch.device
+    unknown: float = 0.0
+    """share of the text's characters that the tokenizer does not know"""
+    chosen: bool = True
+    """whether it is another text than the built-in one"""
+
+    def fit(self, model: Any, loss: float | None, own: float | None = None, who: str = "source") -> Fit:
+        """What tells whether a model was made for this text.
+
+        Args:
+            model: on the text's device.
+            loss: the model's on this text.
+            own: its loss on what it writes itself; None finds out, where there is a loss to hold it against.
+            who: what the model is called.
+        """
+        if own is None and loss is not None:
+            own = own_loss(model, self.batches[0], self.device, torch.Generator().manual_seed(0))
+        counted = self._token_entropy(shifted=not model.config.is_encoder_decoder)
+        return Fit(loss, model.config.vocab_size, own, counted, self.unknown, self.chosen, who)
+
+    def _token_entropy(self, shifted: bool) -> float | None:
+        """Of what is predicted, as if each token stood alone, nats; None of too few to tell (Miller, 1955)."""
+        labels = torch.cat([batch["labels"][:, int(shifted) :].flatten() for batch in self.batches])
+        counts = labels[labels != IGNORED].unique(return_counts=True)[1].double()
+        total = counts.sum()
+        if total < _FEW_COUNTED:
+            return None
+        share = counts / total
+        return float(-(share * share.log()).sum() + (len(counts) - 1) / (2 * total))
 
 
 def prepare(
@@ -177,18 +215,20 @@ def prepare(
     name = f"{data or BUILT_IN}, held-out part"
     longest = getattr(config, "n_positions", None) or 512
     length = min(longest, LONGEST, tokens)
-    blocks = token_blocks(documents(data, "heldout"), tokenizer, length, tokens, name)
+    texts, unknown = looked_at(documents(data, "heldout"), tokenizer, name, "--data")
+    blocks = token_blocks(texts, tokenizer, length, tokens, name)
+    named = data not in (None, BUILT_IN)
     corrupt = SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None
     check_vocabulary(blocks, config.vocab_size, corrupt)
     per_batch = max(1, _BATCH_TOKENS // length)
     if corrupt is None:
         batches = [{"input_ids": b, "labels": b} for b in blocks.split(per_batch)]
-        return HeldOut(batches, name, blocks.numel() - len(blocks), chosen)
+        return HeldOut(batches, name, blocks.numel() - len(blocks), chosen, unknown, named)
     generator = torch.Generator().manual_seed(seed)
     pairs = [corrupt(part, generator) for part in blocks.split(per_batch)]
     batches = [{"input_ids": inputs, "labels": labels} for inputs, labels in pairs]
     count = sum(labels.numel() for _, labels in pairs)
-    return HeldOut(batches, f"{name}, span corruption", count, chosen)
+    return HeldOut(batches, f"{name}, span corruption", count, chosen, unknown, named)
 
 
 def check_vocabulary(blocks: Tensor, vocabulary: int, corrupt: SpanCorruption | None) -> None:
@@ -263,6 +303,8 @@ def compare(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     also: Callable[[Any], dict[str, float]] | None = None,
     optional: Collection[str] = (),
+    untrained: Collection[str] = (),
+    own: float | None = None,
 ) -> dict[str, Any]:
     """Measures models one after the other on the same text; the first is what the others are held against.
 
@@ -270,16 +312,21 @@ def compare(
         models: folders, models, or functions that make one when its turn comes.
         also: what else to find out about each, for its row.
         optional: those whose row is left out where they fail.
+        untrained: those that cannot rightly predict better than the first: converted from it, and not trained.
+        own: the first one's loss on what it writes itself, nats a token; None finds out.
 
     Returns:
-        {"data", "tokens", "device", and per model its `Quality` as a dict}.
+        {"data", "tokens", "device", "warnings" (what makes it doubtful that the text says anything, as
+        `sqa_convert.text_fit.misfits` has it), and per model its `Quality` as a dict}.
 
     Raises:
         RecipeError: a model does not fit into the device's memory, or cannot be compared with the first.
     """
     device = held_out.device
     result: dict[str, Any] = {"data": held_out.name, "tokens": held_out.tokens, "device": device_name(device)}
+    result["warnings"] = []
     source: Predictions | None = None
+    fit: Fit | None = None
     first: dict[str, Any] = {}
     for name, folder in models.items():
         done, total = 0, len(held_out.batches)
@@ -302,6 +349,8 @@ def compare(
                 )
             predictions = predict(model, held_out, step)
             result[name] = asdict(measure(predictions, source)) | ({} if also is None else also(model))
+            if fit is None:
+                fit = held_out.fit(model, result[name]["loss"], own, "model" if name == "model" else "source")
         except Exception as error:
             if name in optional:  # by whatever it fails, the others are worth having
                 continue
@@ -309,7 +358,20 @@ def compare(
                 raise
             raise RecipeError(f"the {name} model does not fit on {device}: --device cpu or --no-evaluate") from error
         source = source or predictions
+    if fit is not None:
+        losses = {name: result[name]["loss"] for name in models if name in result and name in untrained}
+        result["warnings"] = misfits(fit, "--data", losses)
     return result
+
+
+def untrained(folder: Path, against: str) -> set[str]:
+    """{"model"} where a folder is a conversion of `against` that was not trained since."""
+    try:
+        report = read_json(folder / REPORT, "")
+    except CheckpointError:
+        return set()
+    converted = is_ours(report) and "uptraining" not in report and report["source"]["name"] == against
+    return {"model"} if converted else set()
 
 
 @undisturbed
@@ -333,7 +395,8 @@ def evaluate(
         seed: of the span corruption of T5.
 
     Returns:
-        "data" (what the text is), "tokens" (predicted) and "device", and for "model" and "against" a dict each: "loss"
+        "data" (what the text is), "tokens" (predicted), "device", "warnings" (a list of {"rule", "value", "bound",
+        "text"}: why the text may say nothing of the model), and for "model" and "against" a dict each: "loss"
         in nats a token, "perplexity", "kl" to `against` in nats a token, and "top1", the share of predictions whose
         most likely token is that of `against`. "kl" and "top1" are None where there is nothing to compare with.
 
@@ -348,4 +411,4 @@ def evaluate(
     models = {} if against is None else {"against": resolve(str(against))}
     models["model"] = resolve(str(folder))
     held_out = prepare(models["model"], data, tokens=tokens, device=device, seed=seed)
-    return compare(models, held_out)
+    return compare(models, held_out, untrained=untrained(models["model"], str(against)))

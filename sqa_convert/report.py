@@ -137,6 +137,7 @@ def presented(report: dict[str, Any]) -> dict[str, Any]:
         "name": Path(report["output"] or report["source"]["name"]).name,
         "auto": auto_class(report),
         "how": [*source_lines(report), *calibration_lines(report)],
+        "doubts": quality_lines(report),
         "uptraining": uptraining_lines(report),
         "speed_title": speed_title(speed) if speed else "",
     }
@@ -162,13 +163,20 @@ def source_lines(report: dict[str, Any]) -> list[str]:
     return [str(note) for note in report["source"].get("notes", [])]
 
 
+def quality_lines(report: dict[str, Any]) -> list[str]:
+    """Why not to trust what was measured, or why nothing was, in sentences."""
+    lines = [f"warning: {doubt['text']}" for doubt in report.get("quality", {}).get("warnings", [])]
+    return [*lines, f"not measured: {report['not_measured']}"] if "not_measured" in report else lines
+
+
 def calibration_lines(report: dict[str, Any]) -> list[str]:
     """What calibration did, in sentences; none where there was none."""
     done = report.get("calibration")
     if done is None:
         blind = report["method"] in METHODS and METHODS[report["method"]].needs_statistics
         return ["converted from the weights alone, fitted to no text"] if blind else []
-    lines = [f"fitted on {done['tokens']:,} tokens, chosen on {done['held_out_tokens']:,} more: {done['text']}"]
+    lines = [f"warning: {doubt['text']}" for doubt in done.get("warnings", [])]
+    lines.append(f"fitted on {done['tokens']:,} tokens, chosen on {done['held_out_tokens']:,} more: {done['text']}")
     if "kl_before_refine" in done:
         kl = sorted(done["kl_before_refine"].items(), key=lambda item: item[1])
         tried = " · ".join(f"{name} {value:.4f}" for name, value in kl)
@@ -181,8 +189,6 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
                 f"{site['kind']} {site['layer']}: {last} would be worse on held-out text "
                 f"({errors[last]:.4f}), kept as {site['kept']} ({errors[site['kept']]:.4f})"
             )
-    if "warning" in done:
-        lines.append(f"warning: {done['warning']}")
     return lines
 
 

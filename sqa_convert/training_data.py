@@ -25,6 +25,7 @@ from .data import Split, documents, pairs
 from .errors import DataError
 from .evaluation import HeldOut, check_vocabulary, load_config, load_tokenizer, prepare
 from .recipe import Recipe
+from .text_fit import looked_at
 
 MOST_HELD = 200_000_000
 """tokens of text kept in memory and shuffled; of more, blocks come as they are read"""
@@ -76,7 +77,7 @@ def training_data(
         raise DataError(f"sequence_length {settings.sequence_length} is more than the model's {longest} positions")
     length, wanted = settings.sequence_length, tokens or settings.tokens
     streamed = wanted > MOST_HELD
-    texts = documents(settings.data, "train", shuffled=True)
+    texts, _ = looked_at(documents(settings.data, "train", shuffled=True), tokenizer, settings.data, "--data")
     blocks = token_blocks(texts, tokenizer, length, length if streamed else wanted, settings.data)
     corrupt = SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None
     check_vocabulary(blocks, config.vocab_size, corrupt)
@@ -109,8 +110,9 @@ def _pairs(config: Any, tokenizer: Any, settings: Recipe, tokens: int | None) ->
     collate = PairCollator(tokenizer.pad_token_id)
     limit = {"truncation": True, "max_length": settings.sequence_length}
 
-    def read(split: Split, most: int) -> list[tuple[Tensor, Tensor]]:
+    def read(split: Split, most: int) -> tuple[list[tuple[Tensor, Tensor]], float]:
         found = pairs(settings.data, settings.source_column, settings.target_column, split)
+        found, unknown = looked_at(found, tokenizer, settings.data, "--data")
         rows = [
             (
                 torch.tensor(tokenizer(settings.prefix + source, **limit)["input_ids"]),
@@ -121,13 +123,14 @@ def _pairs(config: Any, tokenizer: Any, settings: Recipe, tokens: int | None) ->
         if not rows:
             raise DataError(f"--data {settings.data}: no pairs in its {split} part")
         check_vocabulary(torch.cat([ids for pair in rows for ids in pair]), config.vocab_size, None)
-        return rows
+        return rows, unknown
 
     def held_out(device: torch.device) -> HeldOut:
-        rows = list(enumerate(read("heldout", HELD_OUT_PAIRS)))
+        content, unknown = read("heldout", HELD_OUT_PAIRS)
+        rows = list(enumerate(content))
         batches = [collate(rows[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
         count = sum(len(target) for _, (_, target) in rows)
-        return HeldOut(batches, f"{settings.data}, held-out part, {len(rows)} pairs", count, device)
+        return HeldOut(batches, f"{settings.data}, held-out part, {len(rows)} pairs", count, device, unknown)
 
-    content = read("train", max(1, (tokens or settings.tokens) // settings.sequence_length))
+    content, _ = read("train", max(1, (tokens or settings.tokens) // settings.sequence_length))
     return TrainingData(tokenizer, content, collate, held_out)

@@ -17,7 +17,7 @@ from .checkpoint import resolve, source_config
 from .describe import write_report
 from .devices import choose_device, device_name, own_device
 from .errors import CheckpointError, OutputError, RecipeError, one_line
-from .evaluation import compare, load_model, predict
+from .evaluation import compare, load_model, measure, predict
 from .families import family_of
 from .generation import answer_scores, continuations
 from .output import check_output, empty, sha256_of, staged_output
@@ -26,6 +26,7 @@ from .recipe import Recipe, dump_recipe
 from .report import read_report
 from .run_folder import BECAME, OF, RECIPE, alone, begin, conversion_id, recoverable, run_folder, run_settings
 from .shards import write_shard
+from .text_fit import misfits
 from .training import FINAL, Job, check_settings, train
 from .training_data import training_data
 
@@ -102,6 +103,7 @@ def uptrain(
     if settings.control:
         stages["control"] = (origin, dataclasses.replace(settings, loss="ce", patience=0))
     results: dict[str, Any] = {}
+    how_measured: dict[str, Any] = {"untrained": set() if "uptraining" in report else {"converted"}}
     report["seconds"] = {key: spent for key, spent in report["seconds"].items() if key not in ("uptrain", "control")}
     with alone(run, folder), recoverable(run, folder):
         with processes.together():
@@ -111,7 +113,12 @@ def uptrain(
         teacher = expected = None
         if held_out is not None or settings.ce < 1:
             teacher = load_model(origin, dtype="float32", trust_remote_code=trust_remote_code)
-            expected = predict(teacher, held_out) if held_out is not None else None
+            if held_out is not None:
+                expected = predict(teacher, held_out)
+                fit = held_out.fit(teacher, measure(expected).loss)
+                for doubt in misfits(fit, "--data"):
+                    progress("uptrain", 0, settings.steps, f"warning: {doubt['text']}")
+                how_measured |= {"own": fit.own_loss}
         job = Job(text, held_out, expected, chosen, trust_remote_code)
         for stage, (path, how) in stages.items():
             if how.ce == 1:
@@ -123,7 +130,7 @@ def uptrain(
             report["uptraining"] = dataclasses.asdict(settings) | results["uptrain"] | {"device": device_name(chosen)}
             if settings.control:
                 report["uptraining"]["control_curve"] = results["control"]["curve"]
-            _publish(folder, run, report, settings, job, origin, progress)
+            _publish(folder, run, report, settings, job, origin, progress, how_measured)
         elif processes.apart():
             report["uptrained_on"] = processes.first_host()
     return report
@@ -137,6 +144,7 @@ def _publish(
     job: Job,
     origin: Path,
     progress: Progress,
+    how_measured: dict[str, Any],
 ) -> None:
     """The trained model in the place of the converted one, measured beside the others."""
     if conversion_id(folder) != (run / OF).read_text():
@@ -162,6 +170,7 @@ def _publish(
                 trust_remote_code=job.trust_remote_code,
                 progress=progress,
                 also=scores if settings.pairs else None,
+                **how_measured,
             )
             quality = report["quality"]
             if all(known.get(key) == quality[key] for key in ("data", "tokens")):

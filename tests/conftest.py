@@ -18,6 +18,7 @@ def brief():
     """What models write for people to read: a few words will do here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sqa_convert.generation.WRITTEN", 8)
+        patch.setattr("sqa_convert.sampling._OWN_LENGTH", 16)
         yield
 
 

@@ -23,7 +23,7 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"checkpoint", "stored"},
     {"families", "sources"},
     {"checks", "heads", "recipe", "workloads"},
-    {"distill", "flops", "sampling", "timing"},
+    {"distill", "flops", "sampling", "text_fit", "timing"},
     {"decoding"},
     {"amounts", "devices", "processes", "storage"},
     {"callers", "errors", "models", "progress", "recipe_hints", "special_tokens"},

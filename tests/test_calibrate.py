@@ -156,9 +156,10 @@ def test_sites_left_out_keep_their_heads(threads):
 
 def test_few_tokens_are_warned_about():
     source = gpt2()
-    assert "warning" not in convert(source, 8, 4, calibration=SHORT).report["calibration"]
+    assert convert(source, 8, 4, calibration=SHORT).report["calibration"]["warnings"] == []
     few = convert(gpt2(n_positions=8), 8, 4, calibration=Calibration(tokens=16, refine_steps=0)).report
-    assert "8 calibration tokens for 33 unknowns of a fit, 20 for each" in few["calibration"]["warning"]
+    warning = few["calibration"]["warnings"][0]
+    assert "8 calibration tokens for 33 unknowns of a fit, 20 for each" in warning["text"]
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,7 @@ def test_converts_the_sample_and_says_what_it_did(run, name):
     quality = report["quality"]
     assert quality["source"]["kl"] is None
     assert quality["converted"]["kl"] > 0
+    assert quality["warnings"] == [] and "warning" not in out
     assert 0 < quality["converted"]["top1"] < 1
     assert quality["converted"]["loss"] > quality["source"]["loss"]
     assert f"{quality['converted']['loss']:.4f}" in out

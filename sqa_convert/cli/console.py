@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ..errors import RecipeError, SQAError
 from ..page import PAGE
-from ..report import auto_class, quality_table, uptraining_lines
+from ..report import auto_class, quality_lines, quality_table, uptraining_lines
 from .streams import forgiving_streams
 
 INTERRUPTED = 130
@@ -129,6 +129,8 @@ def _finite(content: Any) -> Any:
 
 def show_quality(out: Out, report: dict[str, Any]) -> None:
     """What was measured, and what uptraining did."""
+    for line in quality_lines(report):
+        out.result(line)
     quality = report.get("quality")
     if quality and quality_table(report)[1]:
         out.table(f"on {quality['tokens']:,} tokens of {quality['data']}", *quality_table(report))

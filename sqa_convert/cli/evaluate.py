@@ -65,9 +65,9 @@ def evaluate_command(
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
     from ..checkpoint import resolve
-    from ..evaluation import compare, prepare
+    from ..evaluation import compare, prepare, untrained
     from ..output import REPORT
-    from ..report import quality_rows, read_report
+    from ..report import quality_lines, quality_rows, read_report
 
     out.quieten_libraries()
     if verify:
@@ -93,7 +93,13 @@ def evaluate_command(
     names = {"against": against or "", "model": model}
     with out.progress() as progress:
         held_out = prepare(folder, data, tokens=tokens, device=device, seed=seed, trust_remote_code=trust_remote_code)
-        quality = compare(models, held_out, trust_remote_code=trust_remote_code, progress=progress)
+        quality = compare(
+            models,
+            held_out,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            untrained=untrained(folder, against or ""),
+        )
         texts = []
         if samples:
             from ..generation import continuations
@@ -108,6 +114,8 @@ def evaluate_command(
             }
     result = {"schema": 1, "models": {k: names[k] for k in models}, "quality": quality, "samples": texts}
     out.json(result if scores is None else result | {"tasks": scores})
+    for line in quality_lines(result):
+        out.result(line)
     out.table(
         f"on {quality['tokens']:,} tokens of {quality['data']}",
         *quality_rows({names[k]: quality[k] for k in models}),
