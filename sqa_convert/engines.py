@@ -57,6 +57,11 @@ def check_folder(trainer: Any) -> None:
         raise RecipeError(f"{name.split(' in ')[0]} on several nodes needs FOLDER to lie where all of them see it")
 
 
+def is_contradiction(error: ValueError) -> bool:
+    """Whether DeepSpeed was given a file that sets batch size, rate or dtype, and otherwise than the recipe."""
+    return "DeepSpeed config values" in str(error)
+
+
 def whole_weights(trainer: Any) -> dict[str, Tensor] | None:
     """What was trained, in float32, by the names of the model; None where each process holds all of it.
 

@@ -117,6 +117,11 @@ def _told(fault: Exception) -> SQAError:
     return kind(f"{one_line(fault, 1000)} (process {rank()}, on {socket.gethostname()})")
 
 
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another process cannot be reached any more."""
+    return count() > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error))
+
+
 def look(folder: Path) -> None:
     """Finds out whether this process sees what the first one writes in its folder."""
     name, _KNOWN["host"] = from_first((f".{uuid.uuid4().hex}", socket.gethostname()))

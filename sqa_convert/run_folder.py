@@ -138,6 +138,8 @@ def recoverable(run: Path, folder: Path) -> Iterator[None]:
         # torch.save and safetensors have errors of their own for a file that could not be written; the first hides why.
         unsaid = any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "iostream error"))
         if not full and not unsaid and not isinstance(error, OSError) and "(os error " not in str(error):
+            if processes.is_lost(error):
+                raise SQAError(f"another process of this run has ended; {_kept(run, folder)}") from error
             raise
         what = "the disk is full" if full else "the disk is full or failing" if unsaid else one_line(error)
         raise OutputError(f"{run} cannot be written: {what}; {_kept(run, folder)}") from error

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import engines, processes
 from .devices import peak_flops
-from .errors import RecipeError
+from .errors import RecipeError, one_line
 from .evaluation import HeldOut, Predictions, load_config, load_model
 from .flops import training_flops
 from .output import write_json
@@ -128,6 +128,10 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
     engines.check_folder(trainer)
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
+    except ValueError as error:
+        if engines.is_contradiction(error):
+            raise RecipeError(f"accelerate's file and the recipe disagree: {one_line(error, 600)}") from error
+        raise
     finally:
         trainer.watch.restore()
     if trainer.watch.interrupted and trainer.state.global_step < settings.steps:

@@ -15,9 +15,11 @@ from helpers import plain_convert as convert
 from safetensors.torch import load_file
 
 from sqa_convert import Recipe, engines, uptrain
-from sqa_convert.errors import RecipeError
+from sqa_convert.cli.convert import main as convert_command
+from sqa_convert.errors import RecipeError, SQAError
 from sqa_convert.recipe import recipe_folder
 from sqa_convert.report import read_report
+from sqa_convert.run_folder import recoverable
 from sqa_convert.training import check_settings
 
 BIN = Path(sys.executable).parent
@@ -178,6 +180,35 @@ def test_a_result_that_is_not_complete_is_never_marked_so_and_the_training_not_l
     assert (tmp_path / "m.uptraining/uptrain/checkpoint-2/complete").is_file()
     assert not (tmp_path / "m.uptraining/uptrain/final/finished.json").exists()
     assert uptrain(tmp_path / "m", resume=True, device="cpu", evaluate=False)["uptraining"]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:11447"),
+        torch.distributed.DistNetworkError("timed out"),
+    ],
+)
+def test_the_loss_of_another_process_is_one_line(error, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "run/uptrain/checkpoint-2").mkdir(parents=True)
+    (tmp_path / "run/uptrain/checkpoint-2/complete").touch()
+    with (
+        pytest.raises(SQAError, match=r"another process of this run has ended; m is .*go on from step 2 of uptrain"),
+        recoverable(tmp_path / "run", Path("m")),
+    ):
+        raise error
+
+
+def test_one_command_that_converts_and_uptrains_works_in_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ["sample:gpt2", "--variant", "ssqa", "--method", "mean", "--uptrain", "quick"]
+    monkeypatch.setattr(sys, "argv", ["sqa-convert", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        convert_command()
+    assert "--uptrain works in one process" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

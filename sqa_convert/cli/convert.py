@@ -259,10 +259,15 @@ def convert(
         check_data(calibration, "--calibration")
     with out.progress() as progress:
         if recipe is not None:
+            from ..processes import count
             from ..run_folder import run_folder
             from ..training import check_settings
             from ..training_data import training_data
 
+            if count() > 1:
+                raise RecipeError(
+                    "--uptrain works in one process: convert without it, then start sqa-uptrain in several"
+                )
             if run_folder(target).exists() and not overwrite:
                 raise OutputError(f"{run_folder(target)} holds a run that was stopped: --overwrite throws it away")
             check_settings(recipe, not no_evaluate, choose_device(device))
