@@ -17,7 +17,7 @@ from transformers import (
 
 from sqa_convert import Recipe, uptrain
 from sqa_convert.checkpoint import SAMPLES
-from sqa_convert.errors import CheckpointError
+from sqa_convert.errors import CheckpointError, UnsupportedModelError
 
 STORAGES = ("file", "shards", "bin")
 KEYS = {
@@ -37,6 +37,22 @@ def weights_of(model):
     return {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
 
 
+def shards(folder, weights, ending=".safetensors", **more):
+    """Two shards with an index, which may name more than they hold."""
+    prefix, files = ("model", {}) if ending == ".safetensors" else ("pytorch_model", {})
+    for i in range(2):
+        files[f"{prefix}-0000{i + 1}-of-00002{ending}"] = dict(list(weights.items())[i::2])
+    for file, part in files.items():
+        if ending == ".bin":
+            torch.save(part, folder / file)
+        else:
+            save_file(part, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, part in files.items() for name in part} | more
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / f"{prefix}{ending}.index.json").write_text(index)
+    return files
+
+
 def store(folder, model, weights, storage="file", **changes):
     """A checkpoint of these weights, with changes to its config.json; a key that becomes None is left out."""
     folder.mkdir()
@@ -47,11 +63,7 @@ def store(folder, model, weights, storage="file", **changes):
     elif storage == "file":
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     else:
-        files = {f"model-0000{i + 1}-of-00002.safetensors": dict(list(weights.items())[i::2]) for i in range(2)}
-        for file, part in files.items():
-            save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map = {name: file for file, part in files.items() for name in part}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        shards(folder, weights)
     return folder
 
 
@@ -266,3 +278,95 @@ def test_weights_of_a_wrapper_or_of_linear_layers_are_told_from_damage(change, s
     model = gpt2()
     with pytest.raises(CheckpointError, match=says):
         convert(store(tmp_path / "source", model, change(weights_of(model))), 8, 4)
+
+
+def other(weights):
+    return {name: tensor + 1 for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "lie", ["single file beside shards", "stale index", "index names a tie", "bin shards too", "bin beside its shards"]
+)
+def test_the_weights_that_transformers_reads_are_read_and_named(lie, tmp_path):
+    model = gpt2()
+    weights = weights_of(model)
+    source = store(tmp_path / "source", model, weights)
+    read, noted = ["model.safetensors"], False
+    if lie == "single file beside shards":
+        shards(source, other(weights))
+        noted = True
+    elif lie == "stale index":
+        for file in shards(source, weights):
+            (source / file).unlink()
+        noted = True
+    elif lie == "index names a tie":
+        (source / "model.safetensors").unlink()
+        read = list(shards(source, weights, **{"lm_head.weight": "model-00001-of-00002.safetensors"}))
+    elif lie == "bin shards too":
+        shards(source, other(weights), ".bin")
+    else:
+        (source / "model.safetensors").unlink()
+        torch.save(weights, source / "pytorch_model.bin")
+        shards(source, other(weights), ".bin")
+        read, noted = ["pytorch_model.bin"], True
+    conversion = convert(source, 12, 12, output=tmp_path / "out")
+    ids = tokens()
+    expected = logits(AutoModelForCausalLM.from_pretrained(source).eval(), ids)
+    torch.testing.assert_close(logits(conversion.model, ids), expected, rtol=1e-4, atol=1e-5)
+    told = conversion.report["source"]
+    assert told["files"] == read
+    assert any(f"read from {read[0]}" in note for note in told["notes"]) == noted
+
+
+@pytest.mark.parametrize("names", ["aliases", "defaults", "both"])
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_config_is_read_as_transformers_reads_it(family, names, tmp_path):
+    model = MAKERS[family](**({"heads": 8, "d_kv": 64} if family == "t5" else {"n_positions": 1024}))
+    config = model.config.to_dict()
+    changes = {}
+    for key in KEYS[family]:
+        if names != "defaults":
+            changes |= {ALIASES[key]: config[key]}
+        if names == "aliases":
+            changes |= {key: None}
+        elif names == "both":  # the alias counts
+            changes |= {key: config[key] + 1}
+    if names == "defaults":
+        default = type(model.config)()
+        changes = {key: None for key in KEYS[family] if config[key] == getattr(default, key)} | {"n_ctx": 1024}
+        assert len(changes) > 1
+    source = store(tmp_path / "source", model, weights_of(model), **changes)
+    heads = model.config.num_attention_heads
+    conversion = convert(source, heads, heads, output=tmp_path / "out")
+    ids = tokens()
+    torch.testing.assert_close(logits(conversion.model, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written[KEYS[family][0]] == heads and not written.keys() & set(ALIASES.values()) - {"head_dim"}
+
+
+def test_a_config_that_tells_all_is_read_without_the_class(monkeypatch):
+    from sqa_convert.families import completed
+
+    monkeypatch.setattr("transformers.GPT2Config.from_dict", None)
+    config = gpt2().config.to_dict() | {"architectures": ["GPT2LMHeadModel"]}
+    assert completed(config) is config
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", ["GPT2LMHeadCustomModel", "TFGPT2LMHeadModel"])
+def test_a_class_of_the_authors_own_is_taken_for_what_its_weights_are(name, storage, tmp_path):
+    model = gpt2()
+    source = store(tmp_path / "source", model, weights_of(model), storage, architectures=[name])
+    conversion = convert(source, 12, 12, output=tmp_path / "out")
+    ids = tokens()
+    torch.testing.assert_close(logits(conversion.model, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+    assert conversion.report["source"]["architecture"] == "GPT2LMHeadModel"
+    assert any(name in note for note in conversion.report["source"]["notes"])
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2ForTokenClassification", "MyGPT2ForQuestionAnswering"])
+def test_a_class_of_another_kind_is_refused(name, tmp_path):
+    model = gpt2()
+    source = store(tmp_path / "source", model, weights_of(model), architectures=[name])
+    with pytest.raises(UnsupportedModelError, match=f"{name} is not supported"):
+        convert(source, 8, 4)
