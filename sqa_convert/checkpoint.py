@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from .checks import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, carried_file, check_pickle, parse_json, regular_file
 from .errors import CheckpointError, RecipeError, SQAError, one_line, shown
 from .families import completed
+from .pipelines import PIPELINE, assembled, part_of, without_config
 from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, Stamp, indexed, stamp
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -37,23 +39,35 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 """where a folder's weights may stand, in the order in which transformers looks: all that read a folder read the same"""
+_TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 Accept = Callable[[dict[str, Any]], object]
 """is given config.json before any weight is fetched; raises when there is no point in going on"""
 
 
 def open_source(
-    name: str, revision: str | None = None, *, accept: Accept = lambda config: None, headers_only: bool = False
+    name: str,
+    revision: str | None = None,
+    *,
+    subfolder: str | None = None,
+    tokenizer: str | None = None,
+    accept: Accept = lambda config: None,
+    headers_only: bool = False,
 ) -> Source:
-    """A hub id, a folder, or "sample:gpt2" / "sample:t5".
+    """A hub id, a folder, or "sample:gpt2" / "sample:t5"; a folder inside one by ID/FOLDER, or by `subfolder`.
 
     Args:
+        subfolder: of a pipeline of several models, the one meant.
+        tokenizer: where it lies if not beside the weights: a folder beside the model's, any folder, or a hub id.
         accept: called with config.json before weights are looked for, or downloaded.
         headers_only: of a model on the hub fetch shapes and dtypes alone, where it has safetensors; `read` fails then.
 
     Raises:
         CheckpointError: it is not there, cannot be fetched, or is damaged.
     """
+    if subfolder is not None:
+        name = part_of(name, subfolder)
     source: Source | None = None
     stamps: dict[Path, Stamp] = {}
     if (folder := local_folder(name, revision)) is not None:
@@ -62,6 +76,8 @@ def open_source(
         accept(config)
     else:
         folder, commit = _download(name, revision, "config.json")
+        if not (folder / "config.json").is_file():
+            _download(name, revision, PIPELINE, "*/config.json")  # to say which parts there are
         config = source_config(name, folder)
         accept(config)
         source = _hub_headers(name, revision) if headers_only else None
@@ -79,7 +95,24 @@ def open_source(
         source.stamps = stamps
         source.notes = _passed_over(folder, files)
     source.name, source.revision, source.folder, source.config = name, commit, folder, config
+    if tokenizer is not None:
+        source.assembled = assembled(folder, _tokenizer_folder(tokenizer, name, folder, revision))
+        source.folder = Path(source.assembled.name)
     return source
+
+
+def _tokenizer_folder(tokenizer: str, name: str, folder: Path, revision: str | None) -> Path:
+    """The folder that `tokenizer` means, for the model `name` in `folder`. Raises CheckpointError."""
+    places = [folder.parent / Path(tokenizer).expanduser(), Path(tokenizer).expanduser()]
+    found = next((path for path in places if path.is_dir()), None)
+    if found is None and local_folder(name) is None and _hub_place(name)[1]:
+        beside = _download(f"{_hub_place(name)[0]}/{tokenizer}", revision, *_TOKENIZER_PATTERNS)[0]
+        found = beside if beside.is_dir() else None
+    found = found or _download(tokenizer, None, *_TOKENIZER_PATTERNS)[0]
+    if not any((found / file).is_file() for file in (*TOKENIZER_FILES, TOKENIZER_CONFIG)):
+        raise CheckpointError(f"--tokenizer {tokenizer}: {found} holds no tokenizer")
+    check_folder(found)
+    return found
 
 
 def _stamps(folder: Path) -> dict[Path, Stamp]:
@@ -134,14 +167,23 @@ def local_folder(name: str, revision: str | None = None) -> Path | None:
         if isinstance(error, SQAError):
             raise
         raise CheckpointError(f"{name[:200]} cannot be looked at: {one_line(error)}") from error
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if name.startswith((".", "/", "~")) or ".." in name.split("/"):
         raise CheckpointError(f"{name}: no such folder")
     return None
 
 
 def source_config(name: str, folder: Path) -> dict[str, Any]:
     """config.json of a source, as transformers reads it. Raises CheckpointError, UnsupportedModelError."""
+    if regular_file(folder, "config.json", LARGEST_CONFIG) is None:
+        raise CheckpointError(without_config(name, folder) + _hides_the_hub(name))
     return dict(completed(read_config(name, folder)))
+
+
+def _hides_the_hub(name: str) -> str:
+    """What to say besides of a folder that holds no model and is called like one on the hub."""
+    if not _HUB_ID.fullmatch(name) or not Path(name).is_dir():
+        return ""
+    return f"; the folder {name} here was taken: for {name} on the hub work in another folder, or rename this one"
 
 
 def read_config(name: str, folder: Path) -> dict[str, Any]:
@@ -169,8 +211,15 @@ def read_json(path: Path, missing: str, largest: int | None = None) -> dict[str,
     return content
 
 
+def _hub_place(name: str) -> tuple[str, str]:
+    """The id in ID/FOLDER, and the folder."""
+    owner, _, rest = name.partition("/")
+    model, _, folder = rest.partition("/")
+    return f"{owner}/{model}" if model else owner, folder.strip("/")
+
+
 def _download(name: str, revision: str | None, *patterns: str) -> tuple[Path, str | None]:
-    """Fetches what matches into the hub cache; returns the snapshot's folder and its commit."""
+    """Fetches what matches into the hub cache; returns the folder in the snapshot and its commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -180,8 +229,10 @@ def _download(name: str, revision: str | None, *patterns: str) -> tuple[Path, st
         RevisionNotFoundError,
     )
 
+    model, inside = _hub_place(name)
+    wanted = [f"{inside}/{pattern}" if inside else pattern for pattern in patterns]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except HFValidationError as error:
         raise CheckpointError(
             f"{name} is neither a folder here nor a hub id like gpt2 or google-t5/t5-small"
@@ -198,13 +249,15 @@ def _download(name: str, revision: str | None, *patterns: str) -> tuple[Path, st
         ) from error
     except Exception as error:  # the hub client lets its HTTP library's own errors through
         raise CheckpointError(f"{name} could not be downloaded: {one_line(error)}") from error
-    return folder, folder.name if folder.parent.name == "snapshots" else None
+    return folder / inside, folder.name if folder.parent.name == "snapshots" else None
 
 
 def _hub_headers(name: str, revision: str | None) -> Source | None:
     """Names, shapes and dtypes by the hub's range requests; None where the model has no safetensors or is offline."""
     from huggingface_hub import get_safetensors_metadata
 
+    if _hub_place(name)[1]:
+        return None  # it looks at no folders inside
     try:
         metadata = get_safetensors_metadata(name, revision=revision)
     except Exception:  # whatever it is, downloading the files says it better
@@ -250,4 +303,4 @@ def _weight_files(name: str, folder: Path) -> list[str]:
         if len({Path(file).suffix for file in files}) > 1 or Path(files[0]).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(f"{folder / candidate} names other files than .safetensors or .bin")
         return files
-    raise CheckpointError(f"{name}: no weights ({', '.join(_WEIGHTS)}) in {folder}")
+    raise CheckpointError(f"{name}: no weights ({', '.join(_WEIGHTS)}) in {folder}{_hides_the_hub(name)}")

@@ -82,6 +82,8 @@ def convert(
     calibration: Calibration | str | None = CALIBRATED,
     dtype: str = "auto",
     revision: str | None = None,
+    subfolder: str | None = None,
+    tokenizer: str | Path | None = None,
     max_shard_size: str = DEFAULT_SHARD,
     overwrite: bool = False,
     verify: bool = True,
@@ -107,6 +109,8 @@ def convert(
             from the weights alone. The published methods (mean, first, select) fit only when told to.
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".
         revision: of a hub id.
+        subfolder: of a pipeline of several models, the one meant.
+        tokenizer: where it lies if not beside the weights: a folder beside the model's, any folder, or a hub id.
         max_shard_size: of the largest weight file, such as "300MB"; by default "2GB".
         overwrite: replace an existing `output`.
         verify: of an `output`, read every written tensor again, and check names and shapes against the model class;
@@ -140,7 +144,13 @@ def convert(
     request = Request(q_groups, kv_groups, variant, method, calibration, partition, sites, dtype, max_shard_size)
     opened: Source
     if isinstance(source, str | Path):
-        opened = open_source(str(source), revision, accept=request.partitions)
+        opened = open_source(
+            str(source),
+            revision,
+            subfolder=subfolder,
+            tokenizer=None if tokenizer is None else str(tokenizer),
+            accept=request.partitions,
+        )
     else:
         opened = ModelSource(source)
     plan = make_plan(opened, request)

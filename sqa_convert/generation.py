@@ -32,8 +32,9 @@ def continuations(
     """
     rows = list(islice(_inputs(held_out), count))
     texts: list[dict[str, str]] = [{} for _ in rows]
+    # A source may have its tokenizer elsewhere; the last, which is the newest result, has it with it.
+    tokenizer: Any = load_tokenizer(list(models.values())[-1], trust_remote_code)
     for name, folder in models.items():
-        tokenizer: Any = load_tokenizer(folder, trust_remote_code)
         model: Any = load_model(folder, trust_remote_code=trust_remote_code).to(held_out.device)
         whole = model.config.is_encoder_decoder
         begin, room = GIVEN, WRITTEN

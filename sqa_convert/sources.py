@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ class Source(ABC):
     """commit on the hub, where it came from there"""
     folder: Path | None = None
     """where tokenizer and generation config lie"""
+    assembled: TemporaryDirectory[str] | None = None
+    """that folder, where it was made of several"""
     config: dict[str, Any]
     index: dict[str, TensorInfo]
     notes: tuple[str, ...] = ()

@@ -246,7 +246,7 @@ def test_bad_sources_get_one_line_and_exit_code_3(run, source, fault):
         (["./nowhere", *HEADS], 3, "no such folder"),
         (["openai-community/gpt2", *HEADS], 3, "offline"),
         (["openai-community/gpt2", *HEADS, "--revision", "v9"], 3, "offline"),
-        (["no/hub/id", *HEADS], 3, "no such folder"),
+        (["no/hub/id", *HEADS], 3, "no folder here"),
         (["SOURCE", *HEADS, "--revision", "main"], 2, "--revision main"),
         (["bad id!", *HEADS], 3, "neither a folder here nor a hub id"),
         (["sample:bert", *HEADS], 3, "sample:gpt2, sample:t5"),

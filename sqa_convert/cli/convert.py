@@ -13,6 +13,7 @@ from ..errors import OutputError, RecipeError
 from ..families import family_of
 from ..heads import METHODS, Partition
 from ..output import check_output
+from ..pipelines import part_of
 from ..plan import AUTO, DEFAULT_SHARD, REFINE_STEPS, Calibration, Request, make_plan
 from ..recipe import load_recipe
 from ..report import calibration_lines, conversion_report, costs, source_lines
@@ -115,6 +116,20 @@ def convert(
     ] = False,
     revision: Annotated[
         str | None, typer.Option(rich_help_panel=SOURCE, help="Branch, tag or commit on the hub.")
+    ] = None,
+    subfolder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", rich_help_panel=SOURCE, help="Of a pipeline of several models, here or on the hub."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            rich_help_panel=SOURCE,
+            help="Of a tokenizer elsewhere: beside the model's folder, anywhere, or a hub id.",
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool,
@@ -225,10 +240,12 @@ def convert(
         max_shard_size,
     )
 
+    part = model if subfolder is None else part_of(model, subfolder)
+
     def accept(config: dict[str, Any]) -> None:
         partitions = request.partitions(config)
         if not dry_run:
-            check_output(output or _default_output(model, partitions), overwrite)
+            check_output(output or _default_output(part, partitions), overwrite)
         family = family_of(config)
         if recipe is not None and not family.has_language_model_head(config):
             raise RecipeError(f"--uptrain: a {family.source_architecture(config)} has no language model head to train")
@@ -237,9 +254,9 @@ def convert(
         from ..hub import check_push
 
         check_push(push_to_hub)
-    source = open_source(model, revision, accept=accept, headers_only=dry_run)
+    source = open_source(model, revision, subfolder=subfolder, tokenizer=tokenizer, accept=accept, headers_only=dry_run)
     plan = make_plan(source, request)
-    target = output or _default_output(model, plan.partitions)
+    target = output or _default_output(part, plan.partitions)
     if dry_run:
         _show_plan(out, plan, conversion_report(plan, source, target, seed=seed or 0))
         return
