@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .companions import MODULES
 from .report import costs, last_quality, presented, quality_table, speed_rows
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
@@ -21,16 +22,18 @@ def model_card(report: dict[str, Any], folder: Path) -> str:
     from jinja2 import Template
 
     said, source = presented(report), report["source"]
-    task = _PIPELINES.get(said["auto"])
+    taken = dict(source.get("card", {}))
+    tag = taken.pop("pipeline_tag", None)
+    task = tag if isinstance(tag, str) else _PIPELINES.get(said["auto"])
     data = ModelCardData(
-        library_name="transformers",
+        library_name="sentence-transformers" if (folder / MODULES).is_file() else "transformers",
         pipeline_tag=task,
         base_model=source["name"] if source["revision"] else None,  # only models on the hub have one
         base_model_relation="finetune" if source["revision"] else None,
         tags=["sqa", "sparse-query-attention"],
         model_name=said["name"],
         eval_results=_results(report, task or "text2text-generation"),
-        **source.get("card", {}),
+        **taken,
     )
     filled = data.to_dict() | {
         "card_data": data.to_yaml(),

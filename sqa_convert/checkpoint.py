@@ -7,7 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .checks import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, carried_file, check_pickle, parse_json, regular_file
+from .adapters import ADAPTER, refuse_adapter
+from .checks import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, check_pickle, parse_json, regular_file
+from .companions import (
+    CONFIG,
+    GENERATION_CONFIG,
+    ON_THE_HUB,
+    TOKENIZER_FILES,
+    check_companions,
+    companions,
+    has_tokenizer,
+)
 from .errors import CheckpointError, RecipeError, SQAError, one_line, shown
 from .families import completed
 from .pipelines import PIPELINE, assembled, part_of, without_config
@@ -15,23 +25,6 @@ from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, Sta
 
 SAMPLES = Path(__file__).parent / "samples"
 SAMPLE_PREFIX = "sample:"
-CARD = "README.md"
-"""the model card, of a source and of a result"""
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "vocab.txt")
-TOKENIZER_CONFIG = "tokenizer_config.json"
-GENERATION_CONFIG = "generation_config.json"
-CARRIED_FILES = (
-    *TOKENIZER_FILES,
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    GENERATION_CONFIG,
-    "LICENSE",
-    "LICENSE.txt",
-)
-"""files of the source that the result needs as they are"""
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -39,7 +32,7 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 """where a folder's weights may stand, in the order in which transformers looks: all that read a folder read the same"""
-_TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.jinja", *TOKENIZER_FILES)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 Accept = Callable[[dict[str, Any]], object]
@@ -71,23 +64,25 @@ def open_source(
     source: Source | None = None
     stamps: dict[Path, Stamp] = {}
     if (folder := local_folder(name, revision)) is not None:
+        refuse_adapter(name, folder)
         commit, stamps = None, _stamps(folder)
         config = source_config(name, folder)
         accept(config)
     else:
-        folder, commit = _download(name, revision, "config.json")
-        if not (folder / "config.json").is_file():
+        folder, commit = _download(name, revision, CONFIG, ADAPTER)
+        refuse_adapter(name, folder)
+        if not (folder / CONFIG).is_file():
             _download(name, revision, PIPELINE, "*/config.json")  # to say which parts there are
         config = source_config(name, folder)
         accept(config)
         source = _hub_headers(name, revision) if headers_only else None
         if source is None:
-            patterns = ("config.json", CARD, *CARRIED_FILES, "model*.safetensors", _WEIGHTS[1])
+            patterns = (*ON_THE_HUB, "model*.safetensors", _WEIGHTS[1])
             folder, commit = _download(name, revision, *patterns)
             if not any(folder.glob("model*.safetensors")):
                 folder, commit = _download(name, revision, "pytorch_model*.bin", _WEIGHTS[3])
     if source is None:
-        _check_carried(folder)
+        check_companions(folder)
         stamps = stamps or _stamps(folder)
         files = _weight_files(name, folder)
         stamps |= {folder / file: stamp(folder / file) for file in files}
@@ -109,14 +104,14 @@ def _tokenizer_folder(tokenizer: str, name: str, folder: Path, revision: str | N
         beside = _download(f"{_hub_place(name)[0]}/{tokenizer}", revision, *_TOKENIZER_PATTERNS)[0]
         found = beside if beside.is_dir() else None
     found = found or _download(tokenizer, None, *_TOKENIZER_PATTERNS)[0]
-    if not any((found / file).is_file() for file in (*TOKENIZER_FILES, TOKENIZER_CONFIG)):
+    if not has_tokenizer(found):
         raise CheckpointError(f"--tokenizer {tokenizer}: {found} holds no tokenizer")
     check_folder(found)
     return found
 
 
 def _stamps(folder: Path) -> dict[Path, Stamp]:
-    return {folder / file: stamp(folder / file) for file in ("config.json", *_WEIGHTS, *CARRIED_FILES)}
+    return {folder / file: stamp(folder / file) for file in (CONFIG, *_WEIGHTS, *companions(folder))}
 
 
 def resolve(name: str, revision: str | None = None) -> Path:
@@ -131,18 +126,12 @@ def resolve(name: str, revision: str | None = None) -> Path:
 
 def check_folder(folder: Path) -> None:
     """Whether a model folder's files may be left to a library. Raises CheckpointError."""
-    regular_file(folder, "config.json", LARGEST_CONFIG)
-    _check_carried(folder)
+    regular_file(folder, CONFIG, LARGEST_CONFIG)
+    check_companions(folder)
     if any((folder / candidate).is_file() for candidate in _WEIGHTS):
         for file in _weight_files(str(folder), folder):
             if file.endswith(".bin"):
                 check_pickle(folder / file)
-
-
-def _check_carried(folder: Path) -> None:
-    """Whether tokenizer and all else that is copied are plain files of the folder's own. Raises CheckpointError."""
-    for file in CARRIED_FILES:
-        carried_file(folder, file)
 
 
 def local_folder(name: str, revision: str | None = None) -> Path | None:

@@ -74,7 +74,8 @@ def regular_file(folder: Path, name: str, largest: int | None = None) -> Path | 
         return None
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is no regular file")
-    if not found.is_relative_to(home) and not _may_lie_elsewhere(name, found):
+    linked = path.parent.resolve().is_relative_to(home)  # the file, not the folder that it is in
+    if not found.is_relative_to(home) and not (linked and _may_lie_elsewhere(name, found)):
         raise CheckpointError(
             f"{path} is a link to {shown(str(found), 300)}, which is not the model's own; put the file itself there "
             f"(cp -rL copies a folder with what its links lead to)"
@@ -91,19 +92,6 @@ def _may_lie_elsewhere(name: str, target: Path) -> bool:
     published, must be the model's own: a blob of the hub's cache, or a file of the same name.
     """
     return name.endswith((".safetensors", ".bin")) or "blobs" in target.parent.parts or target.name == Path(name).name
-
-
-def carried_file(folder: Path, name: str) -> None:
-    """Raises CheckpointError where a file that is carried over is not fit for it, or for the tokenizer's libraries."""
-    path = regular_file(folder, name, LARGEST_CARRIED)
-    if path is None or path.suffix != ".json":
-        return
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
-    if content.count(b"[") + content.count(b"{") > MOST_NESTED:
-        raise CheckpointError(f"{path} holds more than {MOST_NESTED:,} lists and tables")
 
 
 def parse_json(text: str, *, unique: bool = False) -> Any:

@@ -205,6 +205,10 @@ def convert_to_folder(
         report = conversion_report(plan, source, output, records, calibrated.report, settings.seed)
         if sums:
             report["sha256"] = sums
+        if settings.verify and source.folder is not None:
+            from .verify import check_tokenizer
+
+            check_tokenizer(source.folder, folder)
         if plan.calibration is not None:
             report["seconds"]["calibrate"] = round(calibrating, 2)
         report["seconds"]["convert"] = round(time.perf_counter() - start, 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import model_card
-from .checkpoint import CARD
+from .companions import CARD
 from .output import REPORT, write_json
 from .page import PAGE, report_page
 from .pictures import heads_picture, recovery_picture, similarity_picture, speed_picture

@@ -13,14 +13,8 @@ from torch import Tensor
 
 from .batches import SpanCorruption, token_blocks
 from .callers import undisturbed
-from .checkpoint import (
-    TOKENIZER_CONFIG,
-    TOKENIZER_FILES,
-    check_folder,
-    read_config,
-    read_generation_config,
-    read_json,
-)
+from .checkpoint import check_folder, read_config, read_generation_config, read_json
+from .companions import has_tokenizer
 from .data import BUILT_IN, documents
 from .decoding import settle
 from .devices import choose_device, device_name
@@ -42,7 +36,9 @@ _BATCH_TOKENS = 4096
 _MOST_TOKENIZERS = 8
 _TOKENIZERS: dict[tuple[object, ...], Any] = {}  # one that has encoded keeps 0.4 MB for ever, even when it is gone
 _LARGE_TOKENIZER = 2**26  # bytes
-_MAY_BE_A_TOKENIZERS = (".bpe", ".jinja", ".json", ".model", ".spm", ".tiktoken", ".txt")
+_MAY_BE_A_TOKENIZERS = (
+    ".bpe", ".codes", ".jinja", ".json", ".model", ".spm", ".tiktoken", ".tokenizer", ".txt", ".vocab"
+)  # fmt: skip
 _NEVER_A_TOKENIZERS = ("config.json", "generation_config.json", "model.safetensors.index.json", "report.json")
 _FEW_COUNTED = 256  # predictions
 _CHUNK_LOGITS = 2**25  # logits held at once
@@ -116,8 +112,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     check_folder(Path(folder))
-    # Without any file transformers would make up an empty one. ByT5 needs no vocabulary, its config names the class.
-    if not any((Path(folder) / name).is_file() for name in (*TOKENIZER_FILES, TOKENIZER_CONFIG)):
+    if not has_tokenizer(Path(folder)):
         raise CheckpointError(f"{folder} holds no tokenizer; {without}")
     try:
         content = _tokenizer_content(Path(folder))

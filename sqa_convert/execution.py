@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .checkpoint import GENERATION_CONFIG
+from .companions import GENERATION_CONFIG
 from .errors import CheckpointError, one_line
 from .families import Site
 from .output import carry_files, write_json

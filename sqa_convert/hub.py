@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from .callers import undisturbed
-from .checkpoint import CARD
+from .companions import CARD
 from .errors import CheckpointError, OutputError, RecipeError, one_line
 from .report import read_report
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CARRIED_FILES, TOKENIZER_CONFIG, TOKENIZER_FILES, read_json
+from .checkpoint import read_json
+from .companions import TOKENIZER_CONFIG, companions, has_tokenizer
 from .errors import CheckpointError, OutputError, SQAError, one_line
 from .storage import PIECE
 
@@ -276,19 +277,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def carry_files(source: Path, output: Path, tokenizer_class: str) -> None:
-    """Copies tokenizer, generation config and licence, as far as the source has them.
-
-    What names code elsewhere is left behind: the result is loaded with `trust_remote_code`, for our files alone.
+    """Copies what a model needs beside its weights (`companions`), as far as the source has it.
 
     Args:
         tokenizer_class: the oldest hub folders do not name theirs, for the model type told it all; the result has a
             model type that transformers does not know.
     """
-    for name in CARRIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
-    path = output / TOKENIZER_CONFIG
-    if path.is_file() or any((output / name).is_file() for name in TOKENIZER_FILES):
+    for name in companions(source):
+        (output / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, output / name)
+    if has_tokenizer(output):
+        path = output / TOKENIZER_CONFIG
         settings = read_json(path, "") if path.is_file() else {}
         kept = {key: value for key, value in settings.items() if key != "auto_map"}
         kept["tokenizer_class"] = kept.get("tokenizer_class") or tokenizer_class

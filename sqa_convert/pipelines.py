@@ -60,6 +60,13 @@ def assembled(model: Path, tokenizer: Path) -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory(prefix="sqa-source-")
     for origin, models_own in ((model, True), (tokenizer, False)):
         for path in origin.resolve().iterdir():
-            if bool(_MODELS_OWN.fullmatch(path.name)) == models_own:
-                (Path(folder.name) / path.name).symlink_to(path)
+            if bool(_MODELS_OWN.fullmatch(path.name)) != models_own:
+                continue
+            target = Path(folder.name) / path.name
+            if path.is_dir():  # a link to a folder would lead out of this one
+                target.mkdir()
+                for file in path.iterdir():
+                    (target / file.name).symlink_to(file)
+            else:
+                target.symlink_to(path)
     return folder

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .checkpoint import CARD, read_json
-from .checks import LARGEST_CONFIG, regular_file
+from .checkpoint import read_json
+from .companions import left_behind
 from .errors import CheckpointError
 from .heads import METHODS
 from .output import REPORT, is_ours
 from .plan import Cost, Plan
+from .source_card import source_card
 from .sources import Source
 
 if TYPE_CHECKING:
@@ -21,12 +22,9 @@ if TYPE_CHECKING:
     from .sites import SiteRecord
 
 SCHEMA = 1
-TAKEN_OVER = ("license", "license_name", "license_link", "language", "datasets")
-"""of the source's card, into the report and the result's card"""
 ROWS = ("source", "converted", "before", "uptrained", "control", "mean")
 """models a report may hold measurements of; "before" is what a second uptraining began with, "mean" the source with its
 heads averaged, for comparison"""
-_MOST_WORDS = 100  # of one entry
 _LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
 _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -60,7 +58,8 @@ def conversion_report(
             "architecture": plan.family.source_architecture(source.config),
             "files": source.files,
             "notes": list(plan.notes),
-            "card": {} if source.folder is None else _source_card(source.folder),
+            "card": {} if source.folder is None else source_card(source.folder),
+            "left_behind": _left_behind(source),
         },
         "output": None if output is None else str(output),
         "architecture": plan.config["architectures"][0],
@@ -75,23 +74,11 @@ def conversion_report(
     return report if calibration is None else report | {"calibration": calibration}
 
 
-def _source_card(folder: Path) -> dict[str, Any]:
-    """What the result's card takes over from the source's; empty where it has none that can be read."""
-    try:
-        path = regular_file(folder, CARD, LARGEST_CONFIG)
-        if path is None:
-            return {}
-        from huggingface_hub import ModelCard
-
-        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # whatever it is, a card is no reason to stop
-        return {}
-    return {key: data[key] for key in TAKEN_OVER if _is_plain(data.get(key))}
-
-
-def _is_plain(value: Any) -> bool:
-    words = value if isinstance(value, list) else [value]
-    return len(words) <= _MOST_WORDS and all(isinstance(w, str) and w.isprintable() and len(w) <= 300 for w in words)
+def _left_behind(source: Source) -> list[str]:
+    """Files that lie beside the source's weights; of the hub only what is needed was fetched."""
+    if source.folder is None or source.revision is not None:
+        return []
+    return left_behind(source.folder, source.files)
 
 
 def _site(site: Site, record: SiteRecord | None, plan: Plan) -> dict[str, Any]:
@@ -167,6 +154,12 @@ def quality_lines(report: dict[str, Any]) -> list[str]:
     """Why not to trust what was measured, or why nothing was, in sentences."""
     lines = [f"warning: {doubt['text']}" for doubt in report.get("quality", {}).get("warnings", [])]
     return [*lines, f"not measured: {report['not_measured']}"] if "not_measured" in report else lines
+
+
+def left_lines(report: dict[str, Any]) -> list[str]:
+    """Which files of the source's folder the result does not have, in a sentence; none where it has all."""
+    left = report["source"].get("left_behind")
+    return [f"left behind of the source's folder: {', '.join(left)}"] if left else []
 
 
 def calibration_lines(report: dict[str, Any]) -> list[str]:

@@ -20,7 +20,9 @@ from . import models
 from .callers import undisturbed
 from .checkpoint import read_config
 from .checks import LARGEST_CONFIG, regular_file
+from .companions import has_tokenizer
 from .errors import CheckpointError, one_line, shown
+from .evaluation import load_tokenizer
 from .execution import MODELS
 from .output import sha256_of
 from .report import auto_class, read_report
@@ -34,6 +36,13 @@ _NO_MEMORY = "there was not memory enough"
 _PATIENCE = 3600  # seconds
 _COPIES = 4
 """of the weights that must fit into memory for a stranger to load them beside what is measured"""
+_TEXTS = (
+    "The quick brown fox jumps over the lazy dog, 1,234.5 times!\n",
+    "def f(x):\n\treturn {'a': [x**2]}  # <extra_id_0> <|endoftext|> </s>",
+    "Größe, çà, Đường phố Việt Nam; Ёлка, Ωμέγα, שלום, हिन्दी, ไทย",
+    "東京都で日本語を話す。中文, 한국어 🙂",
+)
+"""what tokenizers are compared on"""
 _STRANGER = """
 import sys, torch, transformers
 auto, folder, inputs, result = sys.argv[1:]
@@ -129,6 +138,34 @@ def _check_tensors(folder: Path, report: dict[str, Any], files: list[str]) -> in
         for piece in source.pieces(name):
             check_finite(piece, source.index[name].dtype, name, str(folder))
     return len(source.index)
+
+
+def check_tokenizer(source: Path, folder: Path) -> None:
+    """The result's tokenizer makes the tokens that the source's makes.
+
+    Not compared is one of the source's that does not load, or not without code of its own.
+
+    Raises:
+        CheckpointError: it does not load, or makes others.
+    """
+    if not has_tokenizer(source):
+        return
+    try:
+        expected = _tokens(load_tokenizer(source))
+    except Exception:  # what is wrong with it is not the result's fault
+        return
+    made = _tokens(load_tokenizer(folder, without="--no-verify leaves it as it is"))
+    for text, theirs, ours in zip(_TEXTS, expected, made, strict=True):
+        if theirs != ours:
+            raise CheckpointError(
+                f"{folder}: its tokenizer makes other tokens than {source}'s of {text[:20]!r} ({ours[:8]}, not "
+                f"{theirs[:8]}): a file of it lies where transformers does not look; save the source's with "
+                "save_pretrained first, or --no-verify leaves it as it is"
+            )
+
+
+def _tokens(tokenizer: Any) -> list[list[int]]:
+    return [tokenizer(text).input_ids for text in _TEXTS]
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"text_formats"},
     {"checkpoint", "stored"},
     {"pipelines"},
-    {"families", "sources"},
+    {"adapters", "families", "source_card", "sources"},
+    {"companions"},
     {"checks", "heads", "recipe", "workloads"},
     {"distill", "flops", "sampling", "text_fit", "timing"},
     {"decoding"},
@@ -30,6 +31,8 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"callers", "errors", "models", "progress", "recipe_hints", "special_tokens"},
 ]
 LIGHT = [
+    "adapters",
+    "companions",
     "amounts",
     "callers",
     "__init__",
@@ -40,6 +43,7 @@ LIGHT = [
     "recipe_hints",
     "plan",
     "checkpoint",
+    "source_card",
     "sources",
     "storage",
     "stored",

@@ -350,8 +350,8 @@ def test_a_sentencepiece_tokenizer_alone_is_enough(folder, tmp_path):
     (tmp_path / "spiece.model").rename(folder / "spiece.model")
     lines = [f"the quick brown fox number {i} jumps over the lazy dog\n" * 30 for i in range(40)]
     for i, line in enumerate(lines):
-        (tmp_path / f"{i:02}.data").write_text(line)
-    report = convert(folder, 8, 4, output=tmp_path / "out", evaluate=True, data=str(tmp_path / "*.data")).report
+        (tmp_path / f"{i:02}.log").write_text(line)
+    report = convert(folder, 8, 4, output=tmp_path / "out", evaluate=True, data=str(tmp_path / "*.log")).report
     assert report["quality"]["converted"]["kl"] > 0
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.decode(tokenizer("the lazy fox").input_ids, skip_special_tokens=True) == "the lazy fox"

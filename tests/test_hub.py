@@ -220,7 +220,7 @@ def test_the_licence_of_the_source_is_taken_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["no front matter", "---\nlicense: [\n---\n", "---\n- a\n---\n", "\ufffe", "---\nlicense: 3\n---"]
+    "text", ["no front matter", "---\nlicense: [\n---\n", "---\n- a\n---\n", "\ufffe", "---\nlicense: {of: mine}\n---"]
 )
 def test_a_card_that_cannot_be_read_stops_nothing(tmp_path, text):
     gpt2().save_pretrained(tmp_path / "source")

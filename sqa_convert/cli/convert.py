@@ -16,7 +16,7 @@ from ..output import check_output
 from ..pipelines import part_of
 from ..plan import AUTO, DEFAULT_SHARD, REFINE_STEPS, Calibration, Request, make_plan
 from ..recipe import load_recipe
-from ..report import calibration_lines, conversion_report, costs, source_lines
+from ..report import calibration_lines, conversion_report, costs, left_lines, source_lines
 from ..sites import uses_torch
 from .console import Out, push, run_app, show_loading, show_quality, show_report
 from .options import EXIT_CODES, TEXT, AsJson, Public, PushToHub, Quiet, Verbose, Version, count, listing, make_app
@@ -344,7 +344,7 @@ def _show_plan(out: Out, plan: Any, report: dict[str, Any]) -> None:
     }
     out.json(report | {"shards": shards})
     out.table(f"{report['source']['name']} → {report['output']} (not written)", *costs(report))
-    for line in source_lines(report):
+    for line in (*source_lines(report), *left_lines(report)):
         out.result(line)
     for file, tensors in plan.shards.items():
         out.result(f"{file}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:,.1f} MB")
@@ -356,7 +356,7 @@ def _show_plan(out: Out, plan: Any, report: dict[str, Any]) -> None:
 def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> None:
     out.json(report)
     out.table(f"{report['source']['name']} → {target}", *costs(report))
-    for line in (*source_lines(report), *calibration_lines(report)):
+    for line in (*source_lines(report), *left_lines(report), *calibration_lines(report)):
         out.result(line)
     show_quality(out, report)
     if uptrained:
