@@ -117,7 +117,17 @@ ENGINES = [
 def test_each_file_for_accelerate_trains_as_one_process_does(name, file, flags, workplace):
     folder, weights = workplace(name)
     config = recipe_folder() / f"accelerate/{file}.yaml"
-    launch = [BIN / "accelerate", "launch", "--config_file", config, "--num_processes", "2", *flags]
+    launch = [
+        BIN / "accelerate",
+        "launch",
+        "--config_file",
+        config,
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        *flags,
+    ]
     finish(start(folder, [*launch, *UPTRAIN, "--recipe", "recipe.yaml", "--quiet"]))
     check(folder, weights)
 
