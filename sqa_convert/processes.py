@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from .errors import OutputError, SQAError, one_line
+from .errors import OutputError, RecipeError, SQAError, one_line
 
 _T = TypeVar("_T")
 _KNOWN: dict[str, Any] = {"group": None, "apart": False, "host": ""}  # to this process, from `join` and `look` on
@@ -55,13 +55,15 @@ def first_host() -> str:
 
 
 def join(device: torch.device) -> None:
-    """Waits for the other processes, as the Trainer would; it takes over what is begun here."""
+    """Waits for the other processes, as the Trainer would; it takes over what is begun here. Raises RecipeError."""
     if count() == 1 or _KNOWN["group"] is not None:
         return
     from accelerate import PartialState
 
     cpu = device.type == "cpu"
     PartialState(cpu=cpu, **({"backend": "gloo"} if cpu else {}))
+    if not distributed.is_initialized():
+        raise RecipeError(f"--device {device} takes one process; several take --device cuda or cpu")
     _KNOWN["group"] = distributed.new_group(backend="gloo", timeout=_PATIENCE)  # through the CPU: no GPU is waited for
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from sqa_convert import Recipe, engines, uptrain
 from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.errors import RecipeError, SQAError
+from sqa_convert.output import write_json
 from sqa_convert.recipe import recipe_folder
 from sqa_convert.report import read_report
 from sqa_convert.run_folder import recoverable
@@ -137,30 +138,39 @@ def test_every_file_for_accelerate_is_tried():
     assert {path.stem for path in (recipe_folder() / "accelerate").glob("*.yaml")} == tried
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("places", [("here", "here"), ("here", "there")], ids=["one folder", "a folder each"])
-def test_two_nodes_train_as_one_process_does_and_say_where_the_result_is(places, workplace):
-    folders = [workplace("t5", place)[0] if place not in places[:i] else None for i, place in enumerate(places)]
-    weights = workplace("t5", "unused")[1]
-    here, there = folders[0], folders[1] or folders[0]
-    before = load_file(there / "m/model.safetensors")
+def on_two_nodes(*folders):
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    processes = [
-        start(
-            folder,
-            [*TORCHRUN[:3], *nodes, "--node-rank", str(rank), *UPTRAIN, "--recipe", "recipe.yaml", "--no-evaluate"],
-        )
-        for rank, folder in enumerate((here, there))
+    flags = [*UPTRAIN, "--recipe", "recipe.yaml", "--no-evaluate"]
+    return [
+        start(folder, [*TORCHRUN[:3], *nodes, "--node-rank", str(node), *flags]) for node, folder in enumerate(folders)
     ]
-    _, said = [finish(process) for process in processes]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("shared", [True, False], ids=["one folder", "a folder each"])
+def test_two_nodes_train_as_one_process_does_and_say_where_the_result_is(shared, workplace):
+    here, weights = workplace("t5")
+    there = here if shared else workplace("t5", "there")[0]
+    before = load_file(there / "m/model.safetensors")
+    _, said = [finish(process) for process in on_two_nodes(here, there)]
     check(here, weights)
-    if here != there:
+    if not shared:
         found = load_file(there / "m/model.safetensors")
         assert all(torch.equal(found[name], before[name]) for name in before)
         assert sorted(path.name for path in there.iterdir()) == ["m", "recipe.yaml", "text.txt"]
         assert f"the result is in m on {socket.gethostname()}; here m is as it was" in said
-    else:
-        assert "the result is in" not in said
+    assert ("the result is in" in said) is not shared
+
+
+@pytest.mark.integration
+def test_a_fault_on_one_node_stops_all_in_one_line(workplace):
+    here, there = workplace("gpt2")[0], workplace("gpt2", "there")[0]
+    report = read_report(there / "m")
+    write_json(there / "m/report.json", report | {"seconds": report["seconds"] | {"convert": 1e6}})
+    for process in on_two_nodes(here, there):
+        err = finish(process, code=1)  # torchrun's
+        assert err.count("error: m is another conversion than the one the first process sees") == 1
+    assert not list(here.parent.glob("*/m.uptraining"))
 
 
 @pytest.mark.parametrize(
