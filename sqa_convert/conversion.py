@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from .callers import undisturbed
 from .checkpoint import GENERATION_CONFIG, open_source
 from .describe import write_report
-from .errors import OutputError, RecipeError, UnreadableTextError
+from .errors import RecipeError, UnreadableTextError
 from .execution import build_model, check_copies, check_loads, write_model
-from .output import staged_output
+from .output import check_output, expanded, staged_output
 from .plan import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Plan, Request, make_plan
+from .preflight import check_run
 from .progress import Progress, silent
 from .report import conversion_report
 from .sites import Calibrated
@@ -66,6 +67,8 @@ class Settings:
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
+    measure_training: bool = True
+    """of an uptraining that follows"""
 
 
 @undisturbed
@@ -142,6 +145,13 @@ def convert(
     if not isinstance(calibration, Calibration | None):
         raise RecipeError(f"calibration={calibration!r}: give a Calibration, its text, or None for none")
     request = Request(q_groups, kv_groups, variant, method, calibration, partition, sites, dtype, max_shard_size)
+    place = None if output is None else expanded(output)
+
+    def accept(config: dict[str, Any]) -> None:
+        request.partitions(config)
+        if place is not None:
+            check_output(place, overwrite)
+
     opened: Source
     if isinstance(source, str | Path):
         opened = open_source(
@@ -149,17 +159,16 @@ def convert(
             revision,
             subfolder=subfolder,
             tokenizer=None if tokenizer is None else str(tokenizer),
-            accept=request.partitions,
+            accept=accept,
         )
     else:
         opened = ModelSource(source)
     plan = make_plan(opened, request)
     settings = Settings(overwrite, verify, evaluate, data, device, seed, trust_remote_code)
-    if output is None:
-        if evaluate:
-            raise RecipeError("evaluate=True needs an output folder")
+    if place is None:
+        check_run(plan, opened, None, settings)
         return _in_memory(plan, opened, settings, progress)
-    return convert_to_folder(plan, opened, Path(output), settings, progress)
+    return convert_to_folder(plan, opened, place, settings, progress)
 
 
 def _in_memory(plan: Plan, source: Source, settings: Settings, progress: Progress) -> Conversion:
@@ -192,7 +201,7 @@ def convert_to_folder(
     plan: Plan, source: Source, output: Path, settings: Settings = Settings(), progress: Progress = silent
 ) -> Conversion:
     """Carries out a plan. What calibration and evaluation need is made ready before anything is written."""
-    _refuse_overlap(source, output)
+    check_run(plan, source, output, settings)
     held_out, not_measured = _held_out(plan, source, settings) if settings.evaluate else (None, "")
     with staged_output(output, settings.overwrite, plan.nbytes) as folder, source.unchanged():
         start = time.perf_counter()
@@ -228,8 +237,7 @@ def _held_out(plan: Plan, source: Source, settings: Settings) -> tuple[HeldOut |
     """What to measure on; or nothing, and why the model cannot be measured on what is taken where nothing was named."""
     from .evaluation import prepare
 
-    if source.folder is None:
-        raise RecipeError("evaluate=True needs a source with a tokenizer: a folder or a hub id, not a model in memory")
+    assert source.folder is not None
     if not plan.has_language_model_head:
         return None, ""
     how: dict[str, Any] = {key: getattr(settings, key) for key in ("device", "seed", "trust_remote_code")}
@@ -301,10 +309,3 @@ def _calibrated(plan: Plan, source: Source, settings: Settings, progress: Progre
         raise RecipeError(
             f"calibration does not fit on {device}: --device cpu, fewer --calibration-tokens, or --no-calibration"
         ) from error
-
-
-def _refuse_overlap(source: Source, output: Path) -> None:
-    if source.folder is not None:
-        inside, outside = output.resolve(), source.folder.resolve()
-        if inside == outside or inside in outside.parents:
-            raise OutputError(f"--output {output} is where the source lies; give another folder")

@@ -16,7 +16,7 @@ from typing import Any
 
 from .checkpoint import read_json
 from .companions import TOKENIZER_CONFIG, companions, has_tokenizer
-from .errors import CheckpointError, OutputError, SQAError, one_line
+from .errors import CheckpointError, OutputError, SQAError, one_line, shown
 from .storage import PIECE
 
 REPORT = "report.json"
@@ -24,6 +24,14 @@ REPORT = "report.json"
 _STAGED, _REPLACED = ".sqa-partial", ".sqa-replaced"
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _HERE, _RENAME_EXCHANGE = -100, 2  # as in Linux's headers
+
+
+def expanded(path: str | Path, flag: str = "--output") -> Path:
+    """With `~` as the home folder. Raises OutputError."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # no such user
+        raise OutputError(f"{flag} {shown(str(path))}: {one_line(error)}") from error
 
 
 def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
@@ -47,10 +55,10 @@ def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
             parent = parent.parent
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(f"{flag} {output}: {parent} cannot be written to")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, SQAError):
             raise
-        raise OutputError(f"{flag} {str(output)[:200]} cannot be used: {one_line(error)}") from error
+        raise OutputError(f"{flag} {shown(str(output), 200)} cannot be used: {one_line(error)}") from error
 
 
 def is_ours(report: Any) -> bool:

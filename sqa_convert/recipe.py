@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .amounts import amount
-from .errors import RecipeError
+from .errors import DataError, RecipeError
 from .recipe_hints import HINTS
 
 LOSSES = ("kl", "ce", "mix")
@@ -127,6 +127,19 @@ class Recipe:
     @property
     def pairs(self) -> bool:
         return bool(self.source_column)
+
+    def check_fits(self, positions: int | None) -> None:
+        """Raises DataError where a model cannot be trained so, whatever its weights.
+
+        Args:
+            positions: of a decoder-only model; None for an encoder-decoder, which has no end of them.
+        """
+        if positions is None:
+            return
+        if self.pairs:
+            raise DataError("source_column and target_column are for encoder-decoder models; this one is decoder-only")
+        if self.sequence_length > positions:
+            raise DataError(f"sequence_length {self.sequence_length} is more than the model's {positions} positions")
 
 
 def recipe_folder() -> Path:

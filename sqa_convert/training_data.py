@@ -21,7 +21,7 @@ from .batches import (
     token_blocks,
     token_stream,
 )
-from .data import Split, documents, pairs
+from .data import Split, check_data, documents, pairs
 from .errors import DataError
 from .evaluation import HeldOut, check_vocabulary, load_config, load_tokenizer, prepare
 from .recipe import Recipe
@@ -69,12 +69,10 @@ def training_data(
         CheckpointError, DataError: the tokenizer does not load, there is too little data, or they do not fit the model.
     """
     config = load_config(folder, trust_remote_code)
+    settings.check_fits(None if config.is_encoder_decoder else config.n_positions)
     tokenizer = load_tokenizer(folder, trust_remote_code, without="training needs one")
     if settings.pairs:
         return _pairs(config, tokenizer, settings, tokens)
-    longest = settings.sequence_length if config.is_encoder_decoder else config.n_positions
-    if settings.sequence_length > longest:
-        raise DataError(f"sequence_length {settings.sequence_length} is more than the model's {longest} positions")
     length, wanted = settings.sequence_length, tokens or settings.tokens
     streamed = wanted > MOST_HELD
     texts, _ = looked_at(documents(settings.data, "train", shuffled=True), tokenizer, settings.data, "--data")
@@ -103,8 +101,6 @@ def training_data(
 
 
 def _pairs(config: Any, tokenizer: Any, settings: Recipe, tokens: int | None) -> TrainingData:
-    if not config.is_encoder_decoder:
-        raise DataError("source_column and target_column are for encoder-decoder models; this one is decoder-only")
     if tokenizer.pad_token_id is None:
         raise DataError("the tokenizer has no padding token, which pairs need")
     collate = PairCollator(tokenizer.pad_token_id)
@@ -134,3 +130,11 @@ def _pairs(config: Any, tokenizer: Any, settings: Recipe, tokens: int | None) ->
 
     content, _ = read("train", max(1, (tokens or settings.tokens) // settings.sequence_length))
     return TrainingData(tokenizer, content, collate, held_out)
+
+
+def check_text(settings: Recipe) -> None:
+    """Raises DataError where there is no text to train on, as far as can be told without a tokenizer."""
+    if not settings.pairs:
+        check_data(settings.data)
+    elif next(pairs(settings.data, settings.source_column, settings.target_column, "train"), None) is None:
+        raise DataError(f"--data {settings.data}: no pairs in its train part")

@@ -13,14 +13,14 @@ from safetensors import safe_open
 
 from . import processes
 from .callers import undisturbed
-from .checkpoint import resolve, source_config
+from .checkpoint import local_folder, resolve, source_config
 from .describe import write_report
 from .devices import choose_device, device_name, own_device
 from .errors import CheckpointError, OutputError, RecipeError, one_line
 from .evaluation import compare, load_model, measure, predict
 from .families import family_of
 from .generation import answer_scores, continuations
-from .output import check_output, empty, sha256_of, staged_output
+from .output import check_output, empty, expanded, sha256_of, staged_output
 from .progress import Progress, silent
 from .recipe import Recipe, dump_recipe
 from .report import read_report
@@ -81,7 +81,7 @@ def uptrain(
 
     Source: distillation on the source's logits alone as in Minitron, arXiv 2407.14679.
     """
-    folder = Path(folder)
+    folder = expanded(folder, "FOLDER")
     chosen = own_device(choose_device(device))
     processes.join(chosen)
     run = run_folder(folder)
@@ -134,6 +134,38 @@ def uptrain(
         elif processes.apart():
             report["uptrained_on"] = processes.first_host()
     return report
+
+
+def check_uptrain(
+    folder: str | Path,
+    recipe: str | Recipe | None = None,
+    *,
+    source: str | None = None,
+    device: str = "auto",
+    evaluate: bool = True,
+    resume: bool = False,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+) -> Recipe:
+    """Raises what `uptrain` would raise before it reads a weight; arguments and errors are its own.
+
+    Whether the unconverted model fits is looked at where it lies here, and nothing is downloaded for it.
+
+    Returns:
+        The recipe as it would run.
+    """
+    folder = expanded(folder, "FOLDER")
+    report = read_report(folder)
+    check_output(folder, overwrite=True, flag="FOLDER")
+    settings = run_settings(folder, run_folder(folder), recipe, resume, restart)
+    chosen = own_device(choose_device(device))
+    check_settings(settings, evaluate, chosen)
+    if local_folder(source or report["source"]["name"], None if source else report["source"]["revision"]) is not None:
+        _origin(report, source)
+    text = training_data(folder, settings, tokens=settings.sequence_length, trust_remote_code=trust_remote_code)
+    if evaluate:
+        text.held_out(chosen)
+    return settings
 
 
 def _publish(

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "sqa_convert"
 LAYERS = [  # a module may import only from lines below its own; within a folder, freely
     {"cli"},
     {"conversion", "speed", "uptraining"},
+    {"preflight"},
     {"describe"},
     {"card", "hub", "page", "run_folder"},
     {"calibrate", "training"},
@@ -35,6 +36,7 @@ LIGHT = [
     "companions",
     "amounts",
     "callers",
+    "preflight",
     "__init__",
     "__main__",
     "checks",

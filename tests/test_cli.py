@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -16,9 +17,10 @@ import torch
 from helpers import as_from_a_terminal, gpt2, t5
 from safetensors.torch import load_file, save_file
 
-from sqa_convert import execution, output
+from sqa_convert import convert, execution, output
 from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.cli.convert import main
+from sqa_convert.errors import SQAError
 
 COMMAND = [sys.executable, "-m", "sqa_convert"]
 HEADS = ["--q-groups", "8", "--kv-groups", "4", "--method", "mean"]
@@ -270,6 +272,13 @@ def test_bad_sources_get_one_line_and_exit_code_3(run, source, fault):
         (["SOURCE", *HEADS, "--calibration-tokens", "4x"], 2, "'4x': give a whole number"),
         (["SOURCE", *HEADS, "--device", "tpu"], 2, "--device tpu"),
         (["SOURCE", *HEADS, "--data", "FILE"], 2, "--data"),
+        (["SOURCE", *HEADS, "--data", "nothere.txt"], 2, "--data nothere.txt"),
+        (["SOURCE", *HEADS, "--no-evaluate", "--device", "gpu"], 2, "--device gpu"),
+        (["SOURCE", *HEADS, "--uptrain", "gpt2-small"], 2, "sequence_length 1024 is more than the model's 64"),
+        (["SOURCE", *HEADS, "--uptrain", "seq2seq"], 2, "encoder-decoder"),
+        (["sample:gpt2", *HEADS, "--uptrain", "TRACKED"], 2, "report_to: foo is no tracker"),
+        (["SOURCE", *FITTED, "--method", "auto", "--calibration", "nothere.txt"], 2, "--calibration nothere.txt"),
+        (["SOURCE", *HEADS, "-o", "~nobody-of-this-name/x"], 2, "--output ~nobody-of-this-name/x"),
         (["SOURCE", *HEADS, "--data", "no/such/data"], 2, "--data no/such/data"),
         (["SOURCE", *HEADS, "--uptrain", "quikc"], 2, "quick"),
         (["SOURCE", *HEADS, "--no-such-flag"], 2, "--no-such-flag"),
@@ -288,14 +297,39 @@ def test_bad_sources_get_one_line_and_exit_code_3(run, source, fault):
 def test_bad_arguments_get_one_line_and_their_exit_code(run, source, tmp_path, arguments, code, says):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    replaced = [a.replace("SOURCE", str(source)).replace("FILE", str(empty)) for a in arguments]
+    tracked = tmp_path / "tracked.yaml"
+    tracked.write_text("sequence_length: 64\nreport_to: foo\n")
+    names = {"SOURCE": source, "FILE": empty, "TRACKED": tracked}
+    replaced = [re.sub("|".join(names), lambda found: str(names[found[0]]), a) for a in arguments]
     before = sorted(p.name for p in source.iterdir())
     found, out, err = run(*replaced)
     assert (found, out) == (code, ""), err
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert says in err
+    assert run(*replaced, "--dry-run") == (found, out, err)  # shows no plan of what cannot be done
     assert os.listdir() == []
     assert sorted(p.name for p in source.iterdir()) == before
+
+
+IMPOSSIBLE = [
+    ({"device": "gpu"}, "--device gpu"),
+    ({"evaluate": True, "data": "nothere.txt"}, "--data nothere.txt"),
+    ({"method": "svd", "calibration": "nothere.txt"}, "--calibration nothere.txt"),
+    ({"max_shard_size": "2"}, "--max-shard-size 2"),
+    ({"output": "~nobody-of-this-name/x"}, "--output ~nobody"),
+    ({"output": "exists"}, "exists already"),
+    ({"output": "a\0b"}, "cannot be used"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), IMPOSSIBLE)
+def test_from_python_the_same_is_refused_before_a_weight_is_read(arguments, says, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("exists/full")
+    monkeypatch.setattr("sqa_convert.sources.SafetensorsSource.pieces", lambda *rest: pytest.fail("a weight was read"))
+    monkeypatch.setattr("sqa_convert.calibrate.load_source", lambda *rest: pytest.fail("a weight was read"))
+    with pytest.raises(SQAError, match=re.escape(says)):
+        convert(source, 8, 4, **{"method": "mean", "output": "out"} | arguments)
 
 
 def test_existing_output_is_left_alone(run, source):
@@ -377,14 +411,21 @@ def test_uptraining_from_the_command_line(run, name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "says", "code"),
-    [((), "no tokenizer", 3), (("tokenizer.json", "tokenizer_config.json"), "sequence_length 256 is more than", 2)],
+    ("files", "length", "says", "code"),
+    [
+        ((), 64, "no tokenizer", 3),
+        (("tokenizer.json", "tokenizer_config.json"), 65, "sequence_length 65 is more than the model's 64", 2),
+    ],
 )
-def test_an_uptraining_that_cannot_run_is_refused_before_anything_is_written(run, source, files, says, code):
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_an_uptraining_that_cannot_run_is_refused_before_anything_is_written(
+    run, source, files, length, says, code, dry
+):
+    (source.parent / "own.yaml").write_text(f"sequence_length: {length}\n")
     for file in files:
         (source / file).write_bytes((SAMPLES / "gpt2" / file).read_bytes())
-    found, _, err = run(source, *HEADS, "--uptrain", "quick")
-    assert found == code and says in err
+    found, out, err = run(source, *HEADS, "--uptrain", source.parent / "own.yaml", *dry)
+    assert (found, out) == (code, "") and says in err
     assert os.listdir() == []
 
 

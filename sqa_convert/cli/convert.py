@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..checkpoint import open_source
-from ..errors import OutputError, RecipeError
-from ..families import family_of
+from ..errors import RecipeError
 from ..heads import METHODS, Partition
-from ..output import check_output
+from ..output import check_output, expanded
 from ..pipelines import part_of
-from ..plan import AUTO, DEFAULT_SHARD, REFINE_STEPS, Calibration, Request, make_plan
-from ..recipe import load_recipe
+from ..plan import AUTO, DEFAULT_SHARD, REFINE_STEPS, Calibration, Plan, Request, make_plan
+from ..recipe import Recipe, load_recipe
 from ..report import calibration_lines, conversion_report, costs, left_lines, source_lines
 from ..sites import uses_torch
+from ..sources import Source
 from .console import Out, push, run_app, show_loading, show_quality, show_report
 from .options import EXIT_CODES, TEXT, AsJson, Public, PushToHub, Quiet, Verbose, Version, count, listing, make_app
+
+if TYPE_CHECKING:
+    from ..conversion import Settings
 
 app = make_app()
 
@@ -218,13 +221,9 @@ def convert(
     The result is a folder that AutoModel…from_pretrained loads. It is written beside its place and appears whole.
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
-    chosen_sites = None if sites is None else [kind.strip() for kind in sites.split(",") if kind.strip()]
-    fitting = Calibration(calibration, calibration_tokens, refit, refine_steps)
-    if no_calibration and fitting != Calibration():
-        raise RecipeError(
-            "--no-calibration leaves no text for --calibration, --calibration-tokens, --refit or --refine-steps: "
-            "leave out the one or the other"
-        )
+    from ..conversion import Settings
+    from ..preflight import check_config, check_run
+
     recipe = None if uptrain is None else load_recipe(uptrain, data=data, seed=seed, control=control or None)
     if control and (recipe is None or no_evaluate):
         raise RecipeError("--control belongs to --uptrain, and is measured: leave out --no-evaluate")
@@ -233,98 +232,83 @@ def convert(
         kv_groups,
         variant,
         method or (recipe.method if recipe else "") or AUTO,
-        None if no_calibration else fitting,
+        _calibration(Calibration(calibration, calibration_tokens, refit, refine_steps), no_calibration),
         partition,
-        chosen_sites,
+        None if sites is None else [kind.strip() for kind in sites.split(",") if kind.strip()],
         dtype,
         max_shard_size,
+    )
+    settings = Settings(
+        overwrite=overwrite,
+        verify=not no_verify,
+        evaluate=not no_evaluate and recipe is None,
+        data=data,
+        device=device,
+        seed=seed or 0,
+        trust_remote_code=trust_remote_code,
+        measure_training=not no_evaluate,
     )
 
     part = model if subfolder is None else part_of(model, subfolder)
 
-    def accept(config: dict[str, Any]) -> None:
-        partitions = request.partitions(config)
-        if not dry_run:
-            check_output(output or _default_output(part, partitions), overwrite)
-        family = family_of(config)
-        if recipe is not None and not family.has_language_model_head(config):
-            raise RecipeError(f"--uptrain: a {family.source_architecture(config)} has no language model head to train")
+    def place(partitions: dict[str, Partition]) -> Path:
+        return _default_output(part, partitions) if output is None else expanded(output)
 
-    if push_to_hub is not None and not dry_run:
+    def accept(config: dict[str, Any]) -> None:
+        check_output(place(request.partitions(config)), overwrite)
+        if recipe is not None:
+            check_config(config, recipe)
+
+    if push_to_hub is not None:
         from ..hub import check_push
 
         check_push(push_to_hub)
     source = open_source(model, revision, subfolder=subfolder, tokenizer=tokenizer, accept=accept, headers_only=dry_run)
     plan = make_plan(source, request)
-    target = output or _default_output(part, plan.partitions)
+    target = place(plan.partitions)
+    runs = plan.calibration is not None or not no_evaluate or not no_verify or uses_torch(plan)
+    out.quieten_libraries(transformers=recipe is not None or (runs and not dry_run))
+    check_run(plan, source, target, settings, recipe)
     if dry_run:
-        _show_plan(out, plan, conversion_report(plan, source, target, seed=seed or 0))
+        _show_plan(out, plan, conversion_report(plan, source, target, seed=settings.seed))
         return
-
-    from ..conversion import Settings, convert_to_folder
-    from ..data import check_data
-
-    runs = plan.calibration is not None or not no_evaluate or recipe is not None
-    out.quieten_libraries(transformers=runs or not no_verify or uses_torch(plan))
-    if runs or device != "auto":
-        from ..devices import choose_device
-
-        choose_device(device)
-    if recipe is None and not no_evaluate:
-        check_data(data)
-    if calibration is not None:
-        check_data(calibration, "--calibration")
-    with out.progress() as progress:
-        if recipe is not None:
-            from ..processes import count
-            from ..run_folder import run_folder
-            from ..training import check_settings
-            from ..training_data import training_data
-
-            if count() > 1:
-                raise RecipeError(
-                    "--uptrain works in one process: convert without it, then start sqa-uptrain in several"
-                )
-            if run_folder(target).exists() and not overwrite:
-                raise OutputError(f"{run_folder(target)} holds a run that was stopped: --overwrite throws it away")
-            check_settings(recipe, not no_evaluate, choose_device(device))
-            # What would stop the training shall stop it before anything is written.
-            first = training_data(
-                str(source.folder), recipe, tokens=recipe.sequence_length, trust_remote_code=trust_remote_code
-            )
-            if not no_evaluate:
-                first.held_out(choose_device(device))
-        conversion = convert_to_folder(
-            plan,
-            source,
-            target,
-            Settings(
-                overwrite=overwrite,
-                verify=not no_verify,
-                evaluate=not no_evaluate and recipe is None,
-                data=data,
-                device=device,
-                seed=seed or 0,
-                trust_remote_code=trust_remote_code,
-            ),
-            progress,
-        )
-        report = conversion.report
-        if recipe is not None:
-            from ..uptraining import uptrain as run_uptraining
-
-            report = run_uptraining(
-                target,
-                recipe,
-                source=str(source.folder),
-                device=device,
-                evaluate=not no_evaluate,
-                restart=True,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            )
+    report = _carry_out(out, plan, source, target, settings, recipe)
     _show(out, report, target, uptrained=recipe is not None)
     push(out, target, push_to_hub, public)
+
+
+def _calibration(asked: Calibration, none: bool) -> Calibration | None:
+    """What is asked of calibration. Raises RecipeError where that is both something and nothing."""
+    if none and asked != Calibration():
+        raise RecipeError(
+            "--no-calibration leaves no text for --calibration, --calibration-tokens, --refit or --refine-steps: "
+            "leave out the one or the other"
+        )
+    return None if none else asked
+
+
+def _carry_out(
+    out: Out, plan: Plan, source: Source, target: Path, settings: Settings, recipe: Recipe | None
+) -> dict[str, Any]:
+    """Converts, and trains where that is wanted; returns the report."""
+    from ..conversion import convert_to_folder
+
+    with out.progress() as progress:
+        report = convert_to_folder(plan, source, target, settings, progress).report
+        if recipe is None:
+            return report
+        from ..uptraining import uptrain
+
+        return uptrain(
+            target,
+            recipe,
+            source=str(source.folder),
+            device=settings.device,
+            evaluate=settings.measure_training,
+            restart=True,
+            trust_remote_code=settings.trust_remote_code,
+            progress=progress,
+        )
 
 
 def _default_output(model: str, partitions: dict[str, Partition]) -> Path:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import RecipeError
+from ..output import expanded
 from ..recipe import dump_recipe, load_recipe, recipe_names, summary
+from ..report import read_report
 from .console import Out, push, run_app, show_loading, show_quality
 from .options import (
     EXIT_CODES,
@@ -91,36 +93,32 @@ def uptrain_command(
     given = {"recipe": recipe, "restart": restart or None, **changes}
     if resume and (flags := [f"--{k.replace('_', '-')}" for k, v in given.items() if v is not None]):
         raise RecipeError(f"--resume goes on with the recipe of the stopped run: leave out {', '.join(flags)}")
+    folder = expanded(folder, "FOLDER")
     settings = None if resume else load_recipe(recipe or "quick", **changes)
-    if dry_run:
-        from ..report import read_report
-        from ..run_folder import RECIPE, run_folder
-
-        read_report(folder)
-        settings = settings or load_recipe(str(run_folder(folder) / RECIPE))
-        out.json({"schema": 1, "recipe": dataclasses.asdict(settings), "steps": settings.steps})
-        out.result(dump_recipe(settings) + f"# {settings.steps:,} steps of {settings.tokens_per_step:,} tokens")
-        return
+    read_report(folder)  # before torch is loaded
     from .. import processes
     from ..hub import check_push
-    from ..uptraining import uptrain
+    from ..uptraining import check_uptrain, uptrain
 
     out = Out(as_json=as_json, quiet=quiet or not processes.is_first(), verbose=verbose)  # of many processes one speaks
     out.quieten_libraries()
     if push_to_hub is not None:
         check_push(push_to_hub)
+    asked: dict[str, Any] = {
+        "source": source,
+        "device": device,
+        "evaluate": not no_evaluate,
+        "resume": resume,
+        "restart": restart,
+        "trust_remote_code": trust_remote_code,
+    }
+    if dry_run:
+        settings = check_uptrain(folder, settings, **asked)
+        out.json({"schema": 1, "recipe": dataclasses.asdict(settings), "steps": settings.steps})
+        out.result(dump_recipe(settings) + f"# {settings.steps:,} steps of {settings.tokens_per_step:,} tokens")
+        return
     with out.progress() as progress:
-        report = uptrain(
-            folder,
-            settings,
-            source=source,
-            device=device,
-            evaluate=not no_evaluate,
-            resume=resume,
-            restart=restart,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        report = uptrain(folder, settings, **asked, progress=progress)
     if not processes.is_first():
         if (host := report.get("uptrained_on")) and processes.is_writer() and not quiet:
             print(f"the result is in {folder} on {host}; here {folder} is as it was", file=sys.stderr)
