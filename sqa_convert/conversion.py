@@ -100,7 +100,7 @@ def convert(
     """Converts a GPT-2 or T5 model with multi-head attention to Sparse Query Attention.
 
     Args:
-        source: a hub id, a folder, "sample:gpt2", "sample:t5", or a model in memory.
+        source: a hub id, a folder, "sample:gpt2", "sample:t5", or a model in memory, compiled or in parallel too.
         q_groups: query heads to keep, Hq <= H.
         kv_groups: key/value heads to keep, a divisor of `q_groups`.
         method: by default "auto", which tries several on text and takes the best; or a name of `sqa_convert.METHODS`.

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .checks import MOST_TENSORS, check_pickle, is_zip, read_header
-from .errors import CheckpointError, one_line, shown
+from .errors import CheckpointError, UnsupportedModelError, one_line, shown
 from .storage import DTYPES, PIECE, check_finite, decode, decoded_dtype, dtype_name, tensor_bytes
 
 if TYPE_CHECKING:
@@ -266,8 +266,8 @@ class PickleSource(Source):
 class ModelSource(Source):
     """A model in memory."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: Any) -> None:
+        self.model = model = unwrapped(model)
         self.name = model.config.name_or_path or type(model).__name__
         self.config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         self.generation_config = getattr(model, "generation_config", None)
@@ -276,6 +276,38 @@ class ModelSource(Source):
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         yield from _cut(tensor_bytes(self._tensors[name].detach().cpu()))
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """A model of transformers without what was put around it to run it: `torch.compile`, `DataParallel` and the like.
+
+    Raises:
+        UnsupportedModelError: it is none, or its weights are not all here as they are used.
+    """
+    import torch
+    from transformers import PreTrainedModel
+
+    kind, way_out = type(model).__name__, "save it, and give the folder"
+    while isinstance(model, torch.nn.Module):
+        kind = type(model).__name__
+        if kind.startswith(("FullyShardedDataParallel", "FSDP")):
+            raise UnsupportedModelError(f"{kind}: the model's weights are shared out among processes; {way_out}")
+        if kind.startswith("Peft") or getattr(model, "_hf_peft_config_loaded", False):
+            raise UnsupportedModelError(
+                f"{kind}: the model has an adapter; merge it first, with the merge_and_unload() of peft's model"
+            )
+        inside = model._modules.get("_orig_mod", model._modules.get("module"))  # attributes would be passed on to it
+        if inside is None:
+            break
+        model = inside
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{kind} is no model of transformers; give one, a folder or a hub id")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise UnsupportedModelError(f"{kind}: {name} is not in memory; load the model without offloading")
+        if hasattr(tensor, "to_local"):
+            raise UnsupportedModelError(f"{kind}: {name} is shared out among processes; {way_out}")
+    return model
 
 
 def _cut(data: memoryview) -> Iterator[memoryview]:
