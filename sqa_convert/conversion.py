@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .callers import undisturbed
 from .checkpoint import GENERATION_CONFIG, open_source
 from .describe import write_report
-from .errors import RecipeError, UnreadableTextError
+from .errors import CheckpointError, DataError, RecipeError, one_line
 from .execution import build_model, check_copies, check_loads, write_model
 from .output import check_output, expanded, staged_output
 from .plan import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Plan, Request, make_plan
@@ -119,7 +119,7 @@ def convert(
         verify: of an `output`, read every written tensor again, and check names and shapes against the model class;
             with `evaluate` also load it in a process of its own, without this package, and compare logits.
         evaluate: measure source and result on held-out text, one after the other, where the model has a language model
-            head. Needs `output`.
+            head and its tokenizer loads; else the report says why not. Needs `output`.
         data: that text, as `sqa_convert.data.documents` takes it; by default the built-in corpus.
         device: to calibrate and evaluate on: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of everything random.
@@ -241,12 +241,13 @@ def _held_out(plan: Plan, source: Source, settings: Settings) -> tuple[HeldOut |
     if not plan.has_language_model_head:
         return None, ""
     how: dict[str, Any] = {key: getattr(settings, key) for key in ("device", "seed", "trust_remote_code")}
+    without = "leave out --data" if settings.data else ""
     try:
-        return prepare(source.folder, settings.data, **how), ""
-    except UnreadableTextError as error:
+        return prepare(source.folder, settings.data, **how, without=without), ""
+    except (CheckpointError, DataError) as error:
         if settings.data is not None:
             raise
-        return None, str(error)
+        return None, one_line(error).replace(str(source.folder), source.name)
 
 
 def _reloaded(folder: Path, report: dict[str, Any], settings: Settings) -> AbstractContextManager[None]:

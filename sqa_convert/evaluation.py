@@ -103,24 +103,25 @@ def load_model(
 
 
 def load_tokenizer(
-    folder: str | Path, trust_remote_code: bool = False, without: str = "--no-evaluate converts without one"
+    folder: str | Path, trust_remote_code: bool = False, without: str = "copy the source's there"
 ) -> Any:
     """The folder's tokenizer, one for all folders with the same files: it must not be changed.
 
-    Raises CheckpointError when there is none, saying what goes `without` one.
+    Raises CheckpointError when there is none, saying what to do `without` one.
     """
+    way_out = without and f"; {without}"
     from transformers import AutoTokenizer
 
     check_folder(Path(folder))
     if not has_tokenizer(Path(folder)):
-        raise CheckpointError(f"{folder} holds no tokenizer; {without}")
+        raise CheckpointError(f"{folder} holds no tokenizer{way_out}")
     try:
         content = _tokenizer_content(Path(folder))
         if content in _TOKENIZERS and not trust_remote_code:
             return _TOKENIZERS[content]
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # every tokenizer library fails in its own way
-        raise CheckpointError(f"{folder}: its tokenizer does not load ({one_line(error, 200)}); {without}") from error
+        raise CheckpointError(f"{folder}: its tokenizer does not load ({one_line(error, 200)}){way_out}") from error
     if not trust_remote_code:  # else there may be more to it than these files
         if len(_TOKENIZERS) == _MOST_TOKENIZERS:
             _TOKENIZERS.pop(next(iter(_TOKENIZERS)), None)
@@ -190,6 +191,7 @@ def prepare(
     device: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
+    without: str = "copy the source's there",
 ) -> HeldOut:
     """Held-out text as inputs of the model in `folder`, and of every model with its tokenizer.
 
@@ -198,6 +200,7 @@ def prepare(
         tokens: of text.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of the span corruption.
+        without: what to do where there is no tokenizer, for messages.
 
     Raises:
         CheckpointError: config or tokenizer do not load.
@@ -206,7 +209,7 @@ def prepare(
     """
     chosen = choose_device(device)
     config = load_config(folder, trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code, without)
     name = f"{data or BUILT_IN}, held-out part"
     longest = getattr(config, "n_positions", None) or 512
     length = min(longest, LONGEST, tokens)

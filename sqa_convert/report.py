@@ -25,6 +25,8 @@ SCHEMA = 1
 ROWS = ("source", "converted", "before", "uptrained", "control", "mean")
 """models a report may hold measurements of; "before" is what a second uptraining began with, "mean" the source with its
 heads averaged, for comparison"""
+NEXT_TO_NOTHING = 0.005
+"""nats a token: a difference that another few thousand tokens of text can turn round"""
 _LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
 _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -131,12 +133,13 @@ def presented(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def recovered(quality: dict[str, Any], key: str) -> float | None:
-    """Share of the damage in "loss" or "kl" that uptraining took back: 1 is all of it."""
+    """Share of the damage in "loss" or "kl" that uptraining took back: 1 is all of it. None where conversion cost next
+    to nothing, of which there is no share."""
     if "uptrained" not in quality:
         return None
     start = quality["source"][key] or 0.0  # the source has no KL to itself
     damage = quality["converted"][key] - start
-    return None if damage <= 0 else (quality["converted"][key] - quality["uptrained"][key]) / damage
+    return None if damage < NEXT_TO_NOTHING else (quality["converted"][key] - quality["uptrained"][key]) / damage
 
 
 def last_quality(report: dict[str, Any]) -> dict[str, Any] | None:
@@ -207,9 +210,11 @@ def uptraining_lines(report: dict[str, Any]) -> list[str]:
     if "kept" in done:
         lines[0] += f"; kept: {done['kept']}"
     shares = {name: recovered(quality, name.lower()) for name in ("loss", "KL")}
-    back = [f"{share:.1%} of the {name}" for name, share in shares.items() if share is not None]
+    back = [f"{_share(share)} of the {name}" for name, share in shares.items() if share is not None]
     if back:
         lines.append(f"uptraining took back {' and '.join(back)} that conversion had cost")
+    elif "uptrained" in quality:
+        lines.append("conversion had cost next to nothing that uptraining could take back")
     if any(share is not None and share < 0 for share in shares.values()):
         lines.append("less than nothing: more tokens or a smaller learning rate are needed")
     if "control" in quality:
@@ -219,6 +224,11 @@ def uptraining_lines(report: dict[str, Any]) -> list[str]:
             "(control: the source trained on the same tokens)"
         )
     return lines
+
+
+def _share(share: float) -> str:
+    """What is beyond all of the damage, or below none of it, is no share of it."""
+    return "all" if share >= 1 else "none" if share <= 0 else f"{share:.1%}"
 
 
 def costs(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:

@@ -472,11 +472,36 @@ def test_brackets_in_a_path_are_only_text(run, source):
     assert os.listdir("o[red]u[") == ["y]t"]
 
 
-def test_missing_tokenizer_is_named_with_the_way_out(run, source):
-    code, _, err = run(source, *HEADS)
-    assert code == 3
-    assert "--no-evaluate" in err
+def test_without_a_tokenizer_the_model_is_converted_and_not_measured(run, source):
+    code, out, err = run(source, *HEADS, "--no-verify")
+    assert (code, err) == (0, "")
+    assert f"not measured: {source} holds no tokenizer\n" in out
+    (folder,) = os.listdir()
+    report = json.loads(open(f"{folder}/report.json").read())
+    assert report["not_measured"] == f"{source} holds no tokenizer" and "quality" not in report
+    assert f"not been measured: {source} holds no tokenizer" in open(f"{folder}/README.md").read()
+    assert "holds no tokenizer" in open(f"{folder}/report.html").read()
+
+
+@pytest.mark.parametrize(
+    ("flag", "way_out"), [("--data", "leave out --data"), ("--calibration", "leave out --calibration")]
+)
+def test_text_that_was_asked_for_needs_a_tokenizer(run, source, flag, way_out, tmp_path):
+    (tmp_path / "own.txt").write_text("some words\n" * 9000)
+    code, _, err = run(source, "--q-groups", 6, "--kv-groups", 3, flag, tmp_path / "own.txt")
+    assert code == 3 and "holds no tokenizer" in err and way_out in err
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize("content", ['{"model": 1}', None], ids=["damaged", "of another model"])
+def test_a_tokenizer_that_cannot_be_used_is_no_reason_not_to_convert(run, source, content):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (source / file).write_bytes((SAMPLES / "gpt2" / file).read_bytes())
+    if content is not None:
+        (source / "tokenizer.json").write_text(content)
+    code, out, err = run(source, *HEADS, "--no-verify", "-o", "out")
+    assert (code, err) == (0, "")
+    assert f"not measured: {'' if content is None else source}" in out and os.listdir() == ["out"]
 
 
 def limit_files():

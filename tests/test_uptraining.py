@@ -30,6 +30,29 @@ FEW = Recipe(tokens=8 * 256, sequence_length=32, batch_size=8, learning_rate=1e-
 
 
 @pytest.mark.parametrize(
+    ("converted", "uptrained", "said"),
+    [
+        (
+            (3.5, 0.4),
+            (3.25, 0.1),
+            "uptraining took back 50.0% of the loss and 75.0% of the KL that conversion had cost",
+        ),
+        ((3.1, 0.1), (2.3, 0.05), "uptraining took back all of the loss and 50.0% of the KL that conversion had cost"),
+        ((3.1, 0.1), (3.9, 0.2), "uptraining took back none of the loss and none of the KL that conversion had cost"),
+        ((3.001, 0.1), (2.9, 0.05), "uptraining took back 50.0% of the KL that conversion had cost"),
+        ((2.999, 0.002), (2.99, 0.001), "conversion had cost next to nothing that uptraining could take back"),
+    ],
+)
+def test_there_is_no_percentage_of_next_to_nothing_and_none_above_all(converted, uptrained, said):
+    rows = {"source": (3.0, None), "converted": converted, "uptrained": uptrained}
+    quality = {name: dict(zip(("loss", "kl"), row, strict=True)) for name, row in rows.items()}
+    done = {"loss": "kl", "tokens": 100, "device": "cpu", "tokens_per_second": 10}
+    lines = uptraining_lines({"uptraining": done, "quality": quality, "seconds": {"uptrain": 1.0}})
+    assert lines[1] == said
+    assert ("less than nothing" in " ".join(lines)) == (uptrained[1] > converted[1])
+
+
+@pytest.mark.parametrize(
     ("name", "loss"),
     [("gpt2", "kl"), *(pytest.param("t5", loss, marks=pytest.mark.integration) for loss in ("kl", "ce"))],
 )
