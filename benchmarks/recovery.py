@@ -60,7 +60,7 @@ def run(start: Path, recipe: Recipe, control: bool, device: str) -> dict[str, An
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(start, folder)
     begin = time.perf_counter()
-    report = uptrain(folder, recipe, control=control, restart=True, device=device)
+    report = uptrain(folder, recipe, control=control, restart=True, keep_anyway=True, device=device)
     shutil.rmtree(folder)
     done = report["uptraining"]
     found = {

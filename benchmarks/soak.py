@@ -40,7 +40,7 @@ def one_round(work: Path) -> None:
         sqa_convert.convert(source, 6, 3, "mean")
         sqa_convert.convert(source, 8, 4, output=folder, calibration=LITTLE, overwrite=True, evaluate=True)
         sqa_convert.evaluate(folder, source, tokens=2048)
-        sqa_convert.uptrain(folder, SHORT)
+        sqa_convert.uptrain(folder, SHORT, keep_anyway=True)
 
 
 def noted(process: psutil.Process) -> dict[str, float]:

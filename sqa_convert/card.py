@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .companions import MODULES
+from .figures import within_reason
 from .report import costs, last_quality, presented, quality_table, speed_rows
 
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
@@ -56,7 +57,7 @@ def _results(report: dict[str, Any], task: str) -> list[Any] | None:
     return [
         EvalResult(**text, metric_type=key, metric_name=name, metric_value=round(last[key], 4))
         for key, name in names.items()
-        if last.get(key) is not None
+        if last.get(key) is not None and within_reason(key, last[key])
     ]
 
 

@@ -307,7 +307,7 @@ def compare(
     """Measures models one after the other on the same text; the first is what the others are held against.
 
     Args:
-        models: folders, models, or functions that make one when its turn comes.
+        models: folders, models, or functions that make one when its turn comes, to be measured in the first's dtype.
         also: what else to find out about each, for its row.
         optional: those whose row is left out where they fail.
         untrained: those that cannot rightly predict better than the first: converted from it, and not trained.
@@ -340,7 +340,10 @@ def compare(
                 model = load_model(folder, trust_remote_code=trust_remote_code)
             else:
                 model = folder if isinstance(folder, torch.nn.Module) else folder()
+                if model is not folder and first:
+                    model.to(first["dtype"])
             kind = (model.config.is_encoder_decoder, model.config.vocab_size)
+            first.setdefault("dtype", model.dtype)
             if kind != first.setdefault("kind", kind):
                 raise RecipeError(
                     f"{folder} cannot be held against {next(iter(models.values()))}: other kind or vocabulary"

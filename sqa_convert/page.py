@@ -6,6 +6,7 @@ from base64 import b64encode
 from statistics import mean
 from typing import Any
 
+from .figures import nats
 from .pictures import (
     errors_picture,
     heads_picture,
@@ -83,7 +84,7 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
     last = last_quality(report)
     if last is not None:
         tiles += [
-            (f"{last['loss'] - quality['source']['loss']:+.3f}", "nats/token of loss"),
+            (nats(last["loss"] - quality["source"]["loss"], "+", 3), "nats/token of loss"),
             (f"{last['top1']:.1%}", "most likely token as the source's"),
         ]
     return tiles

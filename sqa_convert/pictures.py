@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from .figures import MOST_NATS, nats
+
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
 _GREY = "#888888"  # to be seen on white and on black
 _SCALE = "viridis"
@@ -138,13 +140,15 @@ def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, (key, label) in zip(panels, keys.items(), strict=True):
-        points = [(point["tokens"], point[key]) for point in curve if key in point]
+        points = [(point["tokens"], min(point[key], MOST_NATS)) for point in curve if key in point]
+        if any(point.get(key, 0) > MOST_NATS for point in curve):
+            label += f" (beyond {MOST_NATS:g} not shown)"
         panel.plot(*zip(*points, strict=True), marker="o", markersize=3, color=_COLOURS[0], label="uptrained")
         lines = {"source": ("--", _GREY), "control": (":", _COLOURS[3])}
         for name, (style, colour) in lines.items():
             value = quality.get(name, {}).get(key)
             if value:
-                panel.axhline(value, linestyle=style, color=colour, label=f"{name} {value:.4f}")
+                panel.axhline(min(value, MOST_NATS), linestyle=style, color=colour, label=f"{name} {nats(value)}")
         panel.set(xlabel="tokens", ylabel=label)
         if key == "kl":
             panel.set_yscale("log")
@@ -202,8 +206,11 @@ def quality_picture(quality: dict[str, Any], rows: Sequence[str], kind: str) -> 
     }
     figure = Figure(figsize=(9, 0.9 + 0.45 * len(names)), layout="constrained")
     for panel, (label, values) in zip(figure.subplots(1, 2), panels_of.items(), strict=True):
-        bars = panel.barh(names, values, color=[_GREY if name == "mean" else _COLOURS[0] for name in names], height=0.6)
-        panel.bar_label(bars, fmt="%.4f", padding=3)
+        lengths = [min(value, MOST_NATS) for value in values]
+        bars = panel.barh(
+            names, lengths, color=[_GREY if name == "mean" else _COLOURS[0] for name in names], height=0.6
+        )
+        panel.bar_label(bars, [nats(value) for value in values], padding=3)
         panel.set_xlabel(label)
         panel.margins(x=0.25)
         panel.axvline(0, color=_GREY, linewidth=0.8)

@@ -125,6 +125,11 @@ class Recipe:
         return {"kl": 0.0, "ce": 1.0, "mix": self.ce_weight}[self.loss]
 
     @property
+    def judged_by(self) -> str:
+        """Which held-out measurement says how good a model is: "kl" to the source, or "loss" where that is trained."""
+        return "loss" if self.ce == 1 else "kl"
+
+    @property
     def pairs(self) -> bool:
         return bool(self.source_column)
 

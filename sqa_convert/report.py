@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from . import __version__
 from .checkpoint import read_json
 from .companions import left_behind
 from .errors import CheckpointError
+from .figures import nats, perplexity
 from .heads import METHODS
 from .output import REPORT, is_ours
 from .plan import Cost, Plan
@@ -218,10 +219,12 @@ def uptraining_lines(report: dict[str, Any]) -> list[str]:
     if any(share is not None and share < 0 for share in shares.values()):
         lines.append("less than nothing: more tokens or a smaller learning rate are needed")
     if "control" in quality:
-        above = {name: quality["uptrained"]["loss"] - quality[name]["loss"] for name in ("source", "control")}
+        loss = quality["uptrained"]["loss"]
+        above = {name: nats(loss - quality[name]["loss"], "+") for name in ("source", "control")}
+        tokens = done.get("kept_steps", done["steps"]) * done["sequence_length"] * done["batch_size"]
         lines.append(
-            f"loss against the source's {above['source']:+.4f}, against the control's {above['control']:+.4f} "
-            "(control: the source trained on the same tokens)"
+            f"loss against the source's {above['source']}, against the control's {above['control']} "
+            f"(control: the source trained on the same {tokens:,} tokens)"
         )
     return lines
 
@@ -262,18 +265,19 @@ def quality_table(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, ..
 
 def quality_rows(measured: Mapping[str, Mapping[str, float | None]]) -> tuple[list[str], list[tuple[str, ...]]]:
     """How well models predict: column heads, and a row a model."""
-    columns = {
-        "loss": ("loss, nats/token", ".4f"),
-        "perplexity": ("perplexity", ",.2f"),
-        "kl": ("KL to source", ".4f"),
-        "top1": ("top-1 as source", ".1%"),
-        "exact_match": ("exact match", ".1%"),
-        "rougeL": ("ROUGE-L", ".1%"),
+    share = "{:.1%}".format
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "loss": ("loss, nats/token", nats),
+        "perplexity": ("perplexity", perplexity),
+        "kl": ("KL to source", nats),
+        "top1": ("top-1 as source", share),
+        "exact_match": ("exact match", share),
+        "rougeL": ("ROUGE-L", share),
     }
     shown = {key: how for key, how in columns.items() if any(key in found for found in measured.values())}
 
-    def cell(value: float | None, style: str) -> str:
-        return "" if value is None else format(value, style)
+    def cell(value: float | None, style: Callable[[float], str]) -> str:
+        return "" if value is None else style(value)
 
     rows = [
         (name, *(cell(found.get(key), style) for key, (_, style) in shown.items())) for name, found in measured.items()

@@ -21,17 +21,43 @@ from .errors import CheckpointError, InterruptedByUserError, OutputError, Qualit
 from .output import empty, hold
 from .recipe import Recipe, dump_recipe, load_recipe
 from .report import read_report
-from .trainer import COMPLETE
-from .training import step_of
+from .trainer import COMPLETE, DivergedError
+from .training import FINAL, FINISHED, step_of
 
 RECIPE = "recipe.yaml"
 OF = "of"  # which conversion a run belongs to
 BECAME = "became"  # what it was replaced by, if that was the last thing done
+_OUTPUT = "output"  # where the result goes, if not in the model's place
+
+
+class NotBetterError(QualityError):
+    """Uptraining is done and made the model worse: nothing was replaced, and what was trained is kept beside it."""
 
 
 def run_folder(folder: Path) -> Path:
     """Where the checkpoints of a model's uptraining are, while it is not done."""
     return folder.resolve().parent / f"{folder.resolve().name}.uptraining"
+
+
+def target_folder(folder: Path, output: Path | None = None, resume: bool = False) -> Path:
+    """Where the result of a run goes: `output`; where the run that is gone on with was told to; or `folder`.
+
+    Raises RecipeError.
+    """
+    run = run_folder(folder)
+    if output is None and resume and (run / _OUTPUT).is_file():
+        return Path((run / _OUTPUT).read_text(encoding="utf-8"))
+    if output is None or output.resolve() == folder.resolve():
+        return folder
+    if output.resolve() == run:
+        raise RecipeError(f"--output {output}: there the checkpoints are kept; give another folder")
+    return output
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether beside `folder` lies a whole training that did not take its place."""
+    run = run_folder(folder)
+    return (run / OF).is_file() and (run / "uptrain" / FINAL / FINISHED).is_file()
 
 
 def run_settings(
@@ -49,6 +75,11 @@ def run_settings(
             raise RecipeError(f"--resume: {folder} was converted anew since the run in {run} began: --restart")
         return load_recipe(str(run / RECIPE))
     settings = override("quick" if recipe is None else recipe, **overrides)
+    if not restart and is_trained(folder):
+        raise RecipeError(
+            f"{run} holds what a whole run trained: --resume takes it if it is better than {folder}, --keep-anyway "
+            "even if it is worse, --restart throws it away"
+        )
     if not restart and any(run.glob(f"*/checkpoint-*/{COMPLETE}")):
         raise RecipeError(f"{run} holds a run that was stopped: --resume goes on with it, --restart throws it away")
     return settings
@@ -58,7 +89,7 @@ def _is_done(run: Path, folder: Path) -> bool:
     """Whether a run's result is in its place."""
     became = run / BECAME
     try:
-        return became.is_file() and became.read_text() == conversion_id(folder)
+        return became.is_file() and became.read_text() == conversion_id(target_folder(folder, resume=True))
     except CheckpointError:  # it is gone
         return False
 
@@ -119,6 +150,11 @@ def recoverable(run: Path, folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise InterruptedByUserError(f"interrupted; {_kept(run, folder)}") from error
+    except NotBetterError:
+        raise
+    except DivergedError as error:
+        _kept(run, folder)
+        raise DivergedError(f"{one_line(error)}; {folder} is still the converted model") from error
     except QualityError as error:
         raise QualityError(f"{one_line(error)}; {_kept(run, folder)}") from error
     except torch.OutOfMemoryError as error:
@@ -147,9 +183,10 @@ def recoverable(run: Path, folder: Path) -> Iterator[None]:
 
 def _kept(run: Path, folder: Path) -> str:
     """What is left of a run that stops here; one with nothing to go on from is cleared away."""
+    target = target_folder(folder, resume=True)
     if processes.is_first() and _is_done(run, folder):
         _discard(run)
-        return f"{folder} is uptrained"
+        return f"{target} is uptrained"
     stages: dict[str, int] = {}
     for path in run.glob(f"*/checkpoint-*/{COMPLETE}"):
         stage = path.parent.parent.name
@@ -162,9 +199,12 @@ def _kept(run: Path, folder: Path) -> str:
     return f"{folder} is still the converted model; go on from {last} with: sqa-uptrain {folder} --resume"
 
 
-def begin(run: Path, folder: Path, settings: Recipe) -> None:
-    # TensorBoard would write among the checkpoints, which go when all is done.
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.with_suffix(".runs")))
-    if processes.is_writer() and not (run / OF).is_file():  # a run that goes on needs what it has
+def begin(run: Path, folder: Path, settings: Recipe, target: Path) -> None:
+    """Notes what a run does; one that goes on has most of it."""
+    if not processes.is_writer():
+        return
+    if target != folder:
+        (run / _OUTPUT).write_text(str(target.resolve()), encoding="utf-8")
+    if not (run / OF).is_file():
         (run / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
         (run / OF).write_text(conversion_id(folder))

@@ -18,13 +18,21 @@ from . import engines, processes
 from .distill import Targets, aligned_labels, distillation_loss, instead_of_logits
 from .errors import QualityError
 from .evaluation import HeldOut, Predictions, measure, predict
+from .figures import nats
 
 COMPLETE = "complete"
 """a file of each checkpoint, written last, with the seconds it took: one without it is not resumed from"""
+_FAR = 2.3
+"""nats: a loss so far above the start's, a tenth of the probability for each token, will not come down in time"""
+_EARLY = 0.5  # of the steps
 _LOOKED_AT = 10  # steps between two looks at whether the loss is a number; each makes a GPU wait
 
 Said = Callable[[int, int, str], None]
 """(steps done, steps there are, news at an evaluation or "")"""
+
+
+class DivergedError(QualityError):
+    """A training went astray; its checkpoints are not worth going on from."""
 
 
 class UptrainingTrainer(Trainer):
@@ -39,6 +47,8 @@ class UptrainingTrainer(Trainer):
         flops: of the model's own work for one token, forward and backward; None leaves MFU out.
         peak: FLOP/s that all devices together can do; None likewise.
         said: called after each step.
+        until: the step to end after, of a schedule made for `args.max_steps`; by default the last.
+        stop_early: raise DivergedError when a measurement early in the run is far worse than the start.
         before: seconds that earlier processes spent on the same run.
     """
 
@@ -53,6 +63,8 @@ class UptrainingTrainer(Trainer):
         flops: float | None = None,
         peak: float | None = None,
         said: Said = lambda done, total, news: None,
+        until: int | None = None,
+        stop_early: bool = False,
         before: float = 0.0,
         **kwargs: Any,
     ) -> None:
@@ -61,6 +73,7 @@ class UptrainingTrainer(Trainer):
         self.teacher: Any = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
         self.ce, self.held_out, self.expected = ce, held_out, expected
         self.tokens_per_step, self.flops, self.peak, self.said = tokens_per_step, flops, peak, said
+        self.until, self.stop_early = until or self.args.max_steps, stop_early
         # Our loss is a sum divided by the predictions of all micro-batches of all processes, which are counted so.
         self.model_accepts_loss_kwargs = True
         self.watch = _Watch(self, before)
@@ -105,22 +118,45 @@ class UptrainingTrainer(Trainer):
         weights = [getattr(p, "ds_tensor", p).detach() for p in self.model.parameters() if p.requires_grad]
         levels = torch.stack([self.last_loss, *(norm.to(self.last_loss) for norm in torch._foreach_norm(weights))])
         if processes.any_says(not torch.isfinite(levels).all()):
-            raise QualityError(f"loss or weights are not finite at step {self.state.global_step}: lower learning_rate")
+            raise self._diverged("loss or weights are not finite")
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Loss, KL and agreement on the held-out text, in the arithmetic of the training; each process measures all."""
         assert self.held_out is not None
         start = time.perf_counter()
         predictions = predict(self.model, self.held_out)
-        with processes.together():
-            quality = measure(predictions, self.expected)
+        try:
+            with processes.together():
+                quality = measure(predictions, self.expected)
+        except QualityError as error:
+            if not self.state.global_step:
+                raise  # it was so before
+            raise self._diverged("the held-out loss is not finite") from error
         metrics = {"loss": quality.loss} | ({} if quality.kl is None else {"kl": quality.kl, "top1": quality.top1})
         metrics = processes.from_first(metrics)  # on which all stop, and keep the best: the last digits may differ
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(named)
+        self._check_course()
         self.watch.aside += time.perf_counter() - start
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
+
+    def _check_course(self) -> None:
+        """Raises DivergedError when a run is far worse than its start, early, and was never better."""
+        start, *later = self.curve
+        early = 0 < self.state.global_step <= _EARLY * self.args.max_steps
+        if not (self.stop_early and early and later) or start["tokens"]:
+            return
+        last, best = later[-1], min(point["loss"] for point in later)
+        if last["loss"] > start["loss"] + _FAR and best > start["loss"]:
+            raise self._diverged(f"held-out loss {nats(start['loss'])} at the start, {nats(last['loss'])}")
+
+    def _diverged(self, what: str) -> DivergedError:
+        rate = self.args.learning_rate
+        return DivergedError(
+            f"the learning rate is too high: {what} at step {self.state.global_step}; lower learning_rate, which is "
+            f"{rate:g}: --restart --learning-rate {rate / 10:.2g}"
+        )
 
     @property
     def curve(self) -> list[dict[str, float]]:
@@ -179,15 +215,18 @@ class _Watch(TrainerCallback):
         self.interrupted = processes.any_says(self.interrupted)  # several must stop after the same step
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+        if state.global_step >= self.trainer.until:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = self.trainer.held_out is not None
         if state.global_step % _LOOKED_AT == 0 or control.should_save or control.should_evaluate:
             self.trainer.check_finite()
         self.trainer.said(state.global_step, state.max_steps, "")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         trainer = self.trainer
-        parts = [f"loss {metrics['eval_loss']:.4f}"]
+        parts = [f"loss {nats(metrics['eval_loss'])}"]
         if "eval_kl" in metrics:
-            parts.append(f"KL {metrics['eval_kl']:.4f}")
+            parts.append(f"KL {nats(metrics['eval_kl'])}")
         speed = self.tokens_per_second(state.global_step)
         if speed:
             parts.append(f"{speed:,.0f} tokens/s")

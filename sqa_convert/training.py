@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,21 +16,22 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
-from transformers.pytorch_utils import Conv1D
 
 from . import engines, processes
 from .devices import peak_flops
 from .errors import RecipeError, one_line
-from .evaluation import HeldOut, Predictions, load_config, load_model
+from .evaluation import HeldOut, Predictions, load_model
 from .flops import training_flops
 from .output import write_json
 from .recipe import Recipe
+from .trainable import choose_trained, no_dropout, with_lora
 from .trainer import COMPLETE, Said, UptrainingTrainer
 from .training_data import TrainingData
 
 FINAL = "final"
 """folder of a finished training's model"""
-_FINISHED = "finished.json"  # written last
+FINISHED = "finished.json"
+"""of that folder, written last"""
 _KEPT = 2  # checkpoints of a run
 _SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
@@ -76,12 +81,17 @@ class Job:
     """the unconverted model's, of that text"""
     device: torch.device
     trust_remote_code: bool
+    keep_anyway: bool = False
+    """go on where a measurement is far worse than the start"""
+    until: int = 0
+    """the step to end after, of a schedule made for all; 0: the last"""
 
 
 def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, said: Said) -> dict[str, Any]:
     """One model by one recipe, from its last checkpoint in `output` if there is one.
 
     The trained model is put into `output`/FINAL, in float32, by the first process; one that is there already is kept.
+    It is the one that was measured best after the start, where measurements are made and `job.until` is not given.
 
     Args:
         path: the model to begin with.
@@ -89,9 +99,10 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
         output: for checkpoints.
 
     Returns:
-        Steps, tokens and seconds in all, the curve, and what the device did.
+        Steps, tokens and seconds in all, the curve, what the device did; what was kept ("kept_steps", and "kept" in
+        words), and whether that is "better" than the start, or as good.
     """
-    done = output / FINAL / _FINISHED
+    done = output / FINAL / FINISHED
     result = json.loads(done.read_text()) if processes.is_first() and done.is_file() else None
     result = processes.from_first(result)
     if result is not None:
@@ -99,13 +110,16 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
     checkpoint = _last_checkpoint(output)
     measured = job.held_out is not None
     set_seed(settings.seed)
-    model = load_model(path, dtype="float32", trust_remote_code=job.trust_remote_code, **no_dropout(path, job))
-    _choose_trained(model, settings)
+    model = load_model(
+        path, dtype="float32", trust_remote_code=job.trust_remote_code, **no_dropout(path, job.trust_remote_code)
+    )
+    choose_trained(model, settings)
     # Pairs are of many lengths, so what one of them needs says nothing.
     flops = None if settings.pairs else training_flops(model, job.text.example()) / settings.sequence_length
     if settings.lora_rank:
-        model = _with_lora(model, settings.lora_rank)
-    arguments = training_arguments(settings, output, job.device, measured, resumed=checkpoint is not None)
+        model = with_lora(model, settings.lora_rank)
+    best = measured and not job.until
+    arguments = training_arguments(settings, output, job.device, measured, best, resumed=checkpoint is not None)
     trainer = UptrainingTrainer(
         model=model,
         teacher=teacher,
@@ -120,21 +134,24 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
         flops=flops,
         peak=peak_flops(job.device, processes.count()) if arguments.bf16 else None,
         said=said,
+        until=job.until or settings.steps,
+        stop_early=best and not job.keep_anyway,
         before=float((Path(checkpoint) / COMPLETE).read_text()) if checkpoint else 0.0,
-        callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience and measured else [],
+        callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience and best else [],
     )
     with processes.together():
         engines.check_checkpoint(trainer, checkpoint)
     engines.check_folder(trainer)
     try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        with _logged_beside(output):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
     except ValueError as error:
         if engines.is_contradiction(error):
             raise RecipeError(f"accelerate's file and the recipe disagree: {one_line(error, 600)}") from error
         raise
     finally:
         trainer.watch.restore()
-    if trainer.watch.interrupted and trainer.state.global_step < settings.steps:
+    if trainer.watch.interrupted and trainer.state.global_step < (job.until or settings.steps):
         raise KeyboardInterrupt
     tokens = result.global_step * settings.tokens_per_step
     seconds = trainer.watch.seconds()
@@ -149,34 +166,57 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
         found["flops_per_token"] = round(flops)
         if trainer.peak:
             found["mfu"] = round(found["tokens_per_second"] * flops / trainer.peak, 4)
-    key = arguments.metric_for_best_model
-    kept_start = False
-    if key is not None and trainer.curve:
-        values = [point[key.removeprefix("eval_")] for point in trainer.curve]
-        kept_start = values[0] <= min(values[1:], default=values[0])
-        found["kept"] = "the start, no measurement was better" if kept_start else f"the best {key}"
+    found |= _kept(trainer, settings) if best else {"kept_steps": result.global_step}
     weights = engines.whole_weights(trainer)  # by all processes
     with processes.together():  # none leaves, and nothing is cleared away, before they are written
         if processes.is_first():
-            _write_final(trainer, weights, path, kept_start, settings, job, output / FINAL)
+            _write_final(trainer, weights, path, settings, job, output / FINAL)
             write_json(done, found)
+    trainer.accelerator.free_memory()
+    del trainer, model  # they hold each other, and would stay beside the next model until they are looked for
+    gc.collect()
     return found
 
 
-def _write_final(
-    trainer: Any, weights: Any, path: Path, kept_start: bool, settings: Recipe, job: Job, final: Path
-) -> None:
-    """The trained model as a folder, or the one at `path` that it began with; `weights` where they were shared out."""
-    if kept_start or weights is not None:
+@contextlib.contextmanager
+def _logged_beside(output: Path) -> Iterator[None]:
+    """TensorBoard's files of each stage in a folder that stays; it would write among the checkpoints, which go."""
+    name, folder = "TENSORBOARD_LOGGING_DIR", output.parent.with_suffix(".runs") / output.name
+    if name in os.environ:  # the user's own
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+def _kept(trainer: UptrainingTrainer, settings: Recipe) -> dict[str, Any]:
+    """Which measurement of a run is taken, and whether the start was better."""
+    key, steps = settings.judged_by, trainer.state.best_global_step
+    points = {round(point["tokens"]) // settings.tokens_per_step: point for point in trainer.curve}
+    if not steps or steps not in points:  # gone on from where nothing was measured
+        return {"kept_steps": trainer.state.global_step}
+    name = {"kl": "KL", "loss": "loss"}[key]
+    return {
+        "kept_steps": steps,
+        "kept": f"the best held-out {name}, after {steps * settings.tokens_per_step:,} tokens",
+        "better": 0 not in points or points[steps][key] <= points[0][key],
+    }
+
+
+def _write_final(trainer: Any, weights: Any, path: Path, settings: Recipe, job: Job, final: Path) -> None:
+    """The trained model as a folder; where its `weights` were shared out, built anew from `path` to hold them."""
+    if weights is not None:
         model: Any = load_model(path, dtype="float32", trust_remote_code=job.trust_remote_code)
     else:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-    if not kept_start:
-        if weights is not None:
-            _choose_trained(model, settings)
-            model = _with_lora(model, settings.lora_rank) if settings.lora_rank else model
-            _fill(model, weights)
-        model = model.merge_and_unload() if settings.lora_rank else model
+    if weights is not None:
+        choose_trained(model, settings)
+        model = with_lora(model, settings.lora_rank) if settings.lora_rank else model
+        _fill(model, weights)
+    model = model.merge_and_unload() if settings.lora_rank else model
     model.save_pretrained(final)
 
 
@@ -205,56 +245,33 @@ def _last_checkpoint(output: Path) -> str | None:
     return str(complete[max(everywhere)]) if everywhere else None
 
 
-def no_dropout(path: Path, job: Job) -> dict[str, float]:
-    """Settings that switch dropout off; they must be there when a model is built."""
-    config = load_config(path, job.trust_remote_code)
-    return {name: 0.0 for name in vars(config) if name.endswith("_pdrop") or name == "dropout_rate"}
-
-
-def _choose_trained(model: Any, settings: Recipe) -> None:
-    """What is not trained is frozen; so are key biases: softmax ignores them, their gradient is rounding noise."""
-    in_attention = {
-        id(parameter)
-        for module in model.modules()
-        if type(module).__name__.endswith("Attention")
-        for parameter in module.parameters()
-    }
-    for name, parameter in model.named_parameters():
-        wanted = settings.train == "all" or id(parameter) in in_attention
-        parameter.requires_grad_(wanted and not name.endswith("k_proj.bias"))
-
-
-def _with_lora(model: Any, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    names = {
-        name.rpartition(".")[2]
-        for parent, module in model.named_modules()
-        if type(module).__name__.endswith("Attention")
-        for name, child in module.named_modules()
-        if isinstance(child, (torch.nn.Linear, Conv1D))
-    }
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(names)))
+def uses_bfloat16(settings: Recipe, device: torch.device) -> bool:
+    """Whether a recipe's arithmetic is in bfloat16 on this device."""
+    return settings.precision == "bfloat16" or (
+        settings.precision == "auto"
+        and device.type == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
 
 
 def training_arguments(
-    settings: Recipe, output: Path, device: torch.device, measured: bool, resumed: bool = False
+    settings: Recipe,
+    output: Path,
+    device: torch.device,
+    measured: bool,
+    best: bool = False,
+    resumed: bool = False,
 ) -> TrainingArguments:
     """What a recipe means to the Trainer.
 
     Args:
         output: for checkpoints.
         measured: whether there is held-out text to measure on.
+        best: whether the best measurement is gone back to at the end.
         resumed: whether a checkpoint is gone on from.
     """
     micro, accumulation = local_batch(settings)
     every = max(1, settings.steps // settings.evaluations)
-    bf16 = settings.precision == "bfloat16" or (
-        settings.precision == "auto"
-        and device.type == "cuda"
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    best = bool(settings.patience) and measured
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=settings.steps,
@@ -269,7 +286,7 @@ def training_arguments(
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        bf16=bf16,
+        bf16=uses_bfloat16(settings, device),
         torch_compile=settings.compile,
         **({"gradient_checkpointing": True} if settings.gradient_checkpointing else {}),
         **({"fsdp": True} if settings.fsdp else {}),
@@ -286,8 +303,8 @@ def training_arguments(
         save_total_limit=_KEPT,
         save_on_each_node=processes.apart(),
         load_best_model_at_end=best,
-        restore_callback_states_from_checkpoint=resumed and best,
-        metric_for_best_model=("eval_loss" if settings.ce == 1 else "eval_kl") if best else None,
+        restore_callback_states_from_checkpoint=resumed and best and settings.patience > 0,
+        metric_for_best_model=f"eval_{settings.judged_by}" if best else None,
         greater_is_better=False if best else None,
         logging_strategy="steps" if _trackers(settings) else "no",
         logging_steps=10,

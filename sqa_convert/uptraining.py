@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from . import processes
@@ -19,15 +20,29 @@ from .devices import choose_device, device_name, own_device
 from .errors import CheckpointError, OutputError, RecipeError, one_line
 from .evaluation import compare, load_model, measure, predict
 from .families import family_of
+from .figures import nats
 from .generation import answer_scores, continuations
 from .output import check_output, empty, expanded, sha256_of, staged_output
 from .progress import Progress, silent
 from .recipe import Recipe, dump_recipe
 from .report import read_report
-from .run_folder import BECAME, OF, RECIPE, alone, begin, conversion_id, recoverable, run_folder, run_settings
+from .run_folder import (
+    BECAME,
+    OF,
+    RECIPE,
+    NotBetterError,
+    alone,
+    begin,
+    conversion_id,
+    is_trained,
+    recoverable,
+    run_folder,
+    run_settings,
+    target_folder,
+)
 from .shards import write_shard
 from .text_fit import misfits
-from .training import FINAL, Job, check_settings, train
+from .training import FINAL, Job, check_settings, train, uses_bfloat16
 from .training_data import training_data
 
 
@@ -44,10 +59,15 @@ def uptrain(
     control: bool | None = None,
     resume: bool = False,
     restart: bool = False,
+    output: str | Path | None = None,
+    keep_anyway: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Uptrains a folder made by `convert`, in place: it stays as it was until the new weights are complete.
+
+    Of the measurements of a run the best is kept: by KL to the source, with loss "ce" by the held-out loss. Where none
+    is as good as the start the folder stays as it was, and what was trained stays in FOLDER.uptraining.
 
     While it runs, checkpoints are kept in FOLDER.uptraining beside it. Under `torchrun` or `accelerate launch` all
     processes train and the first one writes.
@@ -63,6 +83,8 @@ def uptrain(
         control: also train the source on the same tokens; instead of the recipe's.
         resume: go on with a run that was stopped, by its own recipe.
         restart: throw such a run away.
+        output: a new folder for the result, instead of the place of `folder`.
+        keep_anyway: take what was trained even if it is worse than the start; alone, that of the run that ended so.
         trust_remote_code: let code that the source brings along run.
         progress: called as the work goes on.
 
@@ -74,8 +96,8 @@ def uptrain(
         CheckpointError: the folder was not made by `convert`, or the source is missing or another model.
         DataError: the text is missing, too short, or does not fit the model.
         InterruptedByUserError: by Ctrl-C, after a checkpoint.
-        QualityError: the loss was no number.
-        OutputError: the disk is full.
+        QualityError: the model got worse, or the loss went far up or was no number.
+        OutputError: `output` exists already, or the disk is full.
 
     After any of them the folder is as it was.
 
@@ -86,12 +108,19 @@ def uptrain(
     processes.join(chosen)
     run = run_folder(folder)
     settings: Any = None
+    target = folder if output is None else expanded(output)
     with processes.together():
         report, conversion = read_report(folder), conversion_id(folder)
         check_output(folder, overwrite=True, flag="FOLDER")
         if processes.is_first():
-            settings = run_settings(folder, run, recipe, resume, restart, data=data, seed=seed, control=control)
-    settings, first = processes.from_first((settings, conversion))
+            overrides = {"data": data, "seed": seed, "control": control}
+            if keep_anyway and recipe is None and not restart and all(value is None for value in overrides.values()):
+                resume = resume or is_trained(folder)
+            target = target_folder(folder, None if output is None else target, resume)
+            settings = run_settings(folder, run, recipe, resume, restart, **overrides)
+            if target != folder:
+                check_output(target, overwrite=False)
+    settings, first, target, resume = processes.from_first((settings, conversion, target, resume))
     with processes.together():
         if conversion != first:
             raise CheckpointError(f"{folder} is another conversion than the one the first process sees under that name")
@@ -99,38 +128,25 @@ def uptrain(
         check_settings(settings, evaluate, chosen)
         text = training_data(folder, settings, trust_remote_code=trust_remote_code)
         held_out = text.held_out(chosen) if evaluate else None
-    stages = {"uptrain": (folder, settings)}
-    if settings.control:
-        stages["control"] = (origin, dataclasses.replace(settings, loss="ce", patience=0))
-    results: dict[str, Any] = {}
-    how_measured: dict[str, Any] = {"untrained": set() if "uptraining" in report else {"converted"}}
-    report["seconds"] = {key: spent for key, spent in report["seconds"].items() if key not in ("uptrain", "control")}
+    untrained = set() if "uptraining" in report else {"converted"}
     with alone(run, folder), recoverable(run, folder):
         with processes.together():
             if not resume and processes.is_writer():
                 empty(run)
-            begin(run, folder, settings)
-        teacher = expected = None
-        if held_out is not None or settings.ce < 1:
-            teacher = load_model(origin, dtype="float32", trust_remote_code=trust_remote_code)
-            if held_out is not None:
-                expected = predict(teacher, held_out)
-                fit = held_out.fit(teacher, measure(expected).loss)
-                for doubt in misfits(fit, "--data"):
-                    progress("uptrain", 0, settings.steps, f"warning: {doubt['text']}")
-                how_measured |= {"own": fit.own_loss}
-        job = Job(text, held_out, expected, chosen, trust_remote_code)
-        for stage, (path, how) in stages.items():
-            if how.ce == 1:
-                teacher = None
-            results[stage] = train(path, teacher, how, job, run / stage, partial(progress, stage))
-            report["seconds"][stage] = results[stage]["seconds"]
-        del teacher
+            begin(run, folder, settings, target)
+        job = Job(text, held_out, None, chosen, trust_remote_code, keep_anyway)
+        results, how_measured = _trained(folder, origin, run, settings, job, progress)
+        how_measured["untrained"] = untrained
         if processes.is_first():
+            spent = {stage: result["seconds"] for stage, result in results.items()}
+            kept = {key: value for key, value in report["seconds"].items() if key not in ("uptrain", "control")}
+            report["seconds"] = kept | spent
             report["uptraining"] = dataclasses.asdict(settings) | results["uptrain"] | {"device": device_name(chosen)}
             if settings.control:
                 report["uptraining"]["control_curve"] = results["control"]["curve"]
-            _publish(folder, run, report, settings, job, origin, progress, how_measured)
+            if target != folder:
+                report["output"] = str(target)
+            _publish(folder, run, report, settings, job, origin, progress, how_measured, target)
         elif processes.apart():
             report["uptrained_on"] = processes.first_host()
     return report
@@ -145,6 +161,8 @@ def check_uptrain(
     evaluate: bool = True,
     resume: bool = False,
     restart: bool = False,
+    output: str | Path | None = None,
+    keep_anyway: bool = False,
     trust_remote_code: bool = False,
 ) -> Recipe:
     """Raises what `uptrain` would raise before it reads a weight; arguments and errors are its own.
@@ -157,7 +175,11 @@ def check_uptrain(
     folder = expanded(folder, "FOLDER")
     report = read_report(folder)
     check_output(folder, overwrite=True, flag="FOLDER")
+    resume = resume or (keep_anyway and recipe is None and not restart and is_trained(folder))
+    target = target_folder(folder, None if output is None else expanded(output), resume)
     settings = run_settings(folder, run_folder(folder), recipe, resume, restart)
+    if target != folder:
+        check_output(target, overwrite=False)
     chosen = own_device(choose_device(device))
     check_settings(settings, evaluate, chosen)
     if local_folder(source or report["source"]["name"], None if source else report["source"]["revision"]) is not None:
@@ -166,6 +188,61 @@ def check_uptrain(
     if evaluate:
         text.held_out(chosen)
     return settings
+
+
+def _trained(
+    folder: Path, origin: Path, run: Path, settings: Recipe, job: Job, progress: Progress
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The trainings of a run: of the model, and of the control for as many tokens as were kept.
+
+    Returns what came of each, and how `compare` is to measure.
+
+    Raises NotBetterError when no measurement of the model was as good as the start.
+    """
+    teacher, held_out = None, job.held_out
+    how_measured: dict[str, Any] = {}
+    if held_out is not None or settings.ce < 1:
+        teacher = load_model(origin, dtype="float32", trust_remote_code=job.trust_remote_code)
+    if held_out is not None:
+        # The same arithmetic for both: else a model that is the source would be a little away from it.
+        bfloat16 = uses_bfloat16(settings, job.device)
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
+            expected = predict(teacher, held_out)
+        job = dataclasses.replace(job, expected=expected)
+        fit = held_out.fit(teacher, measure(expected).loss)
+        for doubt in misfits(fit, "--data"):
+            progress("uptrain", 0, settings.steps, f"warning: {doubt['text']}")
+        how_measured["own"] = fit.own_loss
+    if settings.ce == 1:
+        teacher = None
+    results = {"uptrain": train(folder, teacher, settings, job, run / "uptrain", partial(progress, "uptrain"))}
+    done = results["uptrain"]
+    if job.held_out is None:
+        done["kept"] = "the end: nothing was measured to choose by"
+    if not (done.get("better", True) or job.keep_anyway):
+        start, best = (
+            next(point for point in done["curve"] if point["tokens"] == steps * settings.tokens_per_step)
+            for steps in (0, done["kept_steps"])
+        )
+        raise _not_better(folder, run, settings, start, best)
+    if settings.control:
+        del teacher
+        how = dataclasses.replace(settings, loss="ce", patience=0)
+        job = dataclasses.replace(job, until=done.get("kept_steps", settings.steps))
+        results["control"] = train(origin, None, how, job, run / "control", partial(progress, "control"))
+    return results, how_measured
+
+
+def _not_better(folder: Path, run: Path, settings: Recipe, start: Any, best: Any) -> NotBetterError:
+    """What to say of a run whose best measurement is worse than the start."""
+    name = {"kl": "KL to the source", "loss": "held-out loss"}[settings.judged_by]
+    before, after = start[settings.judged_by], best[settings.judged_by]
+    return NotBetterError(
+        f"uptraining made it worse: {name} {nats(before)} at the start, {nats(after)} at best (loss "
+        f"{nats(start['loss'])}, then {nats(best['loss'])}); {folder} is as it was. Try a learning_rate below "
+        f"{settings.learning_rate:g}, or more tokens (--restart). What was trained is in {run}; to take it: "
+        f"sqa-uptrain {folder} --keep-anyway"
+    )
 
 
 def _publish(
@@ -177,12 +254,16 @@ def _publish(
     origin: Path,
     progress: Progress,
     how_measured: dict[str, Any],
+    target: Path,
 ) -> None:
-    """The trained model in the place of the converted one, measured beside the others."""
+    """The trained model at `target`, mostly in the place of the converted one, measured beside the others.
+
+    Raises NotBetterError when it is worse.
+    """
     if conversion_id(folder) != (run / OF).read_text():
         raise OutputError(f"{folder} was converted anew while it was trained")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    with staged_output(folder, overwrite=True, size=size) as staging:
+    with staged_output(target, overwrite=target == folder, size=size) as staging:
         _save(load_model(run / "uptrain" / FINAL, dtype="float32"), folder, staging)
         (staging / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
         report["sha256"] = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
@@ -192,9 +273,9 @@ def _publish(
             report["quality"] = {key: known[key] for key in known if key not in ("uptrained", "control")}
         else:
             start = time.perf_counter()
-            rows = {"source": origin, "converted": folder, "uptrained": staging}
-            if settings.control:
-                rows["control"] = run / "control" / FINAL
+            rows: dict[str, Any] = {"source": origin, "converted": folder, "uptrained": staging}
+            if settings.control:  # which was saved as it was trained; `compare` measures it in the source's dtype
+                rows["control"] = partial(load_model, run / "control" / FINAL)
             scores = partial(answer_scores, tokenizer=job.text.tokenizer, held_out=job.held_out)
             report["quality"] = compare(
                 rows,
@@ -205,6 +286,9 @@ def _publish(
                 **how_measured,
             )
             quality = report["quality"]
+            before, after = quality["converted"], quality["uptrained"]
+            if not job.keep_anyway and after[settings.judged_by] > before[settings.judged_by]:
+                raise _not_better(folder, run, settings, before, after)
             if all(known.get(key) == quality[key] for key in ("data", "tokens")):
                 if "uptrained" in known:  # the folder was trained before, and this run went on from there
                     quality |= {"before": quality["converted"], "converted": known["converted"]}

@@ -13,7 +13,7 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"describe"},
     {"card", "hub", "page", "run_folder"},
     {"calibrate", "training"},
-    {"calibration_text", "trainer", "training_data"},
+    {"calibration_text", "trainable", "trainer", "training_data"},
     {"activations", "engines", "generation", "tasks"},
     {"verify"},
     {"evaluation", "execution", "report"},
@@ -29,7 +29,7 @@ LAYERS = [  # a module may import only from lines below its own; within a folder
     {"distill", "flops", "sampling", "text_fit", "timing"},
     {"decoding"},
     {"amounts", "devices", "processes", "storage"},
-    {"callers", "errors", "models", "progress", "recipe_hints", "special_tokens"},
+    {"callers", "errors", "figures", "models", "progress", "recipe_hints", "special_tokens"},
 ]
 LIGHT = [
     "adapters",

@@ -40,7 +40,9 @@ def _list_recipes() -> None:
 
 @app.command(epilog=EXIT_CODES)
 def uptrain_command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Made by sqa-convert; it is trained in place.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Made by sqa-convert; the best of what is trained takes its place.")
+    ],
     recipe: Annotated[
         str | None,
         typer.Option(metavar="RECIPE", help="A recipe's name (see --list-recipes) or a YAML file. Default: quick."),
@@ -60,6 +62,13 @@ def uptrain_command(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped, by its recipe.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw such a run away and begin again.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A new folder for the result; FOLDER stays as it is.")
+    ] = None,
+    keep_anyway: Annotated[
+        bool,
+        typer.Option("--keep-anyway", help="Take what was trained, even if it is worse; alone: of the last run."),
+    ] = False,
     no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Do not measure loss and KL.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the recipe as it would run, and stop.")] = False,
     push_to_hub: PushToHub = None,
@@ -94,10 +103,15 @@ def uptrain_command(
     if resume and (flags := [f"--{k.replace('_', '-')}" for k, v in given.items() if v is not None]):
         raise RecipeError(f"--resume goes on with the recipe of the stopped run: leave out {', '.join(flags)}")
     folder = expanded(folder, "FOLDER")
+    if keep_anyway and not any(value is not None for value in given.values()):
+        from ..run_folder import is_trained
+
+        resume = resume or is_trained(folder)
     settings = None if resume else load_recipe(recipe or "quick", **changes)
     read_report(folder)  # before torch is loaded
     from .. import processes
     from ..hub import check_push
+    from ..run_folder import target_folder
     from ..uptraining import check_uptrain, uptrain
 
     out = Out(as_json=as_json, quiet=quiet or not processes.is_first(), verbose=verbose)  # of many processes one speaks
@@ -110,6 +124,8 @@ def uptrain_command(
         "evaluate": not no_evaluate,
         "resume": resume,
         "restart": restart,
+        "output": output,
+        "keep_anyway": keep_anyway,
         "trust_remote_code": trust_remote_code,
     }
     if dry_run:
@@ -117,6 +133,7 @@ def uptrain_command(
         out.json({"schema": 1, "recipe": dataclasses.asdict(settings), "steps": settings.steps})
         out.result(dump_recipe(settings) + f"# {settings.steps:,} steps of {settings.tokens_per_step:,} tokens")
         return
+    target = target_folder(folder, None if output is None else expanded(output), resume)
     with out.progress() as progress:
         report = uptrain(folder, settings, **asked, progress=progress)
     if not processes.is_first():
@@ -125,8 +142,8 @@ def uptrain_command(
         return
     out.json(report)
     show_quality(out, report)
-    show_loading(out, report, folder)
-    push(out, folder, push_to_hub, public)
+    show_loading(out, report, target)
+    push(out, target, push_to_hub, public)
 
 
 def main() -> None:
