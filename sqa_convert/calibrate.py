@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +36,7 @@ from .heads.search import search
 from .heads.statistics import Statistics, collect, similarity, with_ridge
 from .plan import AUTO, TOKENS_PER_UNKNOWN, Plan
 from .progress import Progress, silent
-from .sites import Calibrated, ConvertedSite, SiteRecord, read_site
+from .sites import Calibrated, ConvertedSite, SiteRecord, order, read_site
 from .sources import ModelSource, Source
 from .text_fit import misfits
 
@@ -81,6 +82,7 @@ def calibrate(
 
     Raises:
         DataError: there is too little text.
+        QualityError: no candidate predicts anything finite.
     """
     settings = plan.calibration
     assert settings is not None
@@ -99,6 +101,11 @@ def calibrate(
     chosen = best_of_each(tried)
     if plan.method == AUTO and plan.has_language_model_head:
         kl = {name: kl for name, choice in tried.items() if (kl := calibrator.kl(plan, choice)) is not None}
+        if not kl:
+            raise QualityError(
+                f"{AUTO}: of {', '.join(tried)} none predicts anything finite: the weights overflow in their dtype; "
+                "try --dtype float32 or --dtype bfloat16, or name a --method"
+            )
         report["kl_before_refine"] = kl
         report["chosen"] = min(kl, key=kl.__getitem__)
         chosen = tried[report["chosen"]]
@@ -111,9 +118,19 @@ def calibrate(
 
 
 def best_of_each(tried: Mapping[str, Mapping[Site, ConvertedSite]]) -> dict[Site, ConvertedSite]:
-    """For each site the candidate with the least held-out error; of equals the first."""
+    """For each site the candidate with the least held-out error; of equals the first.
+
+    Raises QualityError where none has an error that is a number.
+    """
     sites = next(iter(tried.values()))
-    return {site: min((made[site] for made in tried.values()), key=lambda c: c.record.error) for site in sites}
+    best = {site: min((made[site] for made in tried.values()), key=lambda c: order(c.record.error)) for site in sites}
+    for site, candidate in best.items():
+        if not math.isfinite(candidate.record.error):
+            raise QualityError(
+                f"{site.kind} {site.layer}: no fit of its heads is finite: the source's activations overflow on the "
+                "calibration text; give another --calibration, or --no-calibration"
+            )
+    return best
 
 
 class Calibrator:

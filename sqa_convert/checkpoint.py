@@ -75,6 +75,7 @@ def open_source(
             _download(name, revision, PIPELINE, "*/config.json")  # to say which parts there are
         config = source_config(name, folder)
         accept(config)
+        revision = commit or revision  # all of one commit, also when the branch moves meanwhile
         source = _hub_headers(name, revision) if headers_only else None
         if source is None:
             patterns = (*ON_THE_HUB, "model*.safetensors", _WEIGHTS[1])

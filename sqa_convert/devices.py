@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
 from .errors import RecipeError
 
 _BFLOAT16 = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
 }  # fmt: skip
-"""FLOP/s of dense bfloat16 products, by part of the name; the vendor's data sheets"""
+"""FLOP/s of dense bfloat16 products, by the words of the name; the vendor's data sheets"""
+_OTHER = re.compile(r"MIG|Laptop|Max-Q|SUPER|Ti\b|\bD\b|-\d+[ACQ]\b", re.IGNORECASE)
+"""of names that begin like another GPU's, and of parts of a GPU"""
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -64,7 +68,9 @@ def peak_flops(device: torch.device, count: int = 1) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * count for part, peak in _BFLOAT16.items() if part in name), None)
+    known = (peak for part, peak in _BFLOAT16.items() if re.search(rf"(?<!\w){part}(?!\w)", name))
+    peak = None if _OTHER.search(name) else next(known, None)
+    return None if peak is None else peak * count
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,17 @@ class SiteRecord:
     @property
     def kept(self) -> str:
         """The stage whose heads were kept: the first of the least error."""
-        return min(self.errors, key=self.errors.__getitem__)
+        return min(self.errors, key=lambda stage: order(self.errors[stage]))
 
     @property
     def error(self) -> float:
         """Of what was kept."""
         return self.errors[self.kept]
+
+
+def order(error: float) -> float:
+    """To choose the least error by: what is no number comes last."""
+    return error if math.isfinite(error) else math.inf
 
 
 @dataclass(frozen=True)

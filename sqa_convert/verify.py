@@ -57,6 +57,14 @@ with torch.no_grad():
 """
 
 
+class UnansweredError(CheckpointError):
+    """The process that loads a folder came to no end: nothing is known of the folder."""
+
+    def __init__(self, folder: Path, why: str) -> None:
+        super().__init__(f"{folder}: loading it where sqa_convert is not was ended; {why}")
+        self.why = why
+
+
 @undisturbed
 def verify(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """Checks an output folder.
@@ -90,10 +98,7 @@ def verify(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any
     if not trust_remote_code:
         _check_code(folder)
     with stranger(folder, report) as logits:
-        theirs = logits()
-        if theirs is None:
-            raise CheckpointError(f"{folder}: loading it was killed; {_NO_MEMORY}")
-        return {"files": len(recorded), "tensors": tensors, "difference": same(theirs, folder, report)}
+        return {"files": len(recorded), "tensors": tensors, "difference": same(logits(), folder, report)}
 
 
 def _check_code(folder: Path) -> None:
@@ -171,7 +176,7 @@ def _tokens(tokenizer: Any) -> list[list[int]]:
 @contextlib.contextmanager
 def reloaded(folder: Path, report: dict[str, Any]) -> Iterator[None]:
     """While the block runs a stranger loads the folder; after it the report says how far its logits are from ours, or
-    that there was not memory enough for it.
+    why that is not known: there was not memory enough for it, or it took too long.
 
     Raises:
         CheckpointError: it does not load, or computes something else.
@@ -182,17 +187,18 @@ def reloaded(folder: Path, report: dict[str, Any]) -> Iterator[None]:
         return
     with stranger(folder, report) as logits:
         yield
-        theirs = logits()
-        if theirs is None:
-            report["reloaded"] = {"skipped": _NO_MEMORY}
-        else:
-            report["reloaded"] = {"difference": same(theirs, folder, report)}
+        try:
+            report["reloaded"] = {"difference": same(logits(), folder, report)}
+        except UnansweredError as error:
+            report["reloaded"] = {"skipped": error.why}
 
 
 @contextlib.contextmanager
-def stranger(folder: Path, report: dict[str, Any]) -> Iterator[Callable[[], Tensor | None]]:
-    """While the block runs, another process loads the folder; the function it is given waits for its logits, None where
-    that process was killed."""
+def stranger(folder: Path, report: dict[str, Any]) -> Iterator[Callable[[], Tensor]]:
+    """While the block runs, another process loads the folder; the function it is given waits for its logits.
+
+    That function raises UnansweredError where the process is killed or takes too long.
+    """
     with tempfile.TemporaryDirectory() as work:
         inputs, result = Path(work) / "inputs.pt", Path(work) / "logits.pt"
         torch.save(_probe(folder), inputs)
@@ -212,14 +218,18 @@ def stranger(folder: Path, report: dict[str, Any]) -> Iterator[Callable[[], Tens
             text=True,
         )
 
-        def logits() -> Tensor | None:
-            _, said = process.communicate(timeout=_PATIENCE)
+        def logits() -> Tensor:
+            try:
+                _, said = process.communicate(timeout=_PATIENCE)
+            except subprocess.TimeoutExpired as error:
+                raise UnansweredError(folder, f"it took more than {_PATIENCE / 60:g} minutes") from error
             if process.returncode < 0:
-                return None
+                raise UnansweredError(folder, _NO_MEMORY)
             if process.returncode:
                 last = (said.strip().splitlines() or ["it says nothing"])[-1]
                 raise CheckpointError(f"{folder} does not load where sqa_convert is not: {one_line(Exception(last))}")
-            return torch.load(result, weights_only=True)
+            theirs: Tensor = torch.load(result, weights_only=True)
+            return theirs
 
         try:
             yield logits

@@ -13,10 +13,11 @@ from transformers import AutoConfig, GPT2Model, T5EncoderModel, T5Model
 from sqa_convert import calibrate, convert, evaluate, sampling
 from sqa_convert.activations import capture, sensitivity
 from sqa_convert.checkpoint import open_source
-from sqa_convert.errors import DataError, RecipeError
+from sqa_convert.errors import DataError, QualityError, RecipeError
+from sqa_convert.families import Site
 from sqa_convert.heads import METHODS, Partition
 from sqa_convert.plan import Calibration, Request, make_plan
-from sqa_convert.sites import read_site
+from sqa_convert.sites import ConvertedSite, SiteRecord, read_site
 from sqa_convert.sources import ModelSource
 
 CPU = torch.device("cpu")
@@ -332,3 +333,22 @@ def test_calibration_recovers_most_of_what_mean_loses(tmp_path):
 def test_what_is_no_calibration_is_refused_in_one_line():
     with pytest.raises(RecipeError, match="calibration=False"):
         convert(gpt2(), 8, 4, calibration=False)
+
+
+def test_where_no_candidate_is_finite_auto_says_so(monkeypatch):
+    monkeypatch.setattr(calibrate.Calibrator, "kl", lambda self, plan, choice: None)
+    with pytest.raises(QualityError, match=r"auto: of svd, .* none predicts anything finite"):
+        convert(gpt2(heads=4, layers=1), 2, 1, calibration=Calibration(tokens=256, refine_steps=0))
+
+
+def test_an_error_that_is_no_number_is_never_the_least():
+    nan, partition = float("nan"), Partition.contiguous(4, 2, 1)
+    assert SiteRecord("svd", partition, {"converted": nan, "refit": 0.5}).kept == "refit"
+    bad, good = (
+        ConvertedSite(None, SiteRecord(name, partition, {"converted": error}))
+        for name, error in (("svd", nan), ("mean", 0.9))
+    )
+    site = Site("decoder", 0, "h.0.attn")
+    assert calibrate.best_of_each({"svd": {site: bad}, "mean": {site: good}}) == {site: good}
+    with pytest.raises(QualityError, match="decoder 0: no fit"):
+        calibrate.best_of_each({"svd": {site: bad}})

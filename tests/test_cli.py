@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -753,6 +754,23 @@ def test_dry_run_of_a_hub_model_fetches_headers_only(run, hub, tmp_path, monkeyp
     assert code == 0, err
     assert json.loads(out)["cost"]["after"]["query_heads"] == {"decoder": 8}
     assert hub == ["config.json"]
+
+
+def test_config_and_weights_are_of_one_commit_though_the_branch_moves(run, hub, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    commit, asked = "b" * 40, []
+    folder = tmp_path / "snapshots" / commit
+    shutil.copytree(tmp_path / "remote", folder)
+
+    def snapshot_download(name, revision=None, allow_patterns=()):
+        asked.append(revision)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    code, out, err = run("someone/tiny", *HEADS, *QUIET, "--json")
+    assert code == 0, err
+    assert asked[0] is None and set(asked[1:]) == {commit} and json.loads(out)["source"]["revision"] == commit
 
 
 def test_network_faults_of_any_kind_are_one_line(run, monkeypatch):

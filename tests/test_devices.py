@@ -5,7 +5,7 @@ import torch
 
 from sqa_convert import Recipe
 from sqa_convert.checkpoint import SAMPLES
-from sqa_convert.devices import choose_device, own_device
+from sqa_convert.devices import choose_device, own_device, peak_flops
 from sqa_convert.errors import RecipeError
 from sqa_convert.training import training_arguments
 from sqa_convert.training_data import training_data
@@ -79,3 +79,20 @@ def test_the_held_out_text_of_a_training_is_put_on_a_device_with_an_index(two_gp
     recipe = Recipe(data=str(tmp_path / "text.txt"), tokens=256, sequence_length=32, held_out_tokens=64)
     text = training_data(SAMPLES / "gpt2", recipe)
     assert text.held_out(torch.device("cuda:1")).device == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A10", 125e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA A10G", None), ("NVIDIA A10M", None), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA A100X", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("GRID A100-10C", None), ("NVIDIA A10-24Q", None),
+        ("NVIDIA GH200 480GB", None), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_a_gpu_has_the_peak_of_its_own_name_and_of_no_other(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), 2) == (None if peak is None else 2 * peak)

@@ -154,3 +154,12 @@ def test_a_row_for_comparison_may_fail():
 def test_a_report_that_is_none_is_one_line(folder, report):
     (folder / "report.json").write_text(report)
     refused(folder, "report.json")
+
+
+def test_a_stranger_who_takes_too_long_is_no_fault_of_the_folder(folder, monkeypatch):
+    report = json.loads((folder / "report.json").read_text())
+    monkeypatch.setattr(verifying, "_PATIENCE", 0)
+    with reloaded(folder, report):
+        pass
+    assert "it took more than" in report["reloaded"]["skipped"]
+    refused(folder, "it took more than")
