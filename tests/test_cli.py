@@ -480,7 +480,7 @@ def test_without_a_tokenizer_the_model_is_converted_and_not_measured(run, source
     (folder,) = os.listdir()
     report = json.loads(open(f"{folder}/report.json").read())
     assert report["not_measured"] == f"{source} holds no tokenizer" and "quality" not in report
-    assert f"not measured: {source} holds no tokenizer" in open(f"{folder}/README.md").read()
+    assert f"not been measured: {source} holds no tokenizer" in open(f"{folder}/README.md").read()
     assert "holds no tokenizer" in open(f"{folder}/report.html").read()
 
 
