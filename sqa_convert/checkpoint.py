@@ -193,7 +193,7 @@ def read_json(path: Path, missing: str, largest: int | None = None) -> dict[str,
     if regular_file(path.parent, path.name, largest) is None:
         raise CheckpointError(missing)
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"), names=True)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):

@@ -94,11 +94,12 @@ def _may_lie_elsewhere(name: str, target: Path) -> bool:
     return name.endswith((".safetensors", ".bin")) or "blobs" in target.parent.parts or target.name == Path(name).name
 
 
-def parse_json(text: str, *, unique: bool = False) -> Any:
+def parse_json(text: str, *, unique: bool = False, names: bool = False) -> Any:
     """JSON as the standard has it: no NaN, no number beyond a float, no half of a character.
 
     Args:
         unique: an object's keys must all differ.
+        names: it may hold names of files that are not UTF-8, as Python reads them.
 
     Raises:
         ValueError, RecursionError: it is none.
@@ -110,7 +111,7 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
         object_pairs_hook=_without_duplicates if unique else None,
     )
     if "\\ud" in text or "\\uD" in text:
-        json.dumps(content, ensure_ascii=False).encode()
+        json.dumps(content, ensure_ascii=False).encode(errors="surrogateescape" if names else "strict")
     return content
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .card import model_card
 from .companions import CARD
-from .output import REPORT, write_json
+from .output import REPORT, write_json, write_text
 from .page import PAGE, report_page
 from .pictures import heads_picture, recovery_picture, similarity_picture, speed_picture
 
@@ -30,8 +30,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         _put(folder / f"{RECOVERY}.{kind}", recovery_picture(report, kind) if trained else None)
     if report.get("speed"):
         write_speed_pictures(folder, report["speed"])
-    (folder / PAGE).write_text(report_page(report, similarity), encoding="utf-8")
-    (folder / CARD).write_text(model_card(report, folder), encoding="utf-8")
+    write_text(folder / PAGE, report_page(report, similarity))
+    write_text(folder / CARD, model_card(report, folder))
 
 
 def write_speed_pictures(folder: Path, speed: dict[str, Any]) -> None:

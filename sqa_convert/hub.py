@@ -8,6 +8,7 @@ from pathlib import Path
 from .callers import undisturbed
 from .companions import CARD
 from .errors import CheckpointError, OutputError, RecipeError, one_line
+from .output import expanded
 from .report import read_report
 
 FLAG = "--push-to-hub"
@@ -49,8 +50,9 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> st
     """
     from huggingface_hub import HfApi
 
+    folder = expanded(folder, "FOLDER")
     try:
-        read_report(Path(folder))
+        read_report(folder)
     except CheckpointError as error:
         raise OutputError(f"{one_line(error)}; only what sqa-convert made is pushed") from error
     api = HfApi()
@@ -63,8 +65,8 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> st
             delete_patterns=_STALE,
             ignore_patterns=[CARD],
         )
-        card = (Path(folder) / CARD).read_text(encoding="utf-8")
-        there = card.replace(f'from_pretrained("{Path(folder).resolve().name}"', f'from_pretrained("{address.repo_id}"')
+        card = (folder / CARD).read_text(encoding="utf-8")
+        there = card.replace(f'from_pretrained("{folder.resolve().name}"', f'from_pretrained("{address.repo_id}"')
         api.upload_file(
             path_or_fileobj=there.encode(), path_in_repo=CARD, repo_id=address.repo_id, commit_message=_MESSAGE
         )

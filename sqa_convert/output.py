@@ -21,6 +21,7 @@ from .storage import PIECE
 
 REPORT = "report.json"
 """in every output; a folder without it was not made here"""
+NOWHERE = "the folder you are in is not there any more: change to one that is"
 _STAGED, _REPLACED = ".sqa-partial", ".sqa-replaced"
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _HERE, _RENAME_EXCHANGE = -100, 2  # as in Linux's headers
@@ -32,6 +33,14 @@ def expanded(path: str | Path, flag: str = "--output") -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:  # no such user
         raise OutputError(f"{flag} {shown(str(path))}: {one_line(error)}") from error
+
+
+def here() -> bool:
+    """Whether the working directory is still there."""
+    try:
+        return bool(Path.cwd())
+    except OSError:
+        return False
 
 
 def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
@@ -58,6 +67,8 @@ def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, SQAError):
             raise
+        if not here():
+            raise OutputError(NOWHERE) from error
         raise OutputError(f"{flag} {shown(str(output), 200)} cannot be used: {one_line(error)}") from error
 
 
@@ -273,11 +284,26 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _is_unicode(content: Mapping[str, Any]) -> bool:
+    """False where a name on the disk is not, which Python reads as lone surrogates: JSON can escape them."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """As UTF-8, for people: a byte of a name that is not is a question mark."""
+    path.write_text(text, encoding="utf-8", errors="replace")
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """In one step: a reader finds the old file or the new one."""
     new = path.with_name(f".{path.name}.new")
     try:
-        new.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, ensure_ascii=not _is_unicode(content), allow_nan=False) + "\n"
+        new.write_text(text, encoding="utf-8")
         new.replace(path)
     except BaseException:
         new.unlink(missing_ok=True)

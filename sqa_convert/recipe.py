@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .amounts import amount
-from .errors import DataError, RecipeError
+from .errors import DataError, RecipeError, SQAError, shown
 from .recipe_hints import HINTS
 
 LOSSES = ("kl", "ce", "mix")
@@ -168,11 +168,15 @@ def load_recipe(name: str, **overrides: Any) -> Recipe:
         RecipeError: no such recipe, or it has faults; all of them are named.
     """
     packaged = recipe_folder() / f"{name}.yaml"
-    path = packaged if packaged.is_file() else Path(name)
+    path = packaged
     try:
+        if not packaged.is_file():
+            path = Path(name).expanduser()
         content = _parsed(path.read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{name}: no such file or recipe ({', '.join(recipe_names())})") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, SQAError):
+            raise
+        raise RecipeError(f"{shown(name)}: no such file or recipe ({', '.join(recipe_names())})") from error
     if not isinstance(content, Mapping):
         raise RecipeError(f"{path} must hold a table of settings")
     return _recipe({**content, **{k: v for k, v in overrides.items() if v is not None}}, str(path))

@@ -24,7 +24,7 @@ from .companions import has_tokenizer
 from .errors import CheckpointError, one_line, shown
 from .evaluation import load_tokenizer
 from .execution import MODELS
-from .output import sha256_of
+from .output import expanded, sha256_of
 from .report import auto_class, read_report
 from .sources import SafetensorsSource
 from .storage import check_finite
@@ -85,7 +85,7 @@ def verify(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any
     Raises:
         CheckpointError: what is not as it was written.
     """
-    folder = Path(folder)
+    folder = expanded(folder, "FOLDER")
     report = read_report(folder)
     found = {path.name for path in folder.glob("*.safetensors")}
     recorded = report.get("sha256", {})

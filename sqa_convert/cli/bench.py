@@ -72,7 +72,7 @@ def bench_command(
         raise RecipeError("give MODEL, or --head-grid without one")
     from ..checkpoint import local_folder
     from ..describe import write_report, write_speed_pictures
-    from ..output import write_json
+    from ..output import expanded, write_json
     from ..report import REPORT, read_report, speed_rows, speed_title
     from ..speed import GRID as PAPER
     from ..speed import Settings, bench, bench_layers
@@ -84,6 +84,7 @@ def bench_command(
     )  # fmt: skip
     settings.check()
     if output is not None:
+        output = expanded(output)
         try:
             output.mkdir(parents=True, exist_ok=True)
             if not os.access(output, os.W_OK):

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.table import Table
 
 from ..errors import RecipeError, SQAError
+from ..output import NOWHERE, here
 from ..page import PAGE
 from ..report import auto_class, quality_lines, quality_table, uptraining_lines
 from .streams import forgiving_streams
@@ -173,6 +174,8 @@ def run_app(app: Any, name: str) -> NoReturn:
 
 
 def _run(app: Any, name: str) -> NoReturn:
+    if not here():
+        _fail(NOWHERE, RecipeError.exit_code)
     try:
         code = app(prog_name=name, standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer makes a code of the interruption
