@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .text_formats import pieces
 
 NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0  # T5's span corruption (Raffel et al., arXiv 1910.10683, section 3.3.4)
 _ENCODED = 2**16  # characters given to a tokenizer at once, about
-_OF_A_TOKEN = 16  # characters at most, mostly: the beginning of a document that fills a block
+_CHARACTERS = 4  # of a token, about
 _WAITING = 2**24  # characters of the documents held to go on with
 
 
@@ -34,13 +35,14 @@ def token_stream(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[
 
 
 def drawn_stream(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tensor]:
-    """Blocks as of `token_stream`, but of each document one block at most, its beginning, while there are others.
+    """Blocks as of `token_stream`, but of each document one block at most, while there are others.
 
-    When all have had their turn they go on where they stopped. What a block cuts off is never followed by another
-    document within the block, so an end-of-text token stands between any two.
+    It is taken from a line somewhere in the document. When all have had their turn they go on where they stopped. What
+    a block cuts off is never followed by another document within the block: an end-of-text token is between any two.
     """
+    chance = random.Random(0)
     turn: Iterator[tuple[str, Iterator[int]]]
-    turn = ((text, chain.from_iterable(_encoded(text, tokenizer, _OF_A_TOKEN * length))) for text in texts)
+    turn = ((text, _from_a_line(text, tokenizer, length, chance)) for text in texts)
     block: list[int] = []
     while True:
         waiting: list[tuple[str, Iterator[int]]] = []
@@ -56,6 +58,15 @@ def drawn_stream(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[
         if not waiting:
             return
         turn = iter(waiting)
+
+
+def _from_a_line(text: str, tokenizer: Any, length: int, chance: random.Random) -> Iterator[int]:
+    """The tokens of a document from a line on that a block or so follows; last what comes before that line."""
+    before = max(0, len(text) - _CHARACTERS * length)
+    start = text.find("\n", chance.randrange(before)) + 1 if before else 0
+    for part in (text[start:], text[:start]):
+        if part:
+            yield from chain.from_iterable(_encoded(part, tokenizer, 4 * _CHARACTERS * length))
 
 
 def _encoded(text: str, tokenizer: Any, size: int) -> Iterator[array[int]]:

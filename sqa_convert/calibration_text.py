@@ -10,14 +10,15 @@ from torch import Tensor
 
 from .activations import Batch
 from .batches import SpanCorruption, token_blocks
-from .data import BUILT_IN, documents
-from .errors import DataError
+from .data import BUILT_IN, Skipped, documents
+from .errors import DataError, shown
 from .evaluation import check_vocabulary, load_tokenizer
-from .plan import Plan
+from .plan import Fitting, Plan
 from .progress import Progress, silent
 from .sampling import SAMPLED_SEQUENCES, answers, sample
 from .sources import Source
 from .text_fit import looked_at
+from .text_formats import TEXT_COLUMN
 
 LONGEST = 1024
 """tokens in one sequence, at most"""
@@ -71,7 +72,7 @@ def calibration_text(
     unknown, sampled = None, False
     if settings.text is not None or (is_t5 and _reads_spans(source, trust_remote_code)):
         tokenizer = _tokenizer(source, trust_remote_code)
-        rows, name, unknown = _from_documents(plan, tokenizer, settings.text, length, settings.tokens, is_t5, generator)
+        rows, name, unknown = _from_documents(plan, tokenizer, settings, length, is_t5, generator)
     elif not is_t5 and plan.has_language_model_head:
         each = 2 * len(plan.sites) * plan.dimensions.width * 4 * length  # bytes of keys and values
         at_once = max(1, min(SAMPLED_SEQUENCES, int(_CACHE // each)))
@@ -135,23 +136,19 @@ def _stacked(rows: list[Batch], size: int) -> list[Batch]:
 def _from_documents(
     plan: Plan,
     tokenizer: Any,
-    text: str | None,
+    settings: Fitting,
     length: int,
-    tokens: int,
     spans: bool,
     generator: torch.Generator,
 ) -> tuple[list[Batch], str, float]:
-    name = f"{text or BUILT_IN}, training part"
-    texts = documents(text, "train", flag="--calibration")
-    texts, unknown = looked_at(texts, tokenizer, name, "--calibration")
-    blocks = token_blocks(
-        texts,
-        tokenizer,
-        length,
-        max(tokens, 2 * length),
-        name,
-        "--calibration",
-    )
+    """Drawn across documents, as what is measured on."""
+    flag, skipped = "--calibration", Skipped()
+    column = TEXT_COLUMN if settings.text is None else settings.text_column
+    texts = documents(settings.text, "train", column=column, shuffled=True, skipped=skipped, flag=flag)
+    name = f"{shown(settings.text or BUILT_IN)}, training part"
+    texts, unknown = looked_at(texts, tokenizer, name, flag)
+    blocks = token_blocks(texts, tokenizer, length, max(settings.tokens, 2 * length), name, flag, drawn=True)
+    name = f"{name}{skipped}"
     if len(blocks) < 2:
         raise DataError(f"{name} holds fewer than two blocks of {length} tokens: give more with --calibration")
     corrupt = SpanCorruption.of(tokenizer) if spans else None

@@ -22,6 +22,7 @@ from .progress import Progress, silent
 from .report import conversion_report
 from .sites import Calibrated
 from .sources import ModelSource, Source
+from .text_formats import TEXT_COLUMN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +65,7 @@ class Settings:
     verify: bool = True
     evaluate: bool = False
     data: str | None = None
+    text_column: str = TEXT_COLUMN
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
@@ -92,6 +94,7 @@ def convert(
     verify: bool = True,
     evaluate: bool = False,
     data: str | None = None,
+    text_column: str | None = None,
     device: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -121,6 +124,8 @@ def convert(
         evaluate: measure source and result on held-out text, one after the other, where the model has a language model
             head and its tokenizer loads; else the report says why not. Needs `output`.
         data: that text, as `sqa_convert.data.documents` takes it; by default the built-in corpus.
+        text_column: of `data`, and of `calibration` where that is the text alone: the column that holds the text, where
+            they are tables; by default "text".
         device: to calibrate and evaluate on: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of everything random.
         trust_remote_code: let code that the source brings along run when it is calibrated or evaluated.
@@ -140,8 +145,11 @@ def convert(
 
     Source: Filipek, Sparse Query Attention, arXiv 2510.01817, for the architecture; of a method `METHODS[name].source`.
     """
+    if text_column is not None and data is None and not isinstance(calibration, str):
+        raise RecipeError(f"text_column={text_column!r} is of data, or of the text given as calibration: give one")
+    column = text_column or TEXT_COLUMN
     if isinstance(calibration, str):
-        calibration = Calibration(calibration)
+        calibration = Calibration(calibration, text_column=column)
     if not isinstance(calibration, Calibration | None):
         raise RecipeError(f"calibration={calibration!r}: give a Calibration, its text, or None for none")
     request = Request(q_groups, kv_groups, variant, method, calibration, partition, sites, dtype, max_shard_size)
@@ -164,7 +172,8 @@ def convert(
     else:
         opened = ModelSource(source)
     plan = make_plan(opened, request)
-    settings = Settings(overwrite, verify, evaluate, data, device, seed, trust_remote_code)
+    column = TEXT_COLUMN if data is None else column
+    settings = Settings(overwrite, verify, evaluate, data, column, device, seed, trust_remote_code)
     if place is None:
         check_run(plan, opened, None, settings)
         return _in_memory(plan, opened, settings, progress)
@@ -240,7 +249,8 @@ def _held_out(plan: Plan, source: Source, settings: Settings) -> tuple[HeldOut |
     assert source.folder is not None
     if not plan.has_language_model_head:
         return None, ""
-    how: dict[str, Any] = {key: getattr(settings, key) for key in ("device", "seed", "trust_remote_code")}
+    names = ("text_column", "device", "seed", "trust_remote_code")
+    how: dict[str, Any] = {name: getattr(settings, name) for name in names}
     without = "leave out --data" if settings.data else ""
     try:
         return prepare(source.folder, settings.data, **how, without=without), ""

@@ -69,6 +69,8 @@ def documents(
         DataError: nothing is found under `data`, it cannot be read, or no row holds text in the column.
     """
     if data in (None, BUILT_IN):
+        if column != TEXT_COLUMN:
+            raise DataError(f"{BUILT_IN} has no column {shown(column)}: --text-column is for tables, named by {flag}")
         return _stdlib(split, tests, shuffled)
     return (text for (text,) in _table(str(data), (column,), split, flag, shuffled, skipped))
 

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .batches import SpanCorruption, token_blocks
+from .batches import CausalCollator, SpanCorruption, token_blocks
 from .callers import undisturbed
 from .checkpoint import check_folder, read_config, read_generation_config, read_json
 from .companions import has_tokenizer
-from .data import BUILT_IN, documents
+from .data import BUILT_IN, Skipped, documents
 from .decoding import settle
 from .devices import choose_device, device_name
 from .distill import IGNORED
-from .errors import CheckpointError, DataError, QualityError, RecipeError, one_line
+from .errors import CheckpointError, DataError, QualityError, RecipeError, one_line, shown
 from .output import REPORT, is_ours, sha256_of
 from .sampling import own_loss
 from .sources import stamp
 from .text_fit import Fit, looked_at, misfits
+from .text_formats import TEXT_COLUMN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -187,6 +188,7 @@ def prepare(
     folder: str | Path,
     data: str | None = None,
     *,
+    text_column: str = TEXT_COLUMN,
     tokens: int = DEFAULT_TOKENS,
     device: str = "auto",
     seed: int = 0,
@@ -195,8 +197,12 @@ def prepare(
 ) -> HeldOut:
     """Held-out text as inputs of the model in `folder`, and of every model with its tokenizer.
 
+    It is drawn across documents, a block of each at most while there are others. A decoder-only model reads it as it
+    is trained: no document sees another in its block, and positions start again with each.
+
     Args:
         data: as `sqa_convert.data.documents` takes it; its held-out part is used.
+        text_column: of a table, the one that holds the text.
         tokens: of text.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of the span corruption.
@@ -210,20 +216,24 @@ def prepare(
     chosen = choose_device(device)
     config = load_config(folder, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code, without)
-    name = f"{data or BUILT_IN}, held-out part"
+    name = f"{shown(data or BUILT_IN)}, held-out part"
     longest = getattr(config, "n_positions", None) or 512
     length = min(longest, LONGEST, tokens)
-    texts, unknown = looked_at(documents(data, "heldout"), tokenizer, name, "--data")
-    blocks = token_blocks(texts, tokenizer, length, tokens, name)
+    skipped = Skipped()
+    texts = documents(data, "heldout", column=text_column, shuffled=True, skipped=skipped)
+    texts, unknown = looked_at(texts, tokenizer, name, "--data")
+    blocks = token_blocks(texts, tokenizer, length, tokens, name, drawn=True)
+    name = f"{name}{skipped}"
     named = data not in (None, BUILT_IN)
     corrupt = SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None
     check_vocabulary(blocks, config.vocab_size, corrupt)
-    per_batch = max(1, _BATCH_TOKENS // length)
+    parts = blocks.split(max(1, _BATCH_TOKENS // length))
     if corrupt is None:
-        batches = [{"input_ids": b, "labels": b} for b in blocks.split(per_batch)]
+        collate = CausalCollator(tokenizer.eos_token_id)
+        batches = [collate(list(enumerate(part))) for part in parts]
         return HeldOut(batches, name, blocks.numel() - len(blocks), chosen, unknown, named)
     generator = torch.Generator().manual_seed(seed)
-    pairs = [corrupt(part, generator) for part in blocks.split(per_batch)]
+    pairs = [corrupt(part, generator) for part in parts]
     batches = [{"input_ids": inputs, "labels": labels} for inputs, labels in pairs]
     count = sum(labels.numel() for _, labels in pairs)
     return HeldOut(batches, f"{name}, span corruption", count, chosen, unknown, named)
@@ -381,6 +391,7 @@ def evaluate(
     against: str | Path | None = None,
     *,
     data: str | None = None,
+    text_column: str = TEXT_COLUMN,
     tokens: int = DEFAULT_TOKENS,
     device: str = "auto",
     seed: int = 0,
@@ -391,6 +402,7 @@ def evaluate(
         folder: a model folder, "sample:gpt2" or a hub id.
         against: likewise, usually the source; of the same kind and vocabulary.
         data: as `sqa_convert.data.documents` takes it, its held-out part is used; by default the built-in corpus.
+        text_column: of a table, the one that holds the text.
         tokens: of text.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of the span corruption of T5.

@@ -20,6 +20,7 @@ from .heads import Partition, get_method, variant_heads
 from .sources import Source, TensorInfo
 from .storage import DTYPES, FLOATING
 from .stored import Stored, stored_tensors
+from .text_formats import TEXT_COLUMN
 
 AUTO = "auto"
 """the method that tries several on calibration text and takes the best; without text it is `BLIND_METHOD`"""
@@ -45,6 +46,8 @@ class Calibration:
     """Fit output projections by least squares; None: with "auto", "svd" and "procrustes"."""
     refine_steps: int | None = None
     """Steps of layer-wise training; None: 100 with "auto", "svd" and "procrustes", else 0."""
+    text_column: str = TEXT_COLUMN
+    """Of `text`, where it is a table: the column that holds the text."""
 
 
 CALIBRATED = Calibration()
@@ -58,6 +61,7 @@ class Fitting:
     tokens: int
     refit: bool
     refine_steps: int
+    text_column: str
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ class Request:
             if asked.text is not None or tokens is not None:
                 raise RecipeError(f"--calibration: {self.method} fits nothing; add --refit or --refine-steps")
             return None
-        return Fitting(asked.text, tokens or max(_LEAST_TOKENS, TOKENS_PER_UNKNOWN * unknowns), refit, steps)
+        tokens = tokens or max(_LEAST_TOKENS, TOKENS_PER_UNKNOWN * unknowns)
+        return Fitting(asked.text, tokens, refit, steps, asked.text_column)
 
     def head_counts(self, heads: int) -> tuple[int, int]:
         """Hq and Hkv for a source of `heads` heads. Raises RecipeError."""

@@ -55,9 +55,9 @@ def check_run(
 
         choose_device(settings.device)
     if settings.evaluate and settings.data is not None:
-        check_data(settings.data)
+        check_data(settings.data, column=settings.text_column)
     if plan.calibration is not None and plan.calibration.text is not None:
-        check_data(plan.calibration.text, "--calibration")
+        check_data(plan.calibration.text, "--calibration", plan.calibration.text_column)
     if recipe is not None and output is not None:
         _check_training(source, output, settings, recipe)
 

@@ -25,6 +25,8 @@ class Recipe:
 
     data: str = "stdlib"
     """Text to train on: "stdlib", a file, folder or glob, or a data set on the hub (ID[:CONFIG])."""
+    text_column: str = "text"
+    """Of `data`, where it is a table: the column that holds the text."""
     source_column: str = ""
     """Of `data`: with target_column, train on pairs instead of plain text (T5 only)."""
     target_column: str = ""

@@ -47,9 +47,7 @@ _OTHERS: dict[str, tuple[str, ...]] = {
         "dataset", "datasets", "dataset_name", "dataset_config", "dataset_config_name", "dataset_path", "data_path",
         "data_dir", "train_file", "train_data", "train_dataset", "corpus", "text",
     ),
-    "nothing: text is read from the column `text`": (
-        "text_column", "text_field", "text_key", "text_column_name", "dataset_text_field",
-    ),
+    "`text_column`": ("text_field", "text_key", "text_column_name", "dataset_text_field"),
     "`source_column`": ("input_column", "prompt_column", "question_column", "text_source"),
     "`target_column`": ("label_column", "output_column", "answer_column", "summary_column", "completion_column"),
     "`prefix`": ("source_prefix", "prompt_prefix"),

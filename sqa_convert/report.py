@@ -210,6 +210,8 @@ def uptraining_lines(report: dict[str, Any]) -> list[str]:
         lines[0] += f", MFU {done['mfu']:.1%}"
     if "kept" in done:
         lines[0] += f"; kept: {done['kept']}"
+    if "skipped_rows" in done:
+        lines[0] += f"; {done['skipped_rows']:,} rows without text skipped"
     shares = {name: recovered(quality, name.lower()) for name in ("loss", "KL")}
     back = [f"{_share(share)} of the {name}" for name, share in shares.items() if share is not None]
     if back:

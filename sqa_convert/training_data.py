@@ -21,8 +21,8 @@ from .batches import (
     token_blocks,
     token_stream,
 )
-from .data import Split, check_data, documents, pairs
-from .errors import DataError
+from .data import Skipped, Split, check_data, documents, pairs
+from .errors import DataError, shown
 from .evaluation import HeldOut, check_vocabulary, load_config, load_tokenizer, prepare
 from .recipe import Recipe
 from .text_fit import looked_at
@@ -43,7 +43,8 @@ class TrainingData:
     collate: Callable[[Sequence[tuple[int, Any]]], dict[str, Tensor]]
     held_out: Callable[[torch.device], HeldOut]
     """the held-out part of the same data, on a device; the same whatever the recipe's seed"""
-
+    skipped: Skipped
+    """rows of the data that hold no text, as far as they were read"""
     stream: Callable[[], Iterator[Any]] | None = None
     """all of the rows, where `content` holds only the first"""
 
@@ -75,13 +76,19 @@ def training_data(
         return _pairs(config, tokenizer, settings, tokens)
     length, wanted = settings.sequence_length, tokens or settings.tokens
     streamed = wanted > MOST_HELD
-    texts, _ = looked_at(documents(settings.data, "train", shuffled=True), tokenizer, settings.data, "--data")
-    blocks = token_blocks(texts, tokenizer, length, length if streamed else wanted, settings.data)
+    skipped = Skipped()
+
+    def texts() -> Iterator[str]:
+        return documents(settings.data, "train", column=settings.text_column, shuffled=True, skipped=skipped)
+
+    name = shown(settings.data)
+    read, _ = looked_at(texts(), tokenizer, name, "--data")
+    blocks = token_blocks(read, tokenizer, length, length if streamed else wanted, name)
     corrupt = SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None
     check_vocabulary(blocks, config.vocab_size, corrupt)
 
     def stream() -> Iterator[Tensor]:
-        for block in token_stream(documents(settings.data, "train", shuffled=True), tokenizer, length):
+        for block in token_stream(texts(), tokenizer, length):
             check_vocabulary(block, config.vocab_size, None)
             yield block
 
@@ -91,13 +98,14 @@ def training_data(
         return prepare(
             folder,
             settings.data,
+            text_column=settings.text_column,
             tokens=settings.held_out_tokens,
             device=str(device),
             trust_remote_code=trust_remote_code,
         )
 
     collate = SpanCollator(corrupt, settings.seed) if corrupt else CausalCollator(end)
-    return TrainingData(tokenizer, blocks, collate, held_out, stream if streamed else None)
+    return TrainingData(tokenizer, blocks, collate, held_out, skipped, stream if streamed else None)
 
 
 def _pairs(config: Any, tokenizer: Any, settings: Recipe, tokens: int | None) -> TrainingData:
@@ -106,9 +114,11 @@ def _pairs(config: Any, tokenizer: Any, settings: Recipe, tokens: int | None) ->
     collate = PairCollator(tokenizer.pad_token_id)
     limit = {"truncation": True, "max_length": settings.sequence_length}
 
+    name, skipped = shown(settings.data), Skipped()
+
     def read(split: Split, most: int) -> tuple[list[tuple[Tensor, Tensor]], float]:
-        found = pairs(settings.data, settings.source_column, settings.target_column, split)
-        found, unknown = looked_at(found, tokenizer, settings.data, "--data")
+        found = pairs(settings.data, settings.source_column, settings.target_column, split, skipped=skipped)
+        found, unknown = looked_at(found, tokenizer, name, "--data")
         rows = [
             (
                 torch.tensor(tokenizer(settings.prefix + source, **limit)["input_ids"]),
@@ -117,7 +127,7 @@ def _pairs(config: Any, tokenizer: Any, settings: Recipe, tokens: int | None) ->
             for source, target in islice(found, most)
         ]
         if not rows:
-            raise DataError(f"--data {settings.data}: no pairs in its {split} part")
+            raise DataError(f"--data {name}: no pairs in its {split} part")
         check_vocabulary(torch.cat([ids for pair in rows for ids in pair]), config.vocab_size, None)
         return rows, unknown
 
@@ -126,15 +136,15 @@ def _pairs(config: Any, tokenizer: Any, settings: Recipe, tokens: int | None) ->
         rows = list(enumerate(content))
         batches = [collate(rows[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
         count = sum(len(target) for _, (_, target) in rows)
-        return HeldOut(batches, f"{settings.data}, held-out part, {len(rows)} pairs", count, device, unknown)
+        return HeldOut(batches, f"{name}, held-out part, {len(rows)} pairs", count, device, unknown)
 
     content, _ = read("train", max(1, (tokens or settings.tokens) // settings.sequence_length))
-    return TrainingData(tokenizer, content, collate, held_out)
+    return TrainingData(tokenizer, content, collate, held_out, skipped)
 
 
 def check_text(settings: Recipe) -> None:
     """Raises DataError where there is no text to train on, as far as can be told without a tokenizer."""
     if not settings.pairs:
-        check_data(settings.data)
+        check_data(settings.data, column=settings.text_column)
     elif next(pairs(settings.data, settings.source_column, settings.target_column, "train"), None) is None:
-        raise DataError(f"--data {settings.data}: no pairs in its train part")
+        raise DataError(f"--data {shown(settings.data)}: no pairs in its train part")

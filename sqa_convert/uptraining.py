@@ -53,6 +53,7 @@ def uptrain(
     *,
     source: str | None = None,
     data: str | None = None,
+    text_column: str | None = None,
     device: str = "auto",
     seed: int | None = None,
     evaluate: bool = True,
@@ -77,6 +78,7 @@ def uptrain(
         recipe: a packaged recipe's name, a YAML file, or a Recipe; by default "quick".
         source: the unconverted model, by default the one named in the report.
         data: text to train on instead of the recipe's; its held-out part is measured on.
+        text_column: of that, where it is a table, instead of the recipe's.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: instead of the recipe's.
         evaluate: measure source, converted and uptrained on held-out text, and the model as it learns.
@@ -113,7 +115,7 @@ def uptrain(
         report, conversion = read_report(folder), conversion_id(folder)
         check_output(folder, overwrite=True, flag="FOLDER")
         if processes.is_first():
-            overrides = {"data": data, "seed": seed, "control": control}
+            overrides = {"data": data, "text_column": text_column, "seed": seed, "control": control}
             if keep_anyway and recipe is None and not restart and all(value is None for value in overrides.values()):
                 resume = resume or is_trained(folder)
             target = target_folder(folder, None if output is None else target, resume)
@@ -142,6 +144,8 @@ def uptrain(
             kept = {key: value for key, value in report["seconds"].items() if key not in ("uptrain", "control")}
             report["seconds"] = kept | spent
             report["uptraining"] = dataclasses.asdict(settings) | results["uptrain"] | {"device": device_name(chosen)}
+            if text.skipped.rows:
+                report["uptraining"]["skipped_rows"] = text.skipped.rows
             if settings.control:
                 report["uptraining"]["control_curve"] = results["control"]["curve"]
             if target != folder:

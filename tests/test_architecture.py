@@ -66,6 +66,9 @@ LIGHT = [
     "special_tokens",
     "execution",
     "conversion",
+    "data",
+    "text_files",
+    "text_formats",
 ]
 MATHEMATICS = {"attention", "circuits", "refine", "refit", "search", "statistics"}  # loaded when a site is computed
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}

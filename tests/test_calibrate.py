@@ -10,10 +10,11 @@ from helpers import SOURCES, gpt2, logits, tokens
 from helpers import t5 as any_t5
 from transformers import AutoConfig, GPT2Model, T5EncoderModel, T5Model
 
-from sqa_convert import calibrate, convert, evaluate, sampling
+from sqa_convert import calibrate, calibration_text, convert, evaluate, sampling
 from sqa_convert.activations import capture, sensitivity
 from sqa_convert.checkpoint import open_source
 from sqa_convert.errors import DataError, QualityError, RecipeError
+from sqa_convert.evaluation import load_tokenizer
 from sqa_convert.families import Site
 from sqa_convert.heads import METHODS, Partition
 from sqa_convert.plan import Calibration, Request, make_plan
@@ -352,3 +353,18 @@ def test_an_error_that_is_no_number_is_never_the_least():
     assert calibrate.best_of_each({"svd": {site: bad}, "mean": {site: good}}) == {site: good}
     with pytest.raises(QualityError, match="decoder 0: no fit"):
         calibrate.best_of_each({"svd": {site: bad}})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_calibration_text_is_drawn_across_documents_from_the_column_that_is_named(name, tmp_path):
+    texts = [None, *(f"{i} {i}\n" * 900 for i in range(100))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    wanted = Calibration(str(tmp_path / "a.jsonl"), 2048, refit=True, refine_steps=0, text_column="content")
+    source = open_source(f"sample:{name}")
+    plan = make_plan(source, Request(8, 4, method="mean", calibration=wanted))
+    text = calibration_text.calibration_text(None, plan, source, CPU, torch.Generator())
+    tokenizer = load_tokenizer(source.folder)
+    rows = [row for batch in text.batches + text.held_out for row in batch["input_ids"]]
+    numbers = {tokenizer.decode(row).replace("<extra_id", " ").split()[1] for row in rows}
+    assert len(numbers) == len(rows) >= 4
+    assert text.name.startswith(f"{tmp_path}/a.jsonl, training part, 1 rows without text skipped")

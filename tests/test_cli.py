@@ -333,6 +333,25 @@ def test_from_python_the_same_is_refused_before_a_weight_is_read(arguments, says
         convert(source, 8, 4, **{"method": "mean", "output": "out"} | arguments)
 
 
+def test_text_is_read_from_the_column_that_is_named(run, tmp_path):
+    data = tmp_path / "a [1].JSONL"
+    texts = [None, *(f"def f{i}(x):\n    return x + {i}\n" * 50 for i in range(60))]
+    data.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    code, _, err = run("sample:gpt2", *HEADS, "--no-verify", "--data", data, "--text-column", "content")
+    assert (code, err) == (0, "")
+    said = Path("gpt2-sqa-q8kv4/report.json").read_text()
+    assert json.loads(said)["quality"]["data"] == f"{data}, held-out part, 1 rows without text skipped"
+    for flag in ("--data", "--calibration"):
+        code, _, err = run("sample:gpt2", "--q-groups", "8", "--kv-groups", "4", "-o", "other", flag, data)
+        assert code == 2 and f'{flag} {data} has no column "text" of text (columns: content)' in err
+    assert os.listdir() == ["gpt2-sqa-q8kv4"]
+
+
+def test_a_column_of_no_text_is_refused(run):
+    code, _, err = run("sample:gpt2", *HEADS, "--text-column", "content")
+    assert code == 2 and "--text-column names a column of --data or --calibration" in err
+
+
 def test_existing_output_is_left_alone(run, source):
     os.mkdir("out")
     open("out/precious.txt", "w").close()

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from sqa_convert.batches import SpanCorruption, token_blocks
 from sqa_convert.checkpoint import SAMPLES
 from sqa_convert.data import check_data, documents
 from sqa_convert.errors import DataError
-from sqa_convert.evaluation import load_tokenizer, prepare
+from sqa_convert.evaluation import load_model, load_tokenizer, prepare
 
 
 class Characters:
@@ -89,6 +90,109 @@ def test_blocks_hold_the_documents_in_order_each_closed_by_the_end_token():
     assert token_blocks(["abcdefgh"] * 9, Characters(), 4, max_tokens=11).shape == (2, 4)
     with pytest.raises(DataError, match="less than one block of 4 tokens"):
         token_blocks(["ab"], Characters(), 4)
+
+
+def rows(*texts, lines=1):
+    return ["".join(f"{c * 9}\n" for _ in range(lines)) for c in texts]
+
+
+def test_drawn_blocks_are_of_as_many_documents_as_there_are():
+    drawn = token_blocks(iter(rows(*"abcdefgh", lines=50)), Characters(), 40, 5 * 40, drawn=True)
+    assert [chr(max(block)) for block in drawn.tolist()] == list("abcde")
+    packed = token_blocks(rows(*"abcdefgh", lines=50), Characters(), 40, 5 * 40)
+    assert {chr(max(block)) for block in packed.tolist()} == {"a"}
+
+
+def test_drawing_goes_on_in_the_documents_it_began_when_there_are_no_others():
+    drawn = token_blocks(rows("a", "b", lines=20), Characters(), 40, drawn=True)
+    assert len(drawn) == 400 // 40 and [chr(max(block)) for block in drawn[:4].tolist()] == list("abab")
+    assert sorted(drawn.flatten().tolist())[-380:] == sorted(ord(c) for c in "".join(rows("a", "b", lines=20)))[20:]
+
+
+def test_a_document_is_drawn_from_a_line_within_it_always_the_same():
+    text = "".join(f"{chr(200 + i)}23456789\n" for i in range(100))
+    drawn = [token_blocks([text] * 20, Characters(), 30, 600, drawn=True).tolist() for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    starts = [block[0] for block in drawn[0]]
+    assert all(start >= 200 for start in starts) and len(set(starts)) > 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text("ab\n", min_size=1, max_size=40), min_size=1, max_size=30), st.integers(2, 12))
+def test_between_two_documents_of_a_block_is_always_an_end(texts, length):
+    texts = [text.replace("a", chr(100 + i)).replace("b", chr(100 + i)) for i, text in enumerate(texts)]
+    try:
+        blocks = token_blocks(texts, Characters(), length, drawn=True).tolist()
+    except DataError:
+        return
+    for block in blocks:
+        plain = [token for token in block if token != 10]
+        assert all(0 in pair or pair[0] == pair[1] for pair in pairwise(plain))
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_text_is_encoded_as_far_as_tokens_are_wanted(drawn):
+    given = []
+
+    class Counting(Characters):
+        def __call__(self, text, **options):
+            given.append(len(text))
+            return super().__call__(text)
+
+    token_blocks(["a line of text\n" * 100_000] * 9, Counting(), 128, 4 * 128, drawn=drawn)
+    assert sum(given) < 200_000
+
+
+def test_the_order_of_the_built_in_corpus_depends_on_its_names_alone(tmp_path, monkeypatch):
+    for root, others in (("a", []), ("b", [f"site-packages/x{i}.py" for i in range(30)] + ["test/y.py", "notes.txt"])):
+        for name in [*others, *(f"{c}/{c}{i}.py" for c in "mnop" for i in range(20))]:
+            path = tmp_path / root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+    orders = []
+    for root in ("a", "b"):
+        monkeypatch.setattr("sysconfig.get_path", lambda _, root=root: str(tmp_path / root))
+        orders.append([list(documents(None, split, shuffled=True)) for split in ("train", "heldout")])
+    assert orders[0] == orders[1] and sum(map(len, orders[0])) == 80
+    assert orders[0][0] != sorted(orders[0][0])
+
+
+def test_held_out_text_is_drawn_across_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} {i}\n" * 900}) + "\n" for i in range(400)))
+    held_out = prepare(SAMPLES / "gpt2", str(tmp_path / "a.jsonl"), tokens=16 * 256)
+    tokenizer = load_tokenizer(SAMPLES / "gpt2")
+    texts = [tokenizer.decode(row) for batch in held_out.batches for row in batch["input_ids"]]
+    assert len({text.split()[1] for text in texts}) == 16
+
+
+def test_a_model_is_measured_as_it_is_trained_and_used(tmp_path):
+    """No document sees another: packed in one block they cost what they cost apart."""
+    texts = [f"def f{i}(x):\n    return x + {i}\n" for i in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model, tokenizer = load_model(SAMPLES / "gpt2", dtype="float32"), load_tokenizer(SAMPLES / "gpt2")
+    held_out = prepare(SAMPLES / "gpt2", str(tmp_path / "a.jsonl"), tokens=256, device="cpu")
+    (batch,) = held_out.batches
+    ids, end = batch["input_ids"][0].tolist(), tokenizer.eos_token_id
+    first = ids[: ids.index(end) + 1]
+    second = ids[len(first) :][: ids[len(first) :].index(end) + 1]
+    assert first != second
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[0]
+    alone = model(torch.tensor([second])).logits[0]
+    torch.testing.assert_close(logits[len(first) :][: len(second)], alone, rtol=1e-3, atol=1e-3)
+    assert "position_ids" not in prepare(SAMPLES / "t5", tokens=512).batches[0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_skipped_rows_are_told_with_the_name_of_the_text(name, tmp_path):
+    content = [None] * 7 + ["a line of text\n" * 90] * 60
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in content))
+    held_out = prepare(SAMPLES / name, str(tmp_path / "a.jsonl"), text_column="content", tokens=512)
+    assert held_out.name.startswith(f"{tmp_path}/a.jsonl, held-out part, 7 rows without text skipped")
+
+
+def test_a_column_of_the_built_in_corpus_is_refused():
+    with pytest.raises(DataError, match="stdlib has no column content: --text-column is for tables"):
+        prepare(SAMPLES / "gpt2", text_column="content")
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from itertools import islice
 
 import pytest
 import torch
@@ -185,6 +186,21 @@ def test_more_text_than_is_held_is_streamed(converted, monkeypatch):
     report = uptrain(out, FEW)
     assert report["uptraining"]["steps"] == 8
     assert report["quality"]["uptrained"]["kl"] < report["quality"]["converted"]["kl"]
+
+
+def test_rows_without_text_are_skipped_also_while_streaming_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_data, "MOST_HELD", 100)
+    texts = [f"def f{i}(x):\n    return x + {i}\n" * 5 if i % 10 else None for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    recipe = dataclasses.replace(FEW, data=str(tmp_path / "a.jsonl"), text_column="content")
+    text = training_data.training_data(SAMPLES / "gpt2", recipe)
+    rows = [row.tolist() for _, row in islice(text.rows(1), 1000)]
+    once = rows[1:].index(rows[0]) + 1  # then it is read from the start again, as by a resumed run
+    assert rows[once : 2 * once] == rows[:once]
+    assert text.skipped.rows == 10
+    done = {"tokens": 1, "loss": "kl", "device": "cpu", "tokens_per_second": 1, "skipped_rows": text.skipped.rows}
+    lines = uptraining_lines({"uptraining": done, "seconds": {"uptrain": 1}})
+    assert lines[0].endswith("; 10 rows without text skipped")
 
 
 def test_a_second_run_goes_on_and_is_held_against_the_conversion(converted):

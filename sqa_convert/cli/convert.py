@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from ..recipe import Recipe, load_recipe
 from ..report import calibration_lines, conversion_report, costs, left_lines, source_lines
 from ..sites import uses_torch
 from ..sources import Source
+from ..text_formats import TEXT_COLUMN
 from .console import Out, push, run_app, show_loading, show_quality, show_report
 from .options import EXIT_CODES, TEXT, AsJson, Public, PushToHub, Quiet, Verbose, Version, count, listing, make_app
 
@@ -182,6 +184,14 @@ def convert(
             help=TEXT,
         ),
     ] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=MEASURE,
+            help="Of --data and --calibration, where they are tables: the column that holds the text. Default: text.",
+        ),
+    ] = None,
     no_evaluate: Annotated[
         bool,
         typer.Option(
@@ -224,7 +234,12 @@ def convert(
     from ..conversion import Settings
     from ..preflight import check_config, check_run
 
-    recipe = None if uptrain is None else load_recipe(uptrain, data=data, seed=seed, control=control or None)
+    if text_column is not None and data is None and calibration is None and uptrain is None:
+        raise RecipeError("--text-column names a column of --data or --calibration: give one of them")
+    # With --calibration alone it is of that text.
+    column = None if data is None and calibration is not None else text_column
+    changes = {"data": data, "text_column": column, "seed": seed, "control": control or None}
+    recipe = None if uptrain is None else load_recipe(uptrain, **changes)
     if control and (recipe is None or no_evaluate):
         raise RecipeError("--control belongs to --uptrain, and is measured: leave out --no-evaluate")
     request = Request(
@@ -232,7 +247,7 @@ def convert(
         kv_groups,
         variant,
         method or (recipe.method if recipe else "") or AUTO,
-        _calibration(Calibration(calibration, calibration_tokens, refit, refine_steps), no_calibration),
+        _calibration(Calibration(calibration, calibration_tokens, refit, refine_steps), no_calibration, text_column),
         partition,
         None if sites is None else [kind.strip() for kind in sites.split(",") if kind.strip()],
         dtype,
@@ -243,6 +258,7 @@ def convert(
         verify=not no_verify,
         evaluate=not no_evaluate and recipe is None,
         data=data,
+        text_column=column or TEXT_COLUMN,
         device=device,
         seed=seed or 0,
         trust_remote_code=trust_remote_code,
@@ -277,14 +293,14 @@ def convert(
     push(out, target, push_to_hub, public)
 
 
-def _calibration(asked: Calibration, none: bool) -> Calibration | None:
+def _calibration(asked: Calibration, none: bool, text_column: str | None) -> Calibration | None:
     """What is asked of calibration. Raises RecipeError where that is both something and nothing."""
     if none and asked != Calibration():
         raise RecipeError(
             "--no-calibration leaves no text for --calibration, --calibration-tokens, --refit or --refine-steps: "
             "leave out the one or the other"
         )
-    return None if none else asked
+    return None if none else replace(asked, text_column=text_column or TEXT_COLUMN)
 
 
 def _carry_out(

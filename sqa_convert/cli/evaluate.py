@@ -15,6 +15,7 @@ from .options import (
     AsJson,
     Device,
     Quiet,
+    TextColumn,
     TrustRemoteCode,
     Verbose,
     Version,
@@ -33,6 +34,7 @@ def evaluate_command(
         typer.Option(metavar="MODEL", help="To compare with. Default: what FOLDER was converted from."),
     ] = None,
     data: Annotated[str | None, typer.Option(help=TEXT + " Its held-out part is used.")] = None,
+    text_column: TextColumn = None,
     tokens: Annotated[
         int, typer.Option(metavar="N", parser=count(64), help="Tokens of text, also as 400k or 5M.")
     ] = 16384,
@@ -68,6 +70,7 @@ def evaluate_command(
     from ..evaluation import compare, prepare, untrained
     from ..output import REPORT
     from ..report import quality_lines, quality_rows, read_report
+    from ..text_formats import TEXT_COLUMN
 
     out.quieten_libraries()
     if verify:
@@ -92,7 +95,15 @@ def evaluate_command(
     models = ({} if against is None else {"against": resolve(against, revision)}) | {"model": folder}
     names = {"against": against or "", "model": model}
     with out.progress() as progress:
-        held_out = prepare(folder, data, tokens=tokens, device=device, seed=seed, trust_remote_code=trust_remote_code)
+        held_out = prepare(
+            folder,
+            data,
+            text_column=text_column or TEXT_COLUMN,
+            tokens=tokens,
+            device=device,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
         quality = compare(
             models,
             held_out,

@@ -16,7 +16,13 @@ EXIT_CODES = (
     "Exit codes: 0 done · 1 unexpected · 2 usage, recipe, data or output · 3 source · 4 a quality gate · "
     "130 interrupted · 143 terminated."
 )
-TEXT = "Text: file, folder, glob, or hub data set ID[:CONFIG]. Default: Python's own standard library."
+TEXT = "Text or a table of it: file, folder, glob, or hub data set ID[:CONFIG]. Default: Python's own standard library."
+
+
+TextColumn = Annotated[
+    str | None,
+    typer.Option("--text-column", metavar="NAME", help="Of tables: the column that holds the text. Default: text."),
+]
 
 
 def make_app() -> typer.Typer:

@@ -22,6 +22,7 @@ from .options import (
     Public,
     PushToHub,
     Quiet,
+    TextColumn,
     TrustRemoteCode,
     Verbose,
     Version,
@@ -51,6 +52,7 @@ def uptrain_command(
         str | None, typer.Option(metavar="MODEL", help="The unconverted model. Default: as the report names it.")
     ] = None,
     data: Annotated[str | None, typer.Option(help=TEXT + " Instead of the recipe's.")] = None,
+    text_column: TextColumn = None,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", parser=count(), help="Instead of the recipe's; also as 400k or 5M.")
     ] = None,
@@ -93,6 +95,7 @@ def uptrain_command(
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
     changes = {
         "data": data,
+        "text_column": text_column,
         "tokens": tokens,
         "learning_rate": learning_rate,
         "loss": loss,
