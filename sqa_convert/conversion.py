@@ -15,6 +15,7 @@ from .checkpoint import GENERATION_CONFIG, open_source
 from .describe import write_report
 from .errors import CheckpointError, DataError, RecipeError, one_line
 from .execution import build_model, check_copies, check_loads, write_model
+from .fingerprint import fingerprint
 from .output import check_output, expanded, staged_output
 from .plan import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Plan, Request, make_plan
 from .preflight import check_run
@@ -188,6 +189,7 @@ def _in_memory(plan: Plan, source: Source, settings: Settings, progress: Progres
     model, records = build_model(plan, source, calibrated.sites, progress)
     _carry_generation(source, model)
     report = conversion_report(plan, source, None, records, calibrated.report, settings.seed)
+    report["source_weights"] = fingerprint(source, plan.source_names)
     report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
     return Conversion(report, None, model)
 
@@ -221,6 +223,7 @@ def convert_to_folder(
         calibrating, start = time.perf_counter() - start, time.perf_counter()
         records, sums = write_model(plan, source, folder, calibrated.sites, settings.verify, progress)
         report = conversion_report(plan, source, output, records, calibrated.report, settings.seed)
+        report["source_weights"] = fingerprint(source, plan.source_names)
         if sums:
             report["sha256"] = sums
         if settings.verify and source.folder is not None:

@@ -83,7 +83,7 @@ def training_data(
 
     name = shown(settings.data)
     read, _ = looked_at(texts(), tokenizer, name, "--data")
-    blocks = token_blocks(read, tokenizer, length, length if streamed else wanted, name)
+    blocks = token_blocks(read, tokenizer, length, length if streamed else wanted, name, dtype=torch.int32)
     corrupt = SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None
     check_vocabulary(blocks, config.vocab_size, corrupt)
 

@@ -14,13 +14,14 @@ from safetensors import safe_open
 
 from . import processes
 from .callers import undisturbed
-from .checkpoint import local_folder, resolve, source_config
+from .checkpoint import local_folder, open_source, resolve, source_config
 from .describe import write_report
 from .devices import choose_device, device_name, own_device
 from .errors import CheckpointError, OutputError, RecipeError, one_line
 from .evaluation import compare, load_model, measure, predict
 from .families import family_of
 from .figures import nats
+from .fingerprint import unlike
 from .generation import answer_scores, continuations
 from .output import check_output, empty, expanded, sha256_of, staged_output
 from .progress import Progress, silent
@@ -320,6 +321,15 @@ def _origin(report: dict[str, Any], source: str | None) -> Path:
         raise CheckpointError(
             f"--source {origin} is a {architecture}, this model was made from a {report['source']['architecture']}"
         )
+    if known := report.get("source_weights"):  # older reports have none
+        opened = open_source(str(origin))
+        names = {family.canonical(name): name for name in opened.index}
+        other = unlike(known, opened, {canonical: name for canonical, name in names.items() if canonical})
+        if other is not None:
+            raise CheckpointError(
+                f"--source {origin} holds other weights than this model was made from ({other} differs): give those it "
+                "was made from, or convert these"
+            )
     if not family.has_language_model_head(config):
         raise RecipeError(f"a {architecture} has no language model head to train")
     return origin

@@ -14,7 +14,7 @@ from test_resume import interrupt_second_time
 
 from sqa_convert import Recipe, evaluate, uptrain, uptraining
 from sqa_convert.checkpoint import SAMPLES
-from sqa_convert.errors import InterruptedByUserError, OutputError, QualityError, RecipeError
+from sqa_convert.errors import CheckpointError, InterruptedByUserError, OutputError, QualityError, RecipeError
 from sqa_convert.evaluation import load_model
 from sqa_convert.figures import nats, perplexity
 from sqa_convert.output import REPORT, write_json
@@ -22,6 +22,7 @@ from sqa_convert.report import quality_rows, uptraining_lines
 from sqa_convert.run_folder import run_folder
 from sqa_convert.trainable import with_lora
 from sqa_convert.trainer import DivergedError, UptrainingTrainer
+from sqa_convert.training_data import training_data
 
 HELD_OUT = 512
 
@@ -200,3 +201,40 @@ def test_figures_beyond_reason_are_shown_as_such():
     assert (perplexity(9.5), perplexity(1.01e304)) == ("9.50", "over 1,000,000")
     rows = quality_rows({"uptrained": {"loss": 1885.75, "perplexity": 1.01e304, "kl": 1e9, "top1": 0.5}})[1]
     assert rows == [("uptrained", "over 20", "over 1,000,000", "over 20", "50.0%")]
+
+
+def test_a_teacher_of_other_weights_is_refused(place, folder, recipe, tmp_path):
+    other = load_model(place / "source")
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight.add_(1e-3)
+    other.save_pretrained(tmp_path / "other")
+    before = content(folder)
+    with pytest.raises(CheckpointError, match="other holds other weights than this model was made from"):
+        uptrain(folder, recipe(1, 1e-4), source=str(tmp_path / "other"))
+    assert content(folder) == before
+
+
+def test_the_same_weights_are_known_again_however_they_are_stored(place, tmp_path):
+    report = json.loads((place / "converted" / "report.json").read_text())
+    shutil.copytree(place / "source", tmp_path / "moved")
+    model = load_model(place / "source")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    model.transformer.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    tensors = {f"transformer.{name}": tensor for name, tensor in model.transformer.state_dict().items()}
+    (tmp_path / "bin").mkdir()
+    torch.save(tensors, tmp_path / "bin" / "pytorch_model.bin")
+    shutil.copyfile(tmp_path / "moved" / "config.json", tmp_path / "bin" / "config.json")
+    for name in ("moved", "shards", "base", "bin"):
+        assert uptraining._origin(report, str(tmp_path / name)) == tmp_path / name
+    assert report["source_weights"]
+    del report["source_weights"]  # as of an older version
+    gpt2(heads=4, head_dim=4, layers=1).save_pretrained(tmp_path / "random")
+    assert uptraining._origin(report, str(tmp_path / "random")) == tmp_path / "random"
+
+
+def test_a_corpus_is_held_in_32_bits_and_handed_out_in_64(place, recipe):
+    text = training_data(place / "source", recipe(4, 1e-4))
+    assert text.content.dtype == torch.int32
+    assert {tensor.dtype for tensor in text.example().values()} == {torch.int64}
