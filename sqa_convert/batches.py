@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import random
+import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, count, islice
-from typing import Any
+from itertools import chain, count, islice, takewhile
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .distill import IGNORED
 from .errors import CheckpointError, DataError, one_line
+from .special_tokens import end_of_text
 from .text_formats import pieces
 
 NOISE_DENSITY, MEAN_SPAN = 0.15, 3.0  # T5's span corruption (Raffel et al., arXiv 1910.10683, section 3.3.4)
+BYTE_SPAN = 20.0  # ByT5's, in bytes (Xue et al., arXiv 2105.13626, section 3.1)
+MOST_SENTINELS = 100
+_SENTINEL = re.compile(r"▁?[<\[]?(?:extra|sentinel)(?:[_ ]?(?:id|token))?[_ ]?(\d{1,3})[>\]]?")
 _ENCODED = 2**16  # characters given to a tokenizer at once, about
 _CHARACTERS = 4  # of a token, about
 _WAITING = 2**24  # characters of the documents held to go on with
@@ -76,8 +81,8 @@ def _encoded(text: str, tokenizer: Any, size: int) -> Iterator[array[int]]:
     try:
         for piece in pieces(text, size):
             yield array("i", tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
-        if tokenizer.eos_token_id is not None:
-            yield array("i", [tokenizer.eos_token_id])
+        if (end := end_of_text(tokenizer)) is not None:
+            yield array("i", [end])
     except Exception as error:  # a tokenizer that loads can still lack what a text asks for
         raise CheckpointError(f"the tokenizer does not take the text: {one_line(error)}") from error
 
@@ -115,19 +120,27 @@ class SpanCorruption:
     """
 
     sentinels: tuple[int, ...]
-    eos: int
+    eos: int | None
     noise_density: float = NOISE_DENSITY
+    mean_span: float = MEAN_SPAN
+    name: ClassVar[str] = "span corruption"
 
     @classmethod
-    def of(cls, tokenizer: Any) -> SpanCorruption:
-        """Raises DataError when the tokenizer has no `<extra_id_0>` … sentinels."""
-        known = tokenizer.get_vocab()
-        names = ("<extra_id_{}>", "▁<extra_id_{}>")  # T5; mT5's sentencepiece model
-        for pattern in names:
-            sentinels = tuple(known[pattern.format(i)] for i in range(100) if pattern.format(i) in known)
-            if sentinels and tokenizer.eos_token_id is not None:
-                return cls(sentinels, tokenizer.eos_token_id)
-        raise DataError("the tokenizer has no <extra_id_0> … sentinel or no end token, which span corruption needs")
+    def of(cls, tokenizer: Any, vocabulary: int | None = None) -> SpanCorruption:
+        """With the sentinels of a tokenizer, those of them below `vocabulary`. Raises DataError when there are none."""
+        from transformers import ByT5Tokenizer
+
+        span = MEAN_SPAN
+        if isinstance(tokenizer, ByT5Tokenizer):
+            # Its added <extra_id_0> … were never trained: bytes are, the last ones (Xue et al., arXiv 2105.13626).
+            last, span = tokenizer.vocab_size + tokenizer.offset - 1, BYTE_SPAN
+            sentinels = list(range(last, last - MOST_SENTINELS, -1))
+        else:
+            sentinels = _sentinels(tokenizer.get_vocab())
+        known = list(takewhile(lambda token: vocabulary is None or token < vocabulary, sentinels))
+        if not known:
+            raise DataError("the tokenizer has no <extra_id_0> … sentinels, which span corruption needs")
+        return cls(tuple(known), end_of_text(tokenizer), mean_span=span)
 
     def __call__(
         self, tokens: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
@@ -138,7 +151,7 @@ class SpanCorruption:
         """
         batch, length = tokens.shape
         noise = min(max(round(length * self.noise_density), 1), length - 1)
-        spans = min(max(round(noise / MEAN_SPAN), 1), length - noise, len(self.sentinels))
+        spans = min(max(round(noise / self.mean_span), 1), length - noise, len(self.sentinels))
         kept_lengths = _random_partition(batch, length - noise, spans, generator)  # (B, spans), kept before each span
         span_lengths = _random_partition(batch, noise, spans, generator)
         starts = (kept_lengths + span_lengths).cumsum(1) - span_lengths  # (B, spans), where each span begins
@@ -148,7 +161,7 @@ class SpanCorruption:
         in_span = (span_of >= 0) & (position < (starts + span_lengths).gather(1, span_of.clamp(min=0)))
 
         sentinel = torch.tensor(self.sentinels)[:spans]
-        eos = torch.full((batch, 1), self.eos)
+        eos = torch.empty(batch, 0, dtype=tokens.dtype) if self.eos is None else torch.full((batch, 1), self.eos)
         corrupted = torch.where(is_start.bool(), sentinel[span_of.clamp(min=0)], tokens)
         inputs = corrupted[~in_span | is_start.bool()].view(batch, -1)
         # In the target each span's tokens follow its sentinel: span s shifts its tokens right by s + 1.
@@ -158,6 +171,39 @@ class SpanCorruption:
         is_token = torch.ones_like(labels, dtype=torch.bool).scatter_(1, before, False)
         labels[is_token] = tokens[in_span]
         return torch.cat([inputs, eos], 1), torch.cat([labels, eos], 1)
+
+
+def _sentinels(vocabulary: Mapping[str, int]) -> list[int]:
+    """Ids of `<extra_id_0>`, `<extra_id_1>` … in whichever way a tokenizer writes them."""
+    found: dict[int, int] = {}
+    for word in sorted(vocabulary):
+        match = _SENTINEL.fullmatch(word)
+        if match:
+            found.setdefault(int(match[1]), vocabulary[word])
+    return [found[number] for number in takewhile(found.__contains__, range(MOST_SENTINELS))]
+
+
+@dataclass(frozen=True)
+class PrefixSplit:
+    """What a T5 without sentinels is asked: the second half of each text from the first (arXiv 1910.10683, 3.2.1)."""
+
+    name: ClassVar[str] = "second halves from the first, for want of sentinels"
+
+    def __call__(self, tokens: Tensor, generator: object = None) -> tuple[Tensor, Tensor]:
+        """Splits (B, T) tokens; returns encoder inputs (B, T // 2) and labels (B, T - T // 2)."""
+        half = tokens.shape[1] // 2
+        return tokens[:, :half], tokens[:, half:]
+
+
+Denoising = SpanCorruption | PrefixSplit
+
+
+def denoising(tokenizer: Any, vocabulary: int) -> Denoising:
+    """How an encoder-decoder with this tokenizer is asked about a text."""
+    try:
+        return SpanCorruption.of(tokenizer, vocabulary)
+    except DataError:
+        return PrefixSplit()
 
 
 def _random_partition(
@@ -219,7 +265,7 @@ class CausalCollator:
 class SpanCollator:
     """Blocks to a batch for an encoder-decoder, by span corruption; what happens to a row depends on its number."""
 
-    corrupt: SpanCorruption
+    corrupt: Denoising
     seed: int
 
     def __call__(self, rows: Sequence[tuple[int, Tensor]]) -> dict[str, Tensor]:

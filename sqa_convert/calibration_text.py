@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .activations import Batch
-from .batches import SpanCorruption, token_blocks
+from .batches import denoising, token_blocks
 from .data import BUILT_IN, Skipped, documents
-from .errors import DataError, shown
+from .errors import DataError, SQAError, shown
 from .evaluation import check_vocabulary, load_tokenizer
 from .plan import Fitting, Plan
 from .progress import Progress, silent
@@ -55,10 +56,10 @@ def calibration_text(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Text:
-    """Text to calibrate on: what the user names; else a causal model's own samples, span-corrupted text for T5.
+    """Text to calibrate on: what the user names; else a causal model's own samples, and the built-in corpus for T5.
 
-    A T5 without a tokenizer reads random tokens and answers with its own samples; other models without a language model
-    head read random tokens.
+    A T5 whose tokenizer is missing or cannot read that corpus reads random tokens and answers with its own samples;
+    other models without a language model head read random tokens.
 
     Raises:
         DataError: the text named is too short or does not fit the model.
@@ -70,9 +71,17 @@ def calibration_text(
     is_t5 = "encoder" in plan.partitions
     rows: list[Batch]
     unknown, sampled = None, False
-    if settings.text is not None or (is_t5 and _reads_spans(source, trust_remote_code)):
+
+    def read() -> tuple[list[Batch], str, float]:
         tokenizer = _tokenizer(source, trust_remote_code)
-        rows, name, unknown = _from_documents(plan, tokenizer, settings, length, is_t5, generator)
+        return _from_documents(plan, tokenizer, settings, length, is_t5, generator)
+
+    text = read() if settings.text is not None else None
+    if text is None and is_t5:
+        with contextlib.suppress(SQAError):  # whatever keeps it from the built-in corpus, there is another way
+            text = read()
+    if text is not None:
+        rows, name, unknown = text
     elif not is_t5 and plan.has_language_model_head:
         each = 2 * len(plan.sites) * plan.dimensions.width * 4 * length  # bytes of keys and values
         at_once = max(1, min(SAMPLED_SEQUENCES, int(_CACHE // each)))
@@ -107,19 +116,6 @@ def _without_labels(model: Any, row: Batch) -> Batch:
     return row | {"decoder_input_ids": model._shift_right(labels)}
 
 
-def _reads_spans(source: Source, trust_remote_code: bool) -> bool:
-    """Whether there is a tokenizer with sentinels, and a built-in corpus that it can read."""
-    if source.folder is None:
-        return False
-    try:
-        tokenizer = load_tokenizer(source.folder, trust_remote_code)
-        SpanCorruption.of(tokenizer)
-        looked_at(documents(None, "train"), tokenizer, BUILT_IN, "--calibration")
-    except Exception:  # whatever keeps it from loading, there is another way
-        return False
-    return True
-
-
 def _tokenizer(source: Source, trust_remote_code: bool) -> Any:
     if source.folder is None:
         raise DataError("calibration text needs a tokenizer: give a folder or a hub id, not a model in memory")
@@ -151,9 +147,10 @@ def _from_documents(
     name = f"{name}{skipped}"
     if len(blocks) < 2:
         raise DataError(f"{name} holds fewer than two blocks of {length} tokens: give more with --calibration")
-    corrupt = SpanCorruption.of(tokenizer) if spans else None
-    check_vocabulary(blocks, plan.source_config["vocab_size"], corrupt)
+    vocabulary = plan.source_config["vocab_size"]
+    corrupt = denoising(tokenizer, vocabulary) if spans else None
+    check_vocabulary(blocks, vocabulary)
     if corrupt is None:
         return _split(input_ids=blocks), name, unknown
     inputs, labels = corrupt(blocks, generator)
-    return _split(input_ids=inputs, labels=labels), f"{name}, span corruption", unknown
+    return _split(input_ids=inputs, labels=labels), f"{name}, {corrupt.name}", unknown

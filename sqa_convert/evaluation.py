@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .batches import CausalCollator, SpanCorruption, token_blocks
+from .batches import CausalCollator, denoising, token_blocks
 from .callers import undisturbed
 from .checkpoint import check_folder, read_config, read_generation_config, read_json
 from .companions import has_tokenizer
@@ -23,6 +23,7 @@ from .errors import CheckpointError, DataError, QualityError, RecipeError, one_l
 from .output import REPORT, is_ours, sha256_of
 from .sampling import own_loss
 from .sources import stamp
+from .special_tokens import end_of_text
 from .text_fit import Fit, looked_at, misfits
 from .text_formats import TEXT_COLUMN
 
@@ -225,23 +226,23 @@ def prepare(
     blocks = token_blocks(texts, tokenizer, length, tokens, name, drawn=True)
     name = f"{name}{skipped}"
     named = data not in (None, BUILT_IN)
-    corrupt = SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None
-    check_vocabulary(blocks, config.vocab_size, corrupt)
+    corrupt = denoising(tokenizer, config.vocab_size) if config.is_encoder_decoder else None
+    check_vocabulary(blocks, config.vocab_size)
     parts = blocks.split(max(1, _BATCH_TOKENS // length))
     if corrupt is None:
-        collate = CausalCollator(tokenizer.eos_token_id)
+        collate = CausalCollator(end_of_text(tokenizer))
         batches = [collate(list(enumerate(part))) for part in parts]
         return HeldOut(batches, name, blocks.numel() - len(blocks), chosen, unknown, named)
     generator = torch.Generator().manual_seed(seed)
     pairs = [corrupt(part, generator) for part in parts]
     batches = [{"input_ids": inputs, "labels": labels} for inputs, labels in pairs]
     count = sum(labels.numel() for _, labels in pairs)
-    return HeldOut(batches, f"{name}, span corruption", count, chosen, unknown, named)
+    return HeldOut(batches, f"{name}, {corrupt.name}", count, chosen, unknown, named)
 
 
-def check_vocabulary(blocks: Tensor, vocabulary: int, corrupt: SpanCorruption | None) -> None:
+def check_vocabulary(blocks: Tensor, vocabulary: int) -> None:
     """Raises DataError when the tokenizer makes tokens that the model does not know."""
-    largest = max(int(blocks.max()), *(corrupt.sentinels if corrupt else ()), 0)
+    largest = int(blocks.max())
     if largest >= vocabulary:
         raise DataError(f"the tokenizer makes token {largest}, the model knows {vocabulary} tokens")
 

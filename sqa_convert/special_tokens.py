@@ -48,4 +48,5 @@ class SpecialTokens:
 
 def end_of_text(tokenizer: Any) -> int | None:
     """What a tokenizer closes a text with: BERT's, which some T5s have, calls it another name."""
-    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else getattr(tokenizer, "sep_token_id", None)
+    end = getattr(tokenizer, "eos_token_id", None)
+    return getattr(tokenizer, "sep_token_id", None) if end is None else end

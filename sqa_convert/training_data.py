@@ -16,8 +16,8 @@ from .batches import (
     PairCollator,
     Rows,
     SpanCollator,
-    SpanCorruption,
     Stream,
+    denoising,
     token_blocks,
     token_stream,
 )
@@ -25,6 +25,7 @@ from .data import Skipped, Split, check_data, documents, pairs
 from .errors import DataError, shown
 from .evaluation import HeldOut, check_vocabulary, load_config, load_tokenizer, prepare
 from .recipe import Recipe
+from .special_tokens import end_of_text
 from .text_fit import looked_at
 
 MOST_HELD = 200_000_000
@@ -84,15 +85,15 @@ def training_data(
     name = shown(settings.data)
     read, _ = looked_at(texts(), tokenizer, name, "--data")
     blocks = token_blocks(read, tokenizer, length, length if streamed else wanted, name, dtype=torch.int32)
-    corrupt = SpanCorruption.of(tokenizer) if config.is_encoder_decoder else None
-    check_vocabulary(blocks, config.vocab_size, corrupt)
+    corrupt = denoising(tokenizer, config.vocab_size) if config.is_encoder_decoder else None
+    check_vocabulary(blocks, config.vocab_size)
 
     def stream() -> Iterator[Tensor]:
         for block in token_stream(texts(), tokenizer, length):
-            check_vocabulary(block, config.vocab_size, None)
+            check_vocabulary(block, config.vocab_size)
             yield block
 
-    end = tokenizer.eos_token_id if settings.separate_documents else None
+    end = end_of_text(tokenizer) if settings.separate_documents else None
 
     def held_out(device: torch.device) -> HeldOut:
         return prepare(
@@ -128,7 +129,7 @@ def _pairs(config: Any, tokenizer: Any, settings: Recipe, tokens: int | None) ->
         ]
         if not rows:
             raise DataError(f"--data {name}: no pairs in its {split} part")
-        check_vocabulary(torch.cat([ids for pair in rows for ids in pair]), config.vocab_size, None)
+        check_vocabulary(torch.cat([ids for pair in rows for ids in pair]), config.vocab_size)
         return rows, unknown
 
     def held_out(device: torch.device) -> HeldOut:

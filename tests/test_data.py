@@ -1,16 +1,23 @@
 import json
+import string
 from itertools import pairwise
 
 import pytest
 import torch
+from helpers import t5
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import ByT5Tokenizer
 
-from sqa_convert.batches import SpanCorruption, token_blocks
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.batches import SpanCorruption, denoising, token_blocks
+from sqa_convert.calibration_text import calibration_text
+from sqa_convert.checkpoint import SAMPLES, open_source
 from sqa_convert.data import check_data, documents
 from sqa_convert.errors import DataError
 from sqa_convert.evaluation import load_model, load_tokenizer, prepare
+from sqa_convert.plan import Calibration, Request, make_plan
+from sqa_convert.recipe import Recipe
+from sqa_convert.training_data import training_data
 
 
 class Characters:
@@ -231,9 +238,66 @@ def test_span_corruption_draws_other_spans_for_each_row_and_seed():
     assert not torch.equal(first, corrupt(tokens, torch.Generator().manual_seed(1))[0])
 
 
-def test_tokenizers_without_sentinels_are_refused():
+class Words:
+    """A tokenizer of a list of words."""
+
+    def __init__(self, *words, **special):
+        self.words = {word: i for i, word in enumerate(words)}
+        self.eos_token_id, self.sep_token_id = special.get("eos"), special.get("sep")
+
+    def get_vocab(self):
+        return self.words
+
+
+@pytest.mark.parametrize("form", ["<extra_id_{}>", "▁<extra_id_{}>", "extra{}", "[extra_id_{}]", "<extra_token_{}>"])
+def test_sentinels_are_found_as_a_tokenizer_writes_them(form):
+    words = [form.format(i) for i in range(12)]
+    tokenizer = Words("a", *reversed(words), "b", eos=13)
+    assert SpanCorruption.of(tokenizer).sentinels == tuple(tokenizer.words[word] for word in words)
+    assert SpanCorruption.of(tokenizer).eos == 13
+    # those that the model does not know are not used
+    assert len(SpanCorruption.of(Words(*words), 5).sentinels) == 5
+
+
+def test_the_sentinels_of_bytes_are_the_last_of_them():
+    corrupt = SpanCorruption.of(ByT5Tokenizer(), 384)
+    assert corrupt.sentinels[:3] == (258, 257, 256) and len(corrupt.sentinels) == 100
+    inputs, labels = corrupt(torch.full((2, 200), 100), torch.Generator().manual_seed(0))
+    assert labels.max() == 258 and (inputs >= 257).any() and labels.shape[1] == 30 + 2 + 1  # spans of 20 bytes or less
+
+
+def test_a_separator_closes_texts_where_there_is_no_end_token_and_else_nothing_does():
+    tokens = torch.arange(10, 50)[None]
+    closed, bare = (SpanCorruption.of(Words("extra0", **end))(tokens) for end in ({"sep": 7}, {}))
+    assert closed[0][0, -1] == closed[1][0, -1] == 7
+    assert [t.shape[1] + 1 for t in bare] == [t.shape[1] for t in closed]
+
+
+@pytest.mark.parametrize("tokenizer", [Words("a", "extra", "extra1", eos=0), Words("<extra_id_1>")])
+def test_a_t5_without_sentinels_is_asked_for_second_halves(tokenizer):
     with pytest.raises(DataError, match="extra_id_0"):
-        SpanCorruption.of(load_tokenizer(SAMPLES / "gpt2"))
+        SpanCorruption.of(tokenizer)
+    inputs, labels = denoising(tokenizer, 100)(torch.arange(22).view(2, 11))
+    assert torch.equal(torch.cat([inputs, labels], 1), torch.arange(22).view(2, 11)) and inputs.shape == (2, 5)
+
+
+def test_a_t5_with_the_tokenizer_of_bert_is_measured_calibrated_and_has_training_data(tmp_path):
+    letters = [*string.printable.split(" ")[0].lower(), *(f"##{c}" for c in string.printable.lower() if c.strip())]
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]))
+    )
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    model = t5(layers=2, heads=2, n_positions=32, vocab_size=200)
+    model.save_pretrained(tmp_path)
+    held_out = prepare(tmp_path, tokens=256)
+    assert held_out.name.endswith("second halves from the first, for want of sentinels")
+    assert held_out.batches[0]["labels"].shape[1] == 16
+    recipe = Recipe(tokens=256, sequence_length=32, batch_size=4)
+    assert training_data(tmp_path, recipe).example()["input_ids"].shape == (1, 16)
+    source = open_source(str(tmp_path))
+    plan = make_plan(source, Request(1, 1, calibration=Calibration(tokens=256)))
+    text = calibration_text(model, plan, source, torch.device("cpu"), torch.Generator().manual_seed(0))
+    assert "second halves" in text.name
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
