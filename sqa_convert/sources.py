@@ -62,6 +62,8 @@ class Source(ABC):
     """that folder, where it was made of several"""
     config: dict[str, Any]
     index: dict[str, TensorInfo]
+    twins: Mapping[str, str] = MappingProxyType({})
+    """names left out of the index, because the tensor is one with another in memory, and that one's name"""
     notes: tuple[str, ...] = ()
     """on how it was found, in sentences"""
     stamps: Mapping[Path, Stamp] = MappingProxyType({})
@@ -218,13 +220,14 @@ class PickleSource(Source):
     def __init__(self, folder: Path, files: list[str]) -> None:
         self._files = {file: folder / file for file in files}
         self._loaded: tuple[str, Mapping[str, Tensor]] = ("", {})
+        self.twins = self._twins = dict[str, str]()
         self.index = indexed(self._entries(), str(folder))
 
     def _entries(self) -> Iterator[tuple[str, Any, str, str]]:
         for file, path in self._files.items():
             check_pickle(path)
             left = path.stat().st_size
-            for entry in _described(self._load(file), file, str(path)):
+            for entry in _described(self._load(file), file, str(path), self._twins):
                 left -= math.prod(entry[1]) * DTYPES[entry[2]][1]
                 if left < 0:  # one number can stand for a tensor of any size
                     raise CheckpointError(
@@ -272,7 +275,8 @@ class ModelSource(Source):
         self.config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         self.generation_config = getattr(model, "generation_config", None)
         self._tensors = model.state_dict()
-        self.index = indexed(_described(self._tensors, _MEMORY, self.name), self.name)
+        self.twins = twins = dict[str, str]()
+        self.index = indexed(_described(self._tensors, _MEMORY, self.name, twins), self.name)
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         yield from _cut(tensor_bytes(self._tensors[name].detach().cpu()))
@@ -315,17 +319,21 @@ def _cut(data: memoryview) -> Iterator[memoryview]:
         yield data[start : start + PIECE]
 
 
-def _described(tensors: Mapping[str, Tensor], file: str, where: str) -> Iterator[tuple[str, Any, str, str]]:
-    """What `indexed` takes, of tensors in memory. Of several that are one and the same only the first: ties are
-    stored once."""
+def _described(
+    tensors: Mapping[str, Tensor], file: str, where: str, twins: dict[str, str]
+) -> Iterator[tuple[str, Any, str, str]]:
+    """What `indexed` takes, of tensors in memory. Of several that are one and the same only the first, ties are stored
+    once; the others go to `twins`."""
     import torch
 
-    seen: set[object] = set()
+    seen: dict[object, str] = {}
     for key, tensor in tensors.items():
         name = dtype_name(tensor.dtype) if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided else None
         if name is None or tensor.is_meta:
             raise CheckpointError(f"{where}: {shown(key)} is no dense tensor of a known dtype")
         identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), name)
-        if identity not in seen or tensor.numel() == 0:
-            seen.add(identity)
+        if identity in seen and tensor.numel():
+            twins[key] = seen[identity]
+        else:
+            seen[identity] = key
             yield key, tuple(tensor.shape), name, file

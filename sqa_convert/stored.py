@@ -38,11 +38,14 @@ def stored_tensors(family: Family, source: Source) -> Stored:
     """Raises CheckpointError when config and weights disagree."""
     required = family.required(source.config)
     names, copies = _without_copies(family, source, _canonical_names(family, source), required)
+    for twin, kept in source.twins.items():
+        if (canonical := family.canonical(twin)) in required and canonical is not None:
+            names.setdefault(canonical, kept)
     zeros = _absent_biases(family, source, names, required)
     own_head = {name: shape for name, shape in family.optional(source.config).items() if name in names}
     for name, shape in (required | own_head).items():
         if name not in zeros:
-            _check(source, names, name, shape)
+            _check(family, source, names, name, shape)
     for name, info in source.index.items():
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{source.name}: {name} is {info.dtype}, which is not supported")
@@ -55,7 +58,7 @@ def stored_tensors(family: Family, source: Source) -> Stored:
         kinds = dict.fromkeys(str(family.bias_kind(name)) for name in zeros)
         notes.append(f"the source has no {_listing(kinds)}: they are zeros, as transformers takes them")
     if others:
-        notes.append(f"no part of the model, carried over as it is and never trained: {_listing(sorted(others))}")
+        notes.append(f"no part of the model, carried over as they are and never trained: {_listing(sorted(others))}")
     infos = {name: source.index[stored_name] for name, stored_name in names.items()} | zeros
     return Stored(names, infos, zeros, copies, others, tuple(notes))
 
@@ -119,14 +122,15 @@ def _absent_biases(
     return zeros
 
 
-def _check(source: Source, names: Mapping[str, str], name: str, shape: tuple[int, ...]) -> None:
+def _check(family: Family, source: Source, names: Mapping[str, str], name: str, shape: tuple[int, ...]) -> None:
     if name not in names:
         wrapped = next((stored for stored in source.index if stored.endswith(f".{name}")), None)
         hint = "" if wrapped is None else f"; there is {wrapped}: save the model without what it is wrapped in"
+        hint += "".join(f"; {note}" for note in source.notes)
         raise CheckpointError(f"{source.name}: tensor {name} is missing, which config.json calls for{hint}")
     info = source.index[names[name]]
     if info.shape != shape:
-        hint = ", the other way round" if info.shape == shape[::-1] else ""
+        hint = ", the other way round" if info.shape == shape[::-1] else family.hint(name, info.shape, source.config)
         raise CheckpointError(
             f"{source.name}: {names[name]} has shape {list(info.shape)}, config.json calls for {list(shape)}{hint}"
         )

@@ -156,6 +156,22 @@ def test_a_square_tensor_and_its_transpose_are_two():
     assert torch.equal(result.transformer.h[1].attn.o_proj.weight, square)
 
 
+@pytest.mark.parametrize("storage", ["bin", "memory"])
+def test_layers_that_are_one_in_memory_are_each_written(storage, tmp_path):
+    model = gpt2()
+    first, second = model.transformer.h
+    second.load_state_dict(first.state_dict())
+    second.mlp.c_fc.weight, second.attn.c_attn.weight = first.mlp.c_fc.weight, first.attn.c_attn.weight
+    source = model
+    if storage == "bin":
+        source = store(tmp_path / "source", model, model.state_dict(), "bin")
+    result = convert(source, 12, 12, output=tmp_path / "out").model
+    ids = tokens()
+    torch.testing.assert_close(logits(result, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+    names = [f"transformer.h.{i}.mlp.c_fc.weight" for i in range(2)]
+    assert torch.equal(*(result_of(tmp_path / "out")[name] for name in names))
+
+
 VALUE_HEAD = {"v_head.summary.weight": torch.randn(1, 48), "v_head.summary.bias": torch.randn(1)}
 
 
@@ -342,6 +358,13 @@ def test_config_is_read_as_transformers_reads_it(family, names, tmp_path):
     torch.testing.assert_close(logits(conversion.model, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written[KEYS[family][0]] == heads and not written.keys() & set(ALIASES.values()) - {"head_dim"}
+
+
+def test_an_old_name_that_transformers_does_not_read_is_named(tmp_path):
+    model = gpt2()
+    source = store(tmp_path / "source", model, weights_of(model), n_positions=None, n_ctx=64)
+    with pytest.raises(CheckpointError, match=r'calls for .1024, 48.; it has n_ctx.*"n_positions": 64'):
+        convert(source, 8, 4)
 
 
 def test_a_config_that_tells_all_is_read_without_the_class(monkeypatch):

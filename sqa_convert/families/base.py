@@ -170,6 +170,10 @@ class Family(ABC):
         none of a kind they are zeros. None for every other tensor."""
         return None
 
+    def hint(self, name: str, stored: Shape, config: Config) -> str:
+        """What to say besides of a tensor whose shape is not what config.json calls for."""
+        return ""
+
     @abstractmethod
     def tied(self, config: Config) -> Mapping[str, str]:
         """Canonical names that are copies, each with that of the tensor it is a copy of. Either may be stored."""

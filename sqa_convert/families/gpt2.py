@@ -115,6 +115,12 @@ class GPT2(Family):
     def bias_kind(self, name: str) -> str | None:
         return _LAYER.sub("h.N.", name) if name.endswith(".bias") else None
 
+    def hint(self, name: str, stored: Shape, config: Config) -> str:
+        old = config.get("n_ctx")
+        if name != "transformer.wpe.weight" or stored[0] != old:
+            return ""
+        return f'; it has n_ctx, which transformers does not read: add "n_positions": {old}'
+
     def tied(self, config: Config) -> Mapping[str, str]:
         tied = self.has_language_model_head(config) and config.get("tie_word_embeddings") is not False
         return {"lm_head.weight": "transformer.wte.weight"} if tied else {}
