@@ -123,7 +123,8 @@ def _torch() -> Iterator[None]:
         torch.random.fork_rng(devices=devices),
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.device("cpu"),
+        # Within this block torch.as_tensor moves what it is given, so it is entered only where a caller has another.
+        contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"),
         contextlib.ExitStack() as stack,
     ):
         for device in ("cpu", "cuda", "mps", "xpu"):

@@ -23,7 +23,8 @@ def choose_device(device: str | torch.device) -> torch.device:
     """The device to compute on.
 
     Args:
-        device: "auto" is CUDA, then MPS, then the CPU; "cuda:1" is the second GPU.
+        device: "auto" is CUDA, then MPS, then what a package has added to torch, then the CPU; "cuda:1" is the second
+            GPU.
 
     Raises:
         RecipeError: it is not there.
@@ -32,9 +33,10 @@ def choose_device(device: str | torch.device) -> torch.device:
         "cpu": 1,
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
+        **_registered(),
     }
     if device == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if counts[name]))
+        return torch.device(next(name for name in ("cuda", "mps", *_registered(), "cpu") if counts[name]))
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -44,6 +46,13 @@ def choose_device(device: str | torch.device) -> torch.device:
         here = [name if count == 1 else f"{name}:0 … {name}:{count - 1}" for name, count in counts.items() if count]
         raise RecipeError(f"--device {device} is not available: choose auto, {', '.join(here)}")
     return chosen if chosen.type == "cuda" else torch.device(chosen.type)  # of the others there is one
+
+
+def _registered() -> dict[str, int]:
+    """The kind of accelerator that a package has added to torch, such as Ascend's "npu", and how many there are."""
+    name = torch._C._get_privateuse1_backend_name()
+    module = getattr(torch, name, None)
+    return {name: module.device_count()} if module is not None and module.is_available() else {}
 
 
 def own_device(device: torch.device) -> torch.device:

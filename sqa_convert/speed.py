@@ -174,7 +174,7 @@ def bench(
     """
     settings.check()
     device = choose_device(settings.device)
-    lengths = settings.lengths or LENGTHS[device.type]
+    lengths = settings.lengths or LENGTHS.get(device.type, LENGTHS["cuda"])
     loaded, extended = {}, []
     for name, folder in models.items():
         model = load_model(
@@ -229,7 +229,7 @@ def bench_layers(
         raise RecipeError(f"--heads {heads} --head-dim {head_dim}: give 1 or more of each")
     device = choose_device(settings.device)
     dtype = getattr(torch, "float32" if settings.dtype == "auto" else settings.dtype)
-    lengths = settings.lengths or LENGTHS[device.type]
+    lengths = settings.lengths or LENGTHS.get(device.type, LENGTHS["cuda"])
     layers, kept = {}, {}
     for name in variants:
         query_heads, key_value_heads = grid_heads(name, heads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ def refit(heads: AttentionHeads, attention: Attention, batches: Batches) -> Atte
     """
     count, d, _ = heads.query.shape
     has_bias = heads.output_bias is not None
-    gram: Tensor | float = 0.0
-    moment: Tensor | float = 0.0
+    gram: Any = 0.0
+    moment: Any = 0.0
     tokens = 0
     for x, memory, wanted in batches:
         features = attention.outputs(heads, x, memory).flatten(-2).flatten(0, 1)  # (n, Hq d)
@@ -49,7 +50,7 @@ def refit(heads: AttentionHeads, attention: Attention, batches: Batches) -> Atte
         gram = gram + features.T @ features
         moment = moment + features.T @ missing
         tokens += len(features)
-    gram, moment = torch.as_tensor(gram) / tokens, torch.as_tensor(moment) / tokens
+    gram, moment = gram / tokens, moment / tokens
     penalty = torch.full_like(gram.diagonal(), RIDGE * gram.diagonal()[: count * d].mean().item() + 1e-30)
     if has_bias:
         penalty[-1] = 0  # the intercept is free
@@ -67,7 +68,7 @@ def _with_one(features: Tensor) -> Tensor:
 def output_error(heads: AttentionHeads, attention: Attention, batches: Batches) -> float:
     """Squared error of the outputs as a share of the wanted outputs' variance (with no bias slot: of their energy)."""
     lost = energy = 0.0
-    total: Tensor | float = 0.0
+    total: Any = 0.0
     count = 0
     for x, memory, wanted in batches:
         lost += (attention.layer(heads, x, memory) - wanted).double().square().sum().item()
@@ -75,5 +76,5 @@ def output_error(heads: AttentionHeads, attention: Attention, batches: Batches) 
         total = total + wanted.double().sum((0, 1))
         count += wanted.shape[0] * wanted.shape[1]
     if heads.output_bias is not None:
-        energy -= torch.as_tensor(total).square().sum().item() / count
+        energy -= total.square().sum().item() / count
     return lost / max(energy, 1e-30)

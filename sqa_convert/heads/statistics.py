@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,8 +75,8 @@ class _Moment:
 
     def __init__(self) -> None:
         self.count = 0
-        self.total: Tensor | float = 0.0
-        self.square: Tensor | float = 0.0
+        self.total: Any = 0.0
+        self.square: Any = 0.0
 
     def add(self, rows: Tensor) -> None:
         rows = rows.double()
@@ -85,11 +86,11 @@ class _Moment:
 
     @property
     def mean(self) -> Tensor:
-        return torch.as_tensor(self.total) / self.count
+        return self.total / self.count
 
     @property
     def second(self) -> Tensor:
-        return torch.as_tensor(self.square) / self.count
+        return self.square / self.count
 
     @property
     def covariance(self) -> Tensor:
@@ -115,9 +116,9 @@ def collect(
     """
     count, d, width = heads.query.shape
     queries, keys, read = _Moment(), _Moment(), _Moment()
-    energy: Tensor | float = 0.0
+    energy: Any = 0.0
     made = _Moment()  # of what heads add, before their output projections
-    cross: Tensor | float = 0.0
+    cross: Any = 0.0
     output_gram = (heads.output @ heads.output.mT).double()  # (H, d, d)
     for x, memory in batches:
         source = x if memory is None else memory
@@ -135,7 +136,7 @@ def collect(
     centred = heads.output_bias is not None
     value_moment = read.covariance if centred else read.second
     made_moment = made.covariance if centred else made.second
-    cross = torch.as_tensor(cross).view(count, width, count, d) / read.count
+    cross = cross.view(count, width, count, d) / read.count
     if centred:
         cross = cross - read.mean[:, :, None, None] * made.mean
     adapted, cost = _adapted(heads.value, value_moment, cross, made_moment, output_gram)
@@ -144,7 +145,7 @@ def collect(
         key=keys.covariance.cpu(),
         value=value_moment.cpu(),
         value_mean=read.mean.cpu(),
-        attention_energy=(attention.scale**2 * torch.as_tensor(energy) / read.count).cpu(),
+        attention_energy=(attention.scale**2 * energy / read.count).cpu(),
         pattern_cost=cost.cpu(),
         adapted_value=adapted.cpu(),
     )
