@@ -1,4 +1,4 @@
-"""Runs that are stopped from outside, and runs of several processes."""
+"""Runs that are stopped from outside."""
 
 import os
 import re
@@ -40,8 +40,8 @@ def folders(tmp_path):
     return make
 
 
-def start(folder, *flags, launcher=(), seconds=240, **options):
-    command = [*launcher, *(UPTRAIN[1:] if launcher else UPTRAIN), folder, *flags, "--device", "cpu"]
+def start(folder, *flags, **options):
+    command = [*UPTRAIN, folder, *flags, "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=folder.parent, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
@@ -150,14 +150,3 @@ def test_a_control_that_was_stopped_goes_on_and_the_finished_training_is_not_don
     assert calls == [0.0, 1.0, 1.0]
     assert report["quality"]["control"]["kl"] > 0
     assert len(report["uptraining"]["curve"]) == 5 and report["uptraining"]["seconds"] > 0
-
-
-@pytest.mark.integration
-def test_two_processes_train_as_one_does(folders):
-    one, two = folders("t5")
-    uptrain(one, str(one.parent / "recipe.yaml"), device="cpu")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finish(start(two, "--recipe", "recipe.yaml", "--quiet", launcher=launcher))
-    quality = [read_report(folder)["quality"]["uptrained"] for folder in (one, two)]
-    assert quality[0]["loss"] == pytest.approx(quality[1]["loss"], abs=1e-4)
-    assert quality[0]["kl"] == pytest.approx(quality[1]["kl"], abs=1e-4)
