@@ -153,7 +153,7 @@ def uptrain(
                 report["output"] = str(target)
             _publish(folder, run, report, settings, job, origin, progress, how_measured, target)
         elif processes.apart():
-            report["uptrained_on"] = processes.first_host()
+            report["uptrained_on"] = f"{target} on {processes.first_host()}"
     return report
 
 

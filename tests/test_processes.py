@@ -154,8 +154,8 @@ def test_two_nodes_train_as_one_process_does_and_say_where_the_result_is(shared,
         found = load_file(there / "m/model.safetensors")
         assert all(torch.equal(found[name], before[name]) for name in before)
         assert sorted(path.name for path in there.iterdir()) == ["m", "recipe.yaml", "text.txt"]
-        assert f"the result is in m on {socket.gethostname()}; here m is as it was" in said
-    assert ("the result is in" in said) is not shared
+        assert f"the result goes to m on {socket.gethostname()}; here m is as it was" in said
+    assert ("the result goes to" in said) is not shared
 
 
 @pytest.mark.integration

@@ -140,8 +140,8 @@ def uptrain_command(
     with out.progress() as progress:
         report = uptrain(folder, settings, **asked, progress=progress)
     if not processes.is_first():
-        if (host := report.get("uptrained_on")) and processes.is_writer() and not quiet:
-            print(f"the result is in {folder} on {host}; here {folder} is as it was", file=sys.stderr)
+        if (where := report.get("uptrained_on")) and processes.is_writer() and not quiet:
+            print(f"the result goes to {where}; here {folder} is as it was", file=sys.stderr)
         return
     out.json(report)
     show_quality(out, report)
