@@ -34,10 +34,12 @@ def two_gpus(monkeypatch):
         ("cpu", "cpu"),
         ("cpu:0", "cpu"),
         (torch.device("cpu"), "cpu"),
+        ("mps:0", "mps"),
     ],
     ids=str,
 )
-def test_a_device_with_an_index_is_a_device(given, chosen, two_gpus):
+def test_a_device_with_an_index_is_a_device(given, chosen, two_gpus, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_device(given) == torch.device(chosen)
 
 
