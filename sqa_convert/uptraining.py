@@ -273,6 +273,8 @@ def _publish(
         (staging / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
         report["sha256"] = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
         report.pop("reloaded", None)  # that was of the old weights
+        if job.held_out is not None:
+            report.pop("not_measured", None)  # it is now, on other text
         known = report.get("quality", {})
         if job.held_out is None:
             report["quality"] = {key: known[key] for key in known if key not in ("uptrained", "control")}
