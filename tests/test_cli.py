@@ -725,6 +725,7 @@ def test_cached_hub_model_converts_offline(run, tmp_path, monkeypatch):
         "files": ["model.safetensors"],
         "notes": [],
         "card": {},
+        "left_behind": [],
     }
     assert os.listdir() == ["tiny-sqa-q8kv4"]
 
@@ -752,7 +753,7 @@ def test_what_cannot_be_done_is_known_before_weights_are_downloaded(run, hub, tm
     assert run("someone/tiny", *HEADS)[0] == 2
     edit_config(tmp_path / "remote", model_type="llama")
     assert run("someone/tiny", *HEADS)[0] == 3
-    assert set(hub) == {"config.json"}
+    assert set(hub) == {"config.json", "adapter_config.json"}
 
 
 def test_dry_run_of_a_hub_model_fetches_headers_only(run, hub, tmp_path, monkeypatch):
@@ -772,7 +773,7 @@ def test_dry_run_of_a_hub_model_fetches_headers_only(run, hub, tmp_path, monkeyp
     code, out, err = run("someone/tiny", *HEADS, "--dry-run", "--json")
     assert code == 0, err
     assert json.loads(out)["cost"]["after"]["query_heads"] == {"decoder": 8}
-    assert hub == ["config.json"]
+    assert hub == ["config.json", "adapter_config.json"]
 
 
 def test_config_and_weights_are_of_one_commit_though_the_branch_moves(run, hub, tmp_path, monkeypatch):
