@@ -153,6 +153,7 @@ def test_a_conversion_better_than_its_source_is_doubted():
 
 def test_warnings_stand_above_the_table_in_the_report_and_on_the_card(tmp_path, monkeypatch, capsys, strange):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
     flags = ["--q-groups", "8", "--kv-groups", "4", "--method", "mean", "--data", strange, "--no-verify", "-o", "out"]
     monkeypatch.setattr("sys.argv", ["sqa-convert", "sample:gpt2", *flags])
     with pytest.raises(SystemExit) as stop:
