@@ -22,6 +22,16 @@ def brief():
         yield
 
 
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """Drawing takes a third of a short uptraining, so only the tests that look at pictures draw them."""
+    if request.module.__name__ not in ("test_page", "test_calibrate", "test_speed"):
+        monkeypatch.setattr("sqa_convert.pictures._rendered", lambda figure, kind: BLANK[kind])
+
+
+BLANK = {"svg": b"<svg><path/></svg>", "page": b"<svg><path/></svg>", "png": b"\x89PNG"}
+
+
 def pytest_configure():
     from transformers.utils.logging import disable_progress_bar
 
