@@ -85,6 +85,7 @@ def linear_flops(model):
 
 @many(30)
 @given(architecture=architectures())
+@pytest.mark.integration
 def test_parameters_cache_operations_and_dtype_are_as_promised(tmp_path_factory, architecture):
     folder = tmp_path_factory.mktemp("random")
     source = architecture.model()

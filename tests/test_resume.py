@@ -63,6 +63,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.integration
 def test_a_run_killed_and_resumed_ends_bit_for_bit_where_an_uninterrupted_one_does(folders):
     one, two = folders("t5")
     uptrain(one, str(one.parent / "recipe.yaml"), device="cpu")

@@ -115,7 +115,8 @@ def test_the_control_is_the_source_trained_on_the_same_tokens(converted):
     assert "recovery.svg" in card and "| control |" in card
 
 
-@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.integration), "t5"])
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_accumulated_gradients_are_those_of_one_batch(name, converted, tmp_path):
     out = converted(name)
     shutil.copytree(out, tmp_path / "again")
@@ -171,7 +172,13 @@ def test_nothing_is_dropped_while_training(make, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"schedule": "wsd"}, {"gradient_checkpointing": True}, {"precision": "bfloat16"}, {"separate_documents": False}],
+    [
+        {"schedule": "wsd"},
+        *(
+            pytest.param(change, marks=pytest.mark.integration)
+            for change in ({"gradient_checkpointing": True}, {"precision": "bfloat16"}, {"separate_documents": False})
+        ),
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_settings_of_the_training_run(change, converted):
@@ -245,7 +252,8 @@ def test_only_attention_is_trained_when_asked(converted):
     assert changed and all(".attn." in name for name in changed)
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.integration)])
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_lora_changes_only_projections_and_is_merged_into_them(name, converted):
     pytest.importorskip("peft")
     out = converted(name)
