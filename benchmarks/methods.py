@@ -1,7 +1,7 @@
 """Every method, as it converts, after refit and after refine, at many head counts: what is lost without any training.
 
     python benchmarks/methods.py sample:gpt2 sample:t5 --figure
-    python benchmarks/methods.py --figure            (draws the figure, writes README's tables, from committed results)
+    python benchmarks/methods.py --figure            (draws the figure, writes the tables of docs/methods.md)
 
 For each source the calibration text, the activations and the sensitivities are made once and shared by all rows, so
 the seconds of a row are those of its own fits. KL divergence to the source and loss are measured on the held-out part
@@ -33,7 +33,7 @@ from sqa_convert.plan import REFINE_STEPS, Plan, Request, make_plan
 from sqa_convert.sites import ConvertedSite
 
 RESULTS = Path(__file__).resolve().parent / "results"
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 BEGIN, END = "<!-- written by benchmarks/methods.py -->", "<!-- end -->"
 COUNTS = [(8, 4), (6, 3), (8, 8), (4, 4), (4, 1), (12, 4), (10, 5)]
 METHODS = {
@@ -192,7 +192,7 @@ def figure() -> None:
 
 
 def tables() -> str:
-    """README's two tables, from the committed results."""
+    """The two tables of docs/methods.md, from the committed results."""
     results = {
         f.stem.removeprefix("methods-"): json.loads(f.read_text()) for f in sorted(RESULTS.glob("methods-*.json"))
     }
@@ -221,9 +221,9 @@ def tables() -> str:
 
 
 def write_tables() -> None:
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--counts", help="such as 8/4,6/3; the other rows there are stay. Default: all")
     parser.add_argument(
-        "--figure", action="store_true", help="draw the figure, and write README's tables, from the results there are"
+        "--figure", action="store_true", help="draw the figure and write the tables, from the results there are"
     )
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()

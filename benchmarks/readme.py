@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/trust.md, from benchmarks/results: nothing in them is typed.
+"""The tables of README.md, docs/results.md and docs/trust.md, from benchmarks/results: nothing in them is typed.
 
 python benchmarks/readme.py
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
+RESULTS = HERE.parent / "docs" / "results.md"
 TRUST = HERE.parent / "docs" / "trust.md"
 BEGIN, END = "<!-- written by benchmarks/readme.py -->", "<!-- end of {} -->"
 
@@ -51,6 +52,34 @@ def table(found: dict[str, Any]) -> list[str]:
         f"median and range of {first['repeats']} alternating rounds."
     )
     return lines
+
+
+def summary(*found: dict[str, Any]) -> list[str]:
+    """KL to the source of both samples, converted and then uptrained, from the records of methods and of recovery."""
+    methods, recoveries = found[:2], found[2:]
+
+    def converted(method: str, stage: str) -> list[float]:
+        wanted = {"q": 8, "kv": 4, "sites": "all", "method": method, "stage": stage}
+        return [row["kl"] for sample in methods for row in sample["rows"] if wanted.items() <= row.items()]
+
+    def uptrained(start: str) -> list[float]:
+        return [sample["8/4"][start]["kl"]["mean"] for sample in recoveries]
+
+    rows = {
+        "heads averaged (`mean`)": (converted("mean", "converted"), uptrained("mean, CE"), "cross-entropy"),
+        "heads rotated, averaged and refined (`procrustes`)": (
+            converted("procrustes", "refined"), uptrained("procrustes, KL"), "KL",
+        ),
+        "the default": (converted("auto", "refined"), uptrained("default, KL"), "KL"),
+    }  # fmt: skip
+    return [
+        "| KL to the source, 12 → 8/4 heads | `sample:gpt2` | after 0.6 M tokens | `sample:t5` | after 0.6 M tokens |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name}, trained with {loss} | {gpt2:.3f} | {gpt2_after:.3f} | {t5:.3f} | {t5_after:.3f} |"
+            for name, ((gpt2, t5), (gpt2_after, t5_after), loss) in rows.items()
+        ),
+    ]
 
 
 def variants(found: dict[str, Any]) -> list[str]:
@@ -170,19 +199,20 @@ def soak(found: dict[str, Any]) -> list[str]:
 
 
 PARTS = (
-    (README, "speed", table, "speed-cpu"),
-    (README, "variants", variants, "variants-cpu"),
-    (README, "conversion", conversion, "conversion"),
-    (TRUST, "faults", faults, "faults"),
-    (TRUST, "hostile", hostile, "hostile"),
-    (TRUST, "mutants", mutants, "mutants"),
-    (TRUST, "soak", soak, "soak"),
+    (README, "summary", summary, ("methods-gpt2", "methods-t5", "recovery-gpt2", "recovery-t5")),
+    (RESULTS, "speed", table, ("speed-cpu",)),
+    (RESULTS, "variants", variants, ("variants-cpu",)),
+    (RESULTS, "conversion", conversion, ("conversion",)),
+    (TRUST, "faults", faults, ("faults",)),
+    (TRUST, "hostile", hostile, ("hostile",)),
+    (TRUST, "mutants", mutants, ("mutants",)),
+    (TRUST, "soak", soak, ("soak",)),
 )
 
 
 def main() -> None:
-    for page, part, make, file in PARTS:
-        lines = make(json.loads((HERE / "results" / f"{file}.json").read_text()))
+    for page, part, make, files in PARTS:
+        lines = make(*(json.loads((HERE / "results" / f"{file}.json").read_text()) for file in files))
         before, rest = page.read_text().split(END.format(part), 1)
         before = before[: before.rindex(BEGIN)]
         page.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END.format(part) + rest)

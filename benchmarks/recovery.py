@@ -1,7 +1,7 @@
 """How many tokens it takes to win a converted model back, from four starts, against a control on the same tokens.
 
     python benchmarks/recovery.py sample:gpt2 sample:t5 --figure   (CPU; more than an hour for each on one core)
-    python benchmarks/recovery.py --figure                         (the figure, and README's table, from results)
+    python benchmarks/recovery.py --figure                         (the figure, and the table of docs/results.md)
 
 The starts, at 12 heads to 8/4: `mean` and cross-entropy, the way of the GQA paper (arXiv 2305.13245); `mean`,
 `procrustes` and the default, each towards the source's predictions (KL); and the default by cross-entropy.
@@ -42,7 +42,7 @@ STARTS: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
     "procrustes, KL": ({"method": "procrustes"}, "kl", (5e-4, 1e-3)),
 }
 SEEDS = (0, 1, 2)
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 BEGIN, END = "<!-- written by benchmarks/recovery.py -->", "<!-- end of recovery -->"
 
 
@@ -142,7 +142,7 @@ def describe(device: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def figure() -> None:
-    """recovery.svg of what is committed, and README's table."""
+    """recovery.svg of what is committed, and the table of docs/results.md."""
     from matplotlib.figure import Figure
 
     found = {
@@ -185,9 +185,9 @@ def figure() -> None:
             if control is not None:  # which begins as the source
                 cells[-1] = f"{(control if name == 'control' else control['curve'][0])['loss']:.4f}"
         lines.append(f"| {name} | | {' | '.join(cells)} |")
-    text = README.read_text()
+    text = PAGE.read_text()
     before, rest = text.split(BEGIN)
-    README.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.split(END, 1)[1])
+    PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.split(END, 1)[1])
 
 
 def ranged(values: dict[str, float]) -> str:
