@@ -424,5 +424,5 @@ def evaluate(
 
     models = {} if against is None else {"against": resolve(str(against))}
     models["model"] = resolve(str(folder))
-    held_out = prepare(models["model"], data, tokens=tokens, device=device, seed=seed)
+    held_out = prepare(models["model"], data, text_column=text_column, tokens=tokens, device=device, seed=seed)
     return compare(models, held_out, untrained=untrained(models["model"], str(against)))

@@ -43,8 +43,10 @@ def here() -> bool:
         return False
 
 
-def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
-    """Raises OutputError unless a folder may be put at `output`."""
+def check_output(
+    output: Path, overwrite: bool, flag: str = "--output", way_out: str = "give another, or --overwrite"
+) -> None:
+    """Raises OutputError unless a folder may be put at `output`; where one is, it says the `way_out`."""
     try:
         path = output.resolve()
         if path == Path.cwd() or path in Path.cwd().parents or os.path.ismount(path):
@@ -54,7 +56,7 @@ def check_output(output: Path, overwrite: bool, flag: str = "--output") -> None:
                 raise OutputError(f"{flag} {output} is a file")
             if any(path.iterdir()):
                 if not overwrite:
-                    raise OutputError(f"{flag} {output} exists already: give another, or --overwrite")
+                    raise OutputError(f"{flag} {output} exists already: {way_out}")
                 if not _made_here(path):
                     raise OutputError(
                         f"{flag} {output} holds what sqa-convert did not write, so --overwrite is refused"

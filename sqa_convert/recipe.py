@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import operator
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .amounts import amount
-from .errors import DataError, RecipeError, SQAError, shown
+from .errors import DataError, RecipeError, one_line, shown
 from .recipe_hints import HINTS
 
 LOSSES = ("kl", "ce", "mix")
@@ -83,7 +86,15 @@ class Recipe:
     """Of the order of the data and of span corruption."""
 
     def __post_init__(self) -> None:
-        faults = [
+        faults = []
+        for field in dataclasses.fields(self):
+            try:
+                value = _as(type(field.default), getattr(self, field.name))
+            except ValueError as error:
+                faults.append(f"{field.name}: {error}")
+                value = field.default  # the others are looked at too
+            object.__setattr__(self, field.name, value)
+        faults += [
             f"{name}: {getattr(self, name)!r} must be {rule}"
             for name, rule, holds in (
                 ("tokens", "at least sequence_length × batch_size", self.tokens >= self.tokens_per_step),
@@ -174,14 +185,15 @@ def load_recipe(name: str, **overrides: Any) -> Recipe:
     try:
         if not packaged.is_file():
             path = Path(name).expanduser()
-        content = _parsed(path.read_text(encoding="utf-8"), path)
+        content = path.read_bytes()
     except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, SQAError):
-            raise
+        if os.path.lexists(path):
+            raise RecipeError(f"{shown(name)} cannot be read: {one_line(error)}") from error
         raise RecipeError(f"{shown(name)}: no such file or recipe ({', '.join(recipe_names())})") from error
-    if not isinstance(content, Mapping):
+    settings = _parsed(content, path)
+    if not isinstance(settings, Mapping):
         raise RecipeError(f"{path} must hold a table of settings")
-    return _recipe({**content, **{k: v for k, v in overrides.items() if v is not None}}, str(path))
+    return _recipe({**settings, **{k: v for k, v in overrides.items() if v is not None}}, str(path))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -196,7 +208,7 @@ def summary(name: str) -> str:
     return (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
 
 
-def _parsed(text: str, path: Path) -> Any:
+def _parsed(content: bytes, path: Path) -> Any:
     """YAML's content. Raises RecipeError, also where a key stands twice: YAML takes the last and says nothing."""
     import yaml
 
@@ -208,23 +220,33 @@ def _parsed(text: str, path: Path) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        return yaml.load(content, Loader)
+    except RecipeError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        raise RecipeError(f"{path} is no YAML: {one_line(error)}") from error
+
+
+_KINDS = {
+    int: "a whole number, such as 512, 400k or 5M",
+    float: "a number, such as 0.1 or 2e-4",
+    bool: "true or false",
+    str: "text",
+}
 
 
 def _as(kind: type, value: Any) -> Any:
     """A value as one of a setting's kind; numbers may be text, such as "5M" or "2e-4". Raises ValueError."""
     if type(value) is kind:
         return value
-    try:
-        if kind is int and type(value) in (str, float):
-            return amount(str(value), "")
-        if kind is float and type(value) in (str, int):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if kind is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if kind is int and not isinstance(value, bool):
+            return amount(str(value), "") if isinstance(value, str | float) else operator.index(value)
+        if kind is float and not isinstance(value, bool):
             return float(value)
-    except ValueError:
-        pass
-    raise ValueError(f"{value!r} is no {kind.__name__}")
+    raise ValueError(f"{value!r} must be {_KINDS[kind]}")
 
 
 def _hint(key: str, known: Collection[str]) -> str:
@@ -237,20 +259,11 @@ def _hint(key: str, known: Collection[str]) -> str:
 
 
 def _recipe(content: Mapping[str, Any], where: str) -> Recipe:
-    fields = {name: type(value) for name, value in dataclasses.asdict(Recipe()).items()}
-    values: dict[str, Any] = {}
-    faults = []
-    for key, value in content.items():
-        if key not in fields:
-            faults.append(f"{key}: no such setting{_hint(str(key), fields)}")
-            continue
-        try:
-            values[key] = _as(fields[key], value)
-        except ValueError as error:
-            faults.append(f"{key}: {error}")
+    known = [field.name for field in dataclasses.fields(Recipe)]
+    faults = [f"{key}: no such setting{_hint(str(key), known)}" for key in content if key not in known]
     recipe = None
     try:
-        recipe = Recipe(**values)
+        recipe = Recipe(**{key: value for key, value in content.items() if key in known})
     except RecipeError as error:
         faults.append(str(error))
     if faults or recipe is None:

@@ -7,7 +7,7 @@ import glob
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,24 @@ def located(data: str) -> Path:
 def files_of(data: str, flag: str) -> list[Path]:
     """The files that are meant, all of one kind; none where `data` is no file, folder or pattern that fits any.
 
-    What exists under a name is meant by it, whatever characters it has; only what does not exist is a pattern.
+    What exists under a name is meant by it, whatever characters it has; only what does not exist is a pattern. A file
+    that is found under several names, by links, counts once.
 
     Raises:
-        DataError: the files are of several kinds, or the folder is empty.
+        DataError: the files are of several kinds, the folder is empty, or what is named is no regular file.
     """
+    if not data.strip():
+        raise DataError(f"{flag} is empty: give a file, a folder, a pattern, or ID[:CONFIG] of a data set on the hub")
+    path = located(data)
     try:
-        paths = _found(located(data))
+        paths = _found(path)
     except OSError as error:  # a folder that may not be looked into, a name too long for one
         raise DataError(f"{flag} {shown(data)} cannot be read: {one_line(error, 200)}") from error
     if paths is None:
         raise DataError(f"{flag} {shown(data)} is a folder without files (hidden ones do not count)")
+    if not paths and os.path.lexists(path):
+        what = "no regular file, and can be read only once: write the text to one" if path.exists() else "a broken link"
+        raise DataError(f"{flag} {shown(data)} is {what}")
     if len(paths) > 1:
         paths = [p for p in paths if not _is_note(p)] or paths
     kinds = Counter(kind_of(p) or ending(p) for p in paths)
@@ -60,7 +67,7 @@ def _found(path: Path) -> list[Path] | None:
     if not glob.has_magic(str(path)):
         return []
     names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - which does not leave out hidden files
-    return [p for p in map(Path, sorted(names)) if p.is_file()]
+    return _each_once(map(Path, names))
 
 
 def saved_splits(data: str) -> dict[str, list[Path]]:
@@ -85,12 +92,25 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """All files in a folder and its folders, but for hidden ones and what is in hidden ones."""
-    paths = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """All files in a folder and its folders, linked ones too, but for hidden ones and what is in hidden ones."""
+    paths, seen, root = list[Path](), set[Path](), folder.resolve()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        place = Path(here).resolve()
+        if place in seen or (place != root and root.is_relative_to(place)):  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths += [Path(here, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in paths if path.is_file())
+    return _each_once(paths)
+
+
+def _each_once(paths: Iterable[Path]) -> list[Path]:
+    """The regular files among them, in order, each by the first of its names."""
+    known: dict[Path, Path] = {}
+    for path in sorted(path for path in paths if path.is_file()):
+        known.setdefault(path.resolve(), path)
+    return list(known.values())
 
 
 def _is_note(path: Path) -> bool:

@@ -104,6 +104,8 @@ def missing_column(columns: Sequence[str], known: Sequence[str], name: str) -> D
     missing = next((column for column in columns if column not in known), None)
     if missing is None:
         return None
+    if not known:
+        return DataError(f'{name}: its rows have no columns; of JSON each has to be {{"{missing}": "…"}}')
     way_out = "; --text-column names another" if len(columns) == 1 else ""
     return DataError(f'{name} has no column "{missing}" of text (columns: {", ".join(map(str, known))}){way_out}')
 

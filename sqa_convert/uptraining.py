@@ -122,7 +122,7 @@ def uptrain(
             target = target_folder(folder, None if output is None else target, resume)
             settings = run_settings(folder, run, recipe, resume, restart, **overrides)
             if target != folder:
-                check_output(target, overwrite=False)
+                check_output(target, overwrite=False, way_out="give another")
     settings, first, target, resume = processes.from_first((settings, conversion, target, resume))
     with processes.together():
         if conversion != first:
@@ -184,7 +184,7 @@ def check_uptrain(
     target = target_folder(folder, None if output is None else expanded(output), resume)
     settings = run_settings(folder, run_folder(folder), recipe, resume, restart)
     if target != folder:
-        check_output(target, overwrite=False)
+        check_output(target, overwrite=False, way_out="give another")
     chosen = own_device(choose_device(device))
     check_settings(settings, evaluate, chosen)
     if local_folder(source or report["source"]["name"], None if source else report["source"]["revision"]) is not None:

@@ -14,7 +14,7 @@ from sqa_convert.calibration_text import calibration_text
 from sqa_convert.checkpoint import SAMPLES, open_source
 from sqa_convert.data import check_data, documents
 from sqa_convert.errors import DataError
-from sqa_convert.evaluation import load_model, load_tokenizer, prepare
+from sqa_convert.evaluation import evaluate, load_model, load_tokenizer, prepare
 from sqa_convert.plan import Calibration, Request, make_plan
 from sqa_convert.recipe import Recipe
 from sqa_convert.training_data import training_data
@@ -195,6 +195,8 @@ def test_skipped_rows_are_told_with_the_name_of_the_text(name, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in content))
     held_out = prepare(SAMPLES / name, str(tmp_path / "a.jsonl"), text_column="content", tokens=512)
     assert held_out.name.startswith(f"{tmp_path}/a.jsonl, held-out part, 7 rows without text skipped")
+    measured = evaluate(SAMPLES / name, data=str(tmp_path / "a.jsonl"), text_column="content", tokens=512)
+    assert measured["data"] == held_out.name
 
 
 def test_a_column_of_the_built_in_corpus_is_refused():

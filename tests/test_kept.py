@@ -145,7 +145,7 @@ def test_a_result_goes_to_another_folder_also_when_the_run_is_resumed(folder, re
     assert content(folder) == before and sorted(os.listdir(tmp_path)) == ["other", "out"]
     assert json.loads((other / "report.json").read_text())["uptraining"]["steps"] == 2
     assert report["output"] == str(other)
-    with pytest.raises(OutputError, match=r"--output .* exists already"):
+    with pytest.raises(OutputError, match=r"--output .* exists already: give another$"):
         uptrain(folder, recipe(2, 1e-3), output=other)
 
 

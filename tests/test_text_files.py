@@ -188,6 +188,35 @@ def test_what_lies_beside_data_is_no_data(tmp_path):
     assert everything(tmp_path) == everything(tmp_path / "**" / "*") == sorted(TEXTS)
 
 
+@pytest.mark.parametrize("name", ["", "**/*"])
+def test_linked_files_and_folders_are_read_once_and_links_that_lead_back_are_not_followed(name, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jsonl").write_bytes(json_lines(TEXTS[20:]))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_bytes(json_lines(TEXTS[:20]))
+    (tmp_path / "corpus" / "z.jsonl").symlink_to("a.jsonl")
+    for link, target in {"linked": "../elsewhere", "again": "../elsewhere", "self": "."}.items():
+        (tmp_path / "corpus" / link).symlink_to(target)
+    if not name:
+        (tmp_path / "corpus" / "up").symlink_to("..")
+        (tmp_path / "beside.jsonl").write_bytes(json_lines(["no part of the corpus"]))
+    assert everything(tmp_path / "corpus" / name) == sorted(TEXTS)
+
+
+def test_what_is_there_and_cannot_be_text_is_told_as_that(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "link.txt").symlink_to("nowhere")
+    for data, says in {"pipe.txt": "no regular file", "link.txt": "a broken link"}.items():
+        with pytest.raises(DataError, match=f"--data .*{data} is {says}"):
+            check_data(str(tmp_path / data))
+    for data in ("", " "):
+        with pytest.raises(DataError, match="--calibration is empty: give a file"):
+            check_data(data, "--calibration")
+    (tmp_path / "a.jsonl").write_text('"a line of text"\n' * 40)
+    with pytest.raises(DataError, match=r"rows have no columns; of JSON each has to be \{\"text\""):
+        check_data(str(tmp_path / "a.jsonl"))
+
+
 def test_files_of_text_are_one_kind_and_may_be_called_readme(tmp_path):
     for name in ("README.md", "LICENSE"):
         (tmp_path / name).write_text("this\n" * 20)

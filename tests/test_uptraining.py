@@ -6,6 +6,7 @@ import re
 import shutil
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -477,20 +478,32 @@ def test_hints_name_settings_that_there_are():
 
 def test_all_faults_of_a_recipe_are_named_at_once(tmp_path):
     path = tmp_path / "bad.yaml"
-    path.write_text("tokns: 5\nbatch_size: many\nloss: mse\nwarmup: 2\n")
+    path.write_text('tokns: 5\nbatch_size: many\ncontrol: "yes"\nloss: mse\nwarmup: 2\n')
     with pytest.raises(RecipeError) as error:
         load_recipe(str(path))
     for part in (
         "did you mean tokens",
-        "batch_size: 'many' is no int",
+        "batch_size: 'many' must be a whole number",
+        "control: 'yes' must be true or false",
         "loss: 'mse' must be kl or ce or mix",
         "warmup: 2",
     ):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["- a", "{", "\x00"])
-def test_what_is_no_recipe_is_refused(content, tmp_path):
-    (tmp_path / "r.yaml").write_text(content)
-    with pytest.raises(RecipeError):
+@pytest.mark.parametrize(
+    "content", [b"- a", b"{", b"\x00", b"seed: 1 # caf\xe9", b"a: " + b"[" * 3000, b"seed: 2020-99-99", b"? [a]\n: b"]
+)
+def test_what_is_no_recipe_is_refused_as_that(content, tmp_path):
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=r"r\.yaml (is no YAML: |must hold a table)"):
         load_recipe(str(tmp_path / "r.yaml"))
+    with pytest.raises(RecipeError, match=r"cannot be read: .*directory"):
+        load_recipe(str(tmp_path))
+
+
+def test_a_recipe_from_python_is_as_one_from_a_file(tmp_path):
+    written = Recipe(tokens="5M", learning_rate="2e-4", weight_decay=0, seed=np.int64(3), data=tmp_path)
+    assert written == Recipe(tokens=5_000_000, learning_rate=2e-4, seed=3, data=str(tmp_path))
+    with pytest.raises(RecipeError, match=r"tokens: None must be a whole number.*control: 1 must be true or false"):
+        Recipe(tokens=None, control=1)
