@@ -20,7 +20,7 @@ from .companions import (
 )
 from .errors import CheckpointError, RecipeError, SQAError, one_line, shown
 from .families import completed
-from .pipelines import PIPELINE, assembled, part_of, without_config
+from .pipelines import PIPELINE, assembled, check_kind, part_of, without_config, without_weights
 from .sources import HeadersSource, PickleSource, SafetensorsSource, Source, Stamp, indexed, stamp
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -290,7 +290,9 @@ def _weight_files(name: str, folder: Path) -> list[str]:
                 raise CheckpointError(f"{folder / candidate}: {shown(file)} lies outside the folder")
             if regular_file(folder, file) is None:
                 raise CheckpointError(f"{name}: {shown(file)} is missing from {folder}")
+            check_kind(folder / file)
         if len({Path(file).suffix for file in files}) > 1 or Path(files[0]).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(f"{folder / candidate} names other files than .safetensors or .bin")
         return files
-    raise CheckpointError(f"{name}: no weights ({', '.join(_WEIGHTS)}) in {folder}{_hides_the_hub(name)}")
+    hint = without_weights(folder) or _hides_the_hub(name)
+    raise CheckpointError(f"{name}: no weights ({', '.join(_WEIGHTS)}) in {folder}{hint}")

@@ -12,18 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from .errors import one_line
 from .special_tokens import SpecialTokens
 
+_CALLS = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+"""what a config.json may say of calls; with `output_attentions` a trained model could not be saved"""
+
 
 def settle(model: Any, said: Mapping[str, Any] | None = None) -> Any:
-    """Gives a model that is to be measured or trained special tokens that it knows, and plain generation; returns it.
+    """Gives a model that is to be measured or trained special tokens that it knows, plain generation, and calls that
+    return what calls usually do; returns it.
 
     Args:
         said: what the model's generation_config.json says, where the model was loaded without it.
     """
+    for module in model.modules():  # the stacks of a T5 have configs of their own
+        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            for name, value in _CALLS.items():
+                setattr(config, name, value)
     tokens = own_tokens(model, said)
     if model.config.is_encoder_decoder:
         model.config.decoder_start_token_id, model.config.pad_token_id = tokens.decoder_start, tokens.padding

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from .checks import LARGEST_CONFIG, parse_json, regular_file
-from .errors import RecipeError, SQAError, shown
+from .errors import CheckpointError, RecipeError, SQAError, shown
 from .families import completed, family_of
 
 PIPELINE = "model_index.json"
@@ -15,6 +15,23 @@ PIPELINE = "model_index.json"
 _MOST_PARTS = 50
 _MODELS_OWN = re.compile(r"(generation_)?config\.json|.*\.(safetensors|bin|index\.json|py)|README\.md|LICENSE.*")
 """files that come from the model's folder where the tokenizer's is another"""
+_OTHER_WEIGHTS = {
+    "*-of-*.safetensors": "shards are read by their index, which is missing (model.safetensors.index.json)",
+    "*-of-*.bin": "shards are read by their index, which is missing (pytorch_model.bin.index.json)",
+    "model.*.safetensors": "load the model with from_pretrained(…, variant=…) once, and save it",
+    "pytorch_model.*.bin": "load the model with from_pretrained(…, variant=…) once, and save it",
+    "*.h5": "load the model with transformers 4 and from_tf=True once, and save it",
+    "*.msgpack": "load the model with transformers 4 and from_flax=True once, and save it",
+    "*.ckpt*": "load the weights into transformers' class once, and save the model",
+    "*.gguf": "load the model with from_pretrained(…, gguf_file=…) once, and save it",
+    "*.pth": "load the weights into transformers' class once, and save the model",
+    "*.pt": "load the weights into transformers' class once, and save the model",
+    "*.safetensors": "transformers reads weights by the name model.safetensors",
+    "*.bin": "transformers reads weights by the name pytorch_model.bin",
+}
+"""what weights by other names are, by patterns of those, and the way out"""
+_NO_MODEL = ("optimizer", "scheduler", "training_args", "rng_state", "random_states", "scaler", "adapter_")
+"""how files begin that lie beside a model in training"""
 
 
 def without_config(name: str, folder: Path) -> str:
@@ -33,6 +50,31 @@ def without_config(name: str, folder: Path) -> str:
     elif (folder / PIPELINE).is_file():
         said = f"{name} is a pipeline of diffusers, and none of its parts is a model that converts"
     return said
+
+
+def without_weights(folder: Path) -> str:
+    """What to say besides of a folder with a config.json and no weights by the names that transformers reads."""
+    for pattern, hint in _OTHER_WEIGHTS.items():
+        for path in sorted(folder.glob(pattern)):
+            if not path.name.startswith(_NO_MODEL):
+                return f"; there is {shown(path.name)}: {hint}"
+    return ""
+
+
+def check_kind(path: Path) -> None:
+    """Raises CheckpointError where a file of weights is plainly another kind of file than its name says."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return  # who reads all of it says so
+    if start.startswith(b"version https://git-lfs."):
+        raise CheckpointError(f"{path} is what Git has in the place of the weights: fetch them with `git lfs pull`")
+    safetensors = start[8:9] == b"{"
+    if path.suffix == ".bin" and safetensors:
+        raise CheckpointError(f"{path} is a safetensors file: give it that ending")
+    if path.suffix == ".safetensors" and not safetensors and start.startswith((b"PK\x03\x04", b"\x80")):
+        raise CheckpointError(f"{path} is a file of torch.save: give it the ending .bin")
 
 
 def _converts(folder: Path) -> bool:

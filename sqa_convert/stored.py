@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UnsupportedModelError
 from .families import Family
-from .sources import Source, TensorInfo
+from .sources import ModelSource, Source, TensorInfo
 from .storage import DTYPES, FLOATING
 
 _SHOWN = 4  # names in a sentence
@@ -50,6 +50,7 @@ def stored_tensors(family: Family, source: Source) -> Stored:
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{source.name}: {name} is {info.dtype}, which is not supported")
     others = frozenset(names.keys() - required.keys() - own_head.keys())
+    _check_layers(source, others, required.keys() | own_head.keys())
     notes = []
     if own_class := family.own_class(source.config):
         taken = family.source_architecture(source.config)
@@ -61,6 +62,20 @@ def stored_tensors(family: Family, source: Source) -> Stored:
         notes.append(f"no part of the model, carried over as they are and never trained: {_listing(sorted(others))}")
     infos = {name: source.index[stored_name] for name, stored_name in names.items()} | zeros
     return Stored(names, infos, zeros, copies, others, tuple(notes))
+
+
+def _check_layers(source: Source, others: Iterable[str], known: Iterable[str]) -> None:
+    """Raises UnsupportedModelError where a layer of a model in memory has more tensors than transformers' has: they
+    take part in what it computes. A file's are left out by transformers, too."""
+    if not isinstance(source, ModelSource):
+        return
+    layers = tuple({f"{name.rpartition('.')[0]}." for name in known})
+    for name in sorted(others):
+        if name.startswith(layers):
+            raise UnsupportedModelError(
+                f"{source.name}: {name} belongs to a layer that transformers' class has without it; a result would "
+                "compute something else. Merge what was added into the layer's weights, or take it out"
+            )
 
 
 def _listing(names: Iterable[str]) -> str:

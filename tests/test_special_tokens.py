@@ -106,6 +106,20 @@ def test_whatever_a_generation_config_asks_for_the_model_loads_writes_and_is_sav
     assert json.loads((tmp_path / "out" / GENERATION_CONFIG).read_text()) == SAID[name]
 
 
+@pytest.mark.parametrize("make", [gpt2, t5], ids=["gpt2", "t5"])
+@pytest.mark.parametrize("said", [{"output_attentions": True, "output_hidden_states": True}, {"return_dict": False}])
+def test_whatever_a_config_says_of_calls_the_model_computes_writes_and_is_saved(said, make, tmp_path):
+    folder, ids = tmp_path / "source", torch.ones(1, 4).long()
+    make(layers=2).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | said))
+    model = load_model(folder)
+    assert generate(model, {"input_ids": ids}, max_new_tokens=2).shape[0] == 1
+    returned = model(input_ids=ids, decoder_input_ids=ids) if make is t5 else model(input_ids=ids)
+    assert returned.logits.shape == (1, 4, VOCABULARY) and "attentions" not in returned
+    model.save_pretrained(tmp_path / "final")
+
+
 def test_a_model_in_memory_keeps_settings_that_transformers_refuses_to_save(tmp_path):
     model = gpt2(layers=1)
     model.generation_config.temperature = 0.7

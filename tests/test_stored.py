@@ -296,6 +296,39 @@ def test_weights_of_a_wrapper_or_of_linear_layers_are_told_from_damage(change, s
         convert(store(tmp_path / "source", model, change(weights_of(model))), 8, 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("model-00001-of-00002.safetensors", b"", "index, which is missing"),
+        ("model.fp16.safetensors", b"", "variant="),
+        ("tf_model.h5", b"", "from_tf=True"),
+        ("flax_model.msgpack", b"", "from_flax=True"),
+        ("ckpt.pt", b"", "there is ckpt.pt: load the weights into transformers' class"),
+        ("training_args.bin", b"", r"in \S+$"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab", "git lfs pull"),
+        ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab", "git lfs pull"),
+        ("pytorch_model.bin", b"\x10\0\0\0\0\0\0\0{}", "is a safetensors file"),
+        ("model.safetensors", b"PK\x03\x04\0\0\0\0\0\0\0", "is a file of torch.save"),
+    ],
+)
+def test_weights_that_are_not_read_are_named_with_the_way_out(name, content, says, tmp_path):
+    source = store(tmp_path / "source", gpt2(), {})
+    (source / "model.safetensors").unlink()
+    (source / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=says):
+        convert(source, 8, 4)
+
+
+@pytest.mark.parametrize("added", ["lm_head.bias", "transformer.h.0.attn.c_attn.lora_A.weight"])
+def test_a_layer_in_memory_with_more_than_its_weights_is_refused(added):
+    model = gpt2(tie_word_embeddings=False)
+    layer, _, name = added.removesuffix(".weight").rpartition(".")
+    more = torch.nn.Linear(2, 2, bias=False) if added.endswith("weight") else torch.nn.Parameter(torch.ones(61))
+    setattr(model.get_submodule(layer), name, more)
+    with pytest.raises(UnsupportedModelError, match=f"{added} belongs to a layer"):
+        convert(model, 8, 4)
+
+
 def other(weights):
     return {name: tensor + 1 for name, tensor in weights.items()}
 
