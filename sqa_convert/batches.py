@@ -192,7 +192,7 @@ class PrefixSplit:
     def __call__(self, tokens: Tensor, generator: object = None) -> tuple[Tensor, Tensor]:
         """Splits (B, T) tokens; returns encoder inputs (B, T // 2) and labels (B, T - T // 2)."""
         half = tokens.shape[1] // 2
-        return tokens[:, :half], tokens[:, half:]
+        return tokens[:, :half].contiguous(), tokens[:, half:].contiguous()  # as T5's loss wants labels
 
 
 Denoising = SpanCorruption | PrefixSplit

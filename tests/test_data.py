@@ -293,7 +293,8 @@ def test_a_t5_with_the_tokenizer_of_bert_is_measured_calibrated_and_has_training
     model.save_pretrained(tmp_path)
     held_out = prepare(tmp_path, tokens=256)
     assert held_out.name.endswith("second halves from the first, for want of sentinels")
-    assert held_out.batches[0]["labels"].shape[1] == 16
+    assert held_out.batches[0]["labels"].shape == (8, 16)
+    assert torch.isfinite(model(**held_out.batches[0]).loss)
     recipe = Recipe(tokens=256, sequence_length=32, batch_size=4)
     assert training_data(tmp_path, recipe).example()["input_ids"].shape == (1, 16)
     source = open_source(str(tmp_path))
