@@ -28,8 +28,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from sqa_convert.checkpoints.dtypes import DTYPES, torch_dtype
 from sqa_convert.families import family_of
-from sqa_convert.storage import DTYPES, torch_dtype
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}

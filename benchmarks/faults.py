@@ -841,7 +841,7 @@ def write_source(folder: Path, family: str, seed: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from sqa_convert.checkpoint import SAMPLES
+    from sqa_convert.checkpoints.find import SAMPLES
 
     torch.manual_seed(seed)
     sample = SAMPLES / family
@@ -864,11 +864,11 @@ KINDS = ("random_kills", "calls", "vanishing", "changing_sources", "two_at_once"
 def bench(options: argparse.Namespace) -> int:
     import transformers
 
-    import sqa_convert.calibrate
-    import sqa_convert.conversion
-    import sqa_convert.evaluation
+    import sqa_convert.calibration.calibrate
+    import sqa_convert.evaluation.quality
     import sqa_convert.models
-    import sqa_convert.uptraining  # noqa: F401 - loaded here once, not in every trial
+    import sqa_convert.pipeline.convert
+    import sqa_convert.uptraining.uptrain  # noqa: F401 - loaded here once, not in every trial
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -28,10 +28,8 @@ except ImportError:
 with atheris.instrument_imports(include=["sqa_convert", "pickletools", "json"]):
     from fuzzing import KINDS, Checkpoints, digest
 
-    import sqa_convert.checks
-    import sqa_convert.families
-    import sqa_convert.plan
-    import sqa_convert.sources  # noqa: F401
+    import sqa_convert.checkpoints.guard
+    import sqa_convert.checkpoints.source  # noqa: F401
 
 SECONDS = 10
 LARGEST = 20_000

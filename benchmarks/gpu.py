@@ -26,8 +26,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sqa_convert import bench
 from sqa_convert.models import SQAGPT2Config, SQAGPT2ForCausalLM
-from sqa_convert.pictures import speed_picture
-from sqa_convert.speed import Settings, bench_layers
+from sqa_convert.report.pictures import speed_picture
+from sqa_convert.speed.bench import bench_layers
+from sqa_convert.speed.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = {  # forward seconds on an A100, without synchronisation: 1k, 32k, 131k tokens

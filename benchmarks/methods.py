@@ -24,13 +24,16 @@ from typing import Any
 import torch
 import transformers
 
-from sqa_convert.calibrate import CANDIDATES, Calibrator, SiteFitter, load_source
-from sqa_convert.checkpoint import open_source
-from sqa_convert.evaluation import measure, predict, prepare
-from sqa_convert.execution import build_model
+from sqa_convert.calibration.calibrate import CANDIDATES, Calibrator, load_source
+from sqa_convert.calibration.fitter import SiteFitter
+from sqa_convert.checkpoints.find import open_source
+from sqa_convert.conversion.build import build_model
+from sqa_convert.conversion.plan import Plan, make_plan
+from sqa_convert.conversion.request import REFINE_STEPS, Request
+from sqa_convert.conversion.site import ConvertedSite
+from sqa_convert.evaluation.held_out import prepare
+from sqa_convert.evaluation.quality import measure, predict
 from sqa_convert.families import Site
-from sqa_convert.plan import REFINE_STEPS, Plan, Request, make_plan
-from sqa_convert.sites import ConvertedSite
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"

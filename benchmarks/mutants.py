@@ -43,7 +43,7 @@ from coverage import CoverageData
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
-TARGETS = ("sqa_convert/heads/*.py", "sqa_convert/families/*.py", "sqa_convert/plan.py")
+TARGETS = ("sqa_convert/heads/*.py", "sqa_convert/families/*.py", "sqa_convert/conversion/*.py")
 TESTS = (
     "partition",
     "methods",

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 import sqa_convert.heads.search as how
-from sqa_convert.checkpoint import open_source
+from sqa_convert.checkpoints.find import open_source
+from sqa_convert.conversion.plan import make_plan
+from sqa_convert.conversion.request import Request
+from sqa_convert.conversion.site import read_norm, read_site
 from sqa_convert.heads import Partition
 from sqa_convert.heads.statistics import from_norms
-from sqa_convert.plan import Request, make_plan
-from sqa_convert.sites import read_norm, read_site
 
 RESULTS = Path(__file__).resolve().parent / "results" / "partitions.json"
 HEADS = ((8, 4), (6, 3), (4, 2), (10, 5))

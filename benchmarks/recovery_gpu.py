@@ -26,11 +26,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sqa_convert import Recipe, convert
-from sqa_convert.batches import CausalCollator, Rows, token_blocks
-from sqa_convert.checkpoint import SAMPLES
-from sqa_convert.data import documents
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.devices import choose_device
-from sqa_convert.evaluation import load_tokenizer
+from sqa_convert.text.blocks import token_blocks
+from sqa_convert.text.collate import CausalCollator, Rows
+from sqa_convert.text.corpus import documents
+from sqa_convert.text.tokenizers import load_tokenizer
 
 DATA = f"{sysconfig.get_path('purelib')}/**/*.py"
 HEADS = ((8, 4), (6, 3))

@@ -27,9 +27,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sqa_convert
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.errors import QualityError
-from sqa_convert.recipe import SCHEDULES
+from sqa_convert.uptraining.recipe import SCHEDULES
 
 HELD_OUT = 1024
 SEQUENCE, BATCH = 32, 4
@@ -45,7 +45,7 @@ def prepare(work: Path) -> None:
     GPT2LMHeadModel(config).save_pretrained(work / "source")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(SAMPLES / "gpt2" / name, work / "source" / name)
-    files = sorted(Path(sqa_convert.__file__).parent.glob("*.py"))[:24]
+    files = sorted(Path(sqa_convert.__file__).parent.rglob("*.py"))[:24]
     (work / "text").mkdir()
     for path in files:
         shutil.copyfile(path, work / "text" / f"{path.stem}.txt")

@@ -29,10 +29,10 @@ from transformers.models.llama.modeling_llama import repeat_kv
 import sqa_convert.models as sqa
 from sqa_convert import bench
 from sqa_convert.devices import choose_device
-from sqa_convert.pictures import speed_picture
 from sqa_convert.progress import silent
-from sqa_convert.speed import Settings
-from sqa_convert.timing import Spread, alternate
+from sqa_convert.report.pictures import speed_picture
+from sqa_convert.speed.settings import Settings
+from sqa_convert.speed.timing import Spread, alternate
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADS = {"gpt2": ((8, 4), (6, 3)), "t5": ((6, 3), (4, 2))}
@@ -114,7 +114,7 @@ def operations(model: Any, length: int) -> list[tuple[str, int, Callable[[], Any
 @torch.no_grad()
 def predict(folders: dict[str, Path], family: str, length: int, settings: Settings) -> dict[str, Any]:
     """Seconds of every operation alone, of each model, and the ratio of their sums to the original's."""
-    from sqa_convert.evaluation import load_model
+    from sqa_convert.evaluation.load import load_model
 
     device = choose_device(settings.device)
     runs, times = {}, {}

@@ -26,14 +26,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, set_seed
 
 from sqa_convert import Recipe
-from sqa_convert.batches import CausalCollator, Rows
 from sqa_convert.devices import choose_device, peak_flops, synchronize
-from sqa_convert.distill import Targets, aligned_labels, distillation_loss, instead_of_logits
-from sqa_convert.flops import training_flops
 from sqa_convert.models import SQAGPT2Config, SQAGPT2ForCausalLM
-from sqa_convert.timing import Spread, alternate
-from sqa_convert.trainer import UptrainingTrainer
-from sqa_convert.training import training_arguments
+from sqa_convert.speed.flops import training_flops
+from sqa_convert.speed.timing import Spread, alternate
+from sqa_convert.text.collate import CausalCollator, Rows
+from sqa_convert.uptraining.arguments import training_arguments
+from sqa_convert.uptraining.loss import Targets, aligned_labels, distillation_loss, instead_of_logits
+from sqa_convert.uptraining.trainer import UptrainingTrainer
 
 SKIPPED = 3  # steps of a round, while the machine warms up
 

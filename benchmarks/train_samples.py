@@ -35,8 +35,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from sqa_convert.batches import SpanCorruption, token_blocks
-from sqa_convert.data import documents
+from sqa_convert.text.blocks import token_blocks
+from sqa_convert.text.corpus import documents
+from sqa_convert.text.spans import SpanCorruption
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 2048

@@ -24,14 +24,16 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments, set_seed
 
-from sqa_convert.batches import CausalCollator, Rows, token_blocks
-from sqa_convert.checkpoint import SAMPLES
-from sqa_convert.data import BUILT_IN, documents
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.devices import choose_device
-from sqa_convert.evaluation import load_tokenizer
 from sqa_convert.models import SQAGPT2Config, SQAGPT2ForCausalLM
-from sqa_convert.speed import GRID, grid_heads
-from sqa_convert.timing import Spread, alternate
+from sqa_convert.speed.bench import grid_heads
+from sqa_convert.speed.settings import GRID
+from sqa_convert.speed.timing import Spread, alternate
+from sqa_convert.text.blocks import token_blocks
+from sqa_convert.text.collate import CausalCollator, Rows
+from sqa_convert.text.corpus import BUILT_IN, documents
+from sqa_convert.text.tokenizers import load_tokenizer
 
 DATA = f"{sysconfig.get_path('purelib')}/**/*.py"
 SHAPES = {  # layers, heads, head size, context, rows a step, steps, distinct tokens

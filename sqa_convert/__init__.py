@@ -11,28 +11,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .conversion import Conversion, convert
-    from .evaluation import evaluate
+    from .conversion.request import Calibration
+    from .evaluation.quality import evaluate
     from .heads import METHODS, VARIANTS, Partition
     from .hub import push_to_hub
-    from .plan import Calibration
-    from .recipe import Recipe, load_recipe
-    from .speed import bench
-    from .uptraining import uptrain
+    from .pipeline.convert import Conversion, convert
+    from .speed.bench import bench
+    from .uptraining.recipe import Recipe, load_recipe
+    from .uptraining.uptrain import uptrain
 
 _HOMES = {
-    "Calibration": "plan",
-    "bench": "speed",
-    "convert": "conversion",
-    "Conversion": "conversion",
-    "evaluate": "evaluation",
+    "Calibration": "conversion.request",
+    "bench": "speed.bench",
+    "convert": "pipeline.convert",
+    "Conversion": "pipeline.convert",
+    "evaluate": "evaluation.quality",
     "METHODS": "heads",
     "VARIANTS": "heads",
     "Partition": "heads",
-    "Recipe": "recipe",
-    "load_recipe": "recipe",
+    "Recipe": "uptraining.recipe",
+    "load_recipe": "uptraining.recipe",
     "push_to_hub": "hub",
-    "uptrain": "uptraining",
+    "uptrain": "uptraining.uptrain",
 }
 
 __all__ = [

@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 
 from .callers import undisturbed
-from .companions import CARD
+from .checkpoints.companions import CARD
+from .checkpoints.staging import expanded
 from .errors import CheckpointError, OutputError, RecipeError, one_line
-from .output import expanded
-from .report import read_report
+from .report.content import read_report
 
 FLAG = "--push-to-hub"
 _MESSAGE = "Sparse Query Attention by sqa-convert"

@@ -17,8 +17,8 @@ def seeded():
 def brief():
     """What models write for people to read: a few words will do here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sqa_convert.generation.WRITTEN", 8)
-        patch.setattr("sqa_convert.sampling._OWN_LENGTH", 16)
+        patch.setattr("sqa_convert.evaluation.generation.WRITTEN", 8)
+        patch.setattr("sqa_convert.text.sampling._OWN_LENGTH", 16)
         yield
 
 
@@ -26,7 +26,7 @@ def brief():
 def blank_pictures(request, monkeypatch):
     """Drawing takes a third of a short uptraining, so only the tests that look at pictures draw them."""
     if request.module.__name__ not in ("test_page", "test_calibrate", "test_speed"):
-        monkeypatch.setattr("sqa_convert.pictures._rendered", lambda figure, kind: BLANK[kind])
+        monkeypatch.setattr("sqa_convert.report.pictures._rendered", lambda figure, kind: BLANK[kind])
 
 
 BLANK = {"svg": b"<svg><path/></svg>", "page": b"<svg><path/></svg>", "png": b"\x89PNG"}

@@ -14,9 +14,10 @@ from typing import Any
 from hostile import GPT2, ONE, build, header_of, put, values
 
 from sqa_convert import convert
-from sqa_convert.checkpoint import open_source
+from sqa_convert.checkpoints.find import open_source
+from sqa_convert.conversion.plan import make_plan
+from sqa_convert.conversion.request import Request
 from sqa_convert.errors import SQAError
-from sqa_convert.plan import Request, make_plan
 
 REQUEST = Request(8, 4, method="mean", calibration=None)
 HOSTILE = (

@@ -18,7 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.families import family_of
 
 GPT2 = {

@@ -11,10 +11,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from sqa_convert import Calibration, convert
-from sqa_convert.distill import Targets, aligned_labels, distillation_loss, instead_of_logits
-from sqa_convert.evaluation import HeldOut, compare, load_config, load_model, load_tokenizer, prepare
-from sqa_convert.generation import answer_scores, continuations
-from sqa_convert.speed import Settings, bench
+from sqa_convert.evaluation.generation import answer_scores, continuations
+from sqa_convert.evaluation.held_out import HeldOut, prepare
+from sqa_convert.evaluation.load import load_config, load_model
+from sqa_convert.evaluation.quality import compare
+from sqa_convert.speed.bench import bench
+from sqa_convert.speed.settings import Settings
+from sqa_convert.text.tokenizers import load_tokenizer
+from sqa_convert.uptraining.loss import Targets, aligned_labels, distillation_loss, instead_of_logits
 
 NAME = "pretend"
 MAY_MEET = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}

@@ -6,128 +6,123 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "sqa_convert"
-LAYERS = [  # a module may import only from lines below its own; within a folder, freely
+FLOORS = [  # a folder, or a module beside them, may import only from floors below its own
     {"cli"},
-    {"conversion", "speed", "uptraining"},
-    {"preflight"},
-    {"describe"},
-    {"card", "hub", "page", "run_folder"},
-    {"calibrate", "training"},
-    {"calibration_text", "trainable", "trainer", "training_data"},
-    {"activations", "engines", "generation", "tasks"},
-    {"verify"},
-    {"evaluation", "execution", "report"},
-    {"shards", "sites"},
-    {"batches", "data", "output", "pictures", "plan"},
-    {"text_files"},
-    {"text_formats"},
-    {"checkpoint", "fingerprint", "stored"},
-    {"pipelines"},
-    {"adapters", "families", "source_card", "sources"},
-    {"companions"},
-    {"checks", "heads", "recipe", "workloads"},
-    {"distill", "flops", "sampling", "text_fit", "timing"},
-    {"decoding"},
-    {"amounts", "devices", "processes", "storage"},
-    {"callers", "errors", "figures", "models", "progress", "recipe_hints", "special_tokens"},
+    {"pipeline"},
+    {"uptraining"},
+    {"calibration", "hub", "speed"},
+    {"evaluation", "report"},
+    {"conversion"},
+    {"text"},
+    {"checkpoints"},
+    {"families"},
+    {"amounts", "devices", "heads"},
+    {"callers", "errors", "models", "progress"},
 ]
-LIGHT = [
-    "adapters",
-    "companions",
-    "amounts",
-    "callers",
-    "preflight",
-    "__init__",
-    "__main__",
-    "checks",
-    "errors",
-    "fingerprint",
-    "recipe",
-    "recipe_hints",
-    "plan",
-    "checkpoint",
-    "source_card",
-    "sources",
-    "storage",
-    "stored",
-    "cli",
-    "families",
-    "heads",
-    "output",
-    "pictures",
-    "report",
-    "card",
-    "describe",
-    "hub",
-    "page",
-    "pipelines",
-    "progress",
-    "shards",
-    "sites",
-    "special_tokens",
-    "execution",
-    "conversion",
-    "data",
-    "text_files",
-    "text_formats",
-]
-MATHEMATICS = {"attention", "circuits", "refine", "refit", "search", "statistics"}  # loaded when a site is computed
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}
+MAY_BE_HEAVY = {"calibration", "devices", "evaluation", "models", "pipeline", "speed", "text", "uptraining"}
+"""places that are imported when something is computed; all others answer `--help` and `--dry-run`"""
+LIGHT = {
+    "text/corpus.py",
+    "text/files.py",
+    "text/formats.py",
+    "pipeline/convert.py",
+    "pipeline/preflight.py",
+    "uptraining/recipe.py",
+    "uptraining/recipe_hints.py",
+}
+MATHEMATICS = {"attention", "circuits", "refine", "refit", "search", "statistics"}  # loaded when a site is computed
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-def unit(path):
+def place(path):
+    """The folder of a module, or the module that lies beside the folders."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path, top_level_only=False):
-    """(package-internal unit or None, outside package or None) of every import that runs, type checking apart."""
+def is_light(path):
+    name = path.relative_to(PACKAGE).as_posix()
+    if name in LIGHT:
+        return True
+    return place(path) not in MAY_BE_HEAVY and not (place(path) == "heads" and path.stem in MATHEMATICS)
+
+
+def nodes(path, top_level_only=False):
+    """Every import that runs, type checking apart."""
     tree = ast.parse(path.read_text())
     skipped = {
         id(node)
         for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and getattr(branch.test, "id", "") == "TYPE_CHECKING"
+        if (isinstance(branch, ast.If) and getattr(branch.test, "id", "") == "TYPE_CHECKING")
+        or (top_level_only and isinstance(branch, ast.FunctionDef))
         for node in ast.walk(branch)
     }
-    if top_level_only:
-        skipped |= {
-            id(node)
-            for function in ast.walk(tree)
-            if isinstance(function, ast.FunctionDef)
-            for node in ast.walk(function)
-        }
-    depth = len(path.relative_to(PACKAGE).parts)
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) and id(n) not in skipped]
+
+
+def outside(path, top_level_only=False):
+    """Packages other than this one."""
+    found = set()
+    for node in nodes(path, top_level_only):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield None, alias.name.split(".")[0]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield None, node.module.split(".")[0]
-        elif isinstance(node, ast.ImportFrom) and node.level == depth:
-            for name in [node.module.split(".")[0]] if node.module else [a.name for a in node.names]:
-                yield name, None
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def inside(path):
+    """Modules of this package, as paths."""
+    found = set()
+    for node in nodes(path):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (
+                path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                if node.module
+                else path.parents[node.level - 1]
+            )
+            for name in [alias.name for alias in node.names]:
+                options = (
+                    base / f"{name}.py",
+                    base / name / "__init__.py",
+                    base.with_suffix(".py"),
+                    base / "__init__.py",
+                )
+                found.add(next(option for option in options if option.is_file()))
+    return found
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path):
-    level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    mine = unit(path)
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    mine = place(path)
     if mine in ("__init__", "__main__"):
         return
-    for target, _ in imports(path):
-        if target not in (None, "__version__", mine):
-            assert level[target] > level[mine], f"{path.name} imports {target}"
+    for target in map(place, inside(path)):
+        if target not in ("__init__", mine):
+            assert floor[target] > floor[mine], f"{path.name} imports {target}"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [p for p in SOURCES if unit(p) in LIGHT and p.stem not in MATHEMATICS],
-    ids=lambda p: str(p.relative_to(PACKAGE)),
-)
+def test_no_modules_import_each_other_in_a_circle():
+    imports = {path: inside(path) - {path} for path in SOURCES if path.name != "__init__.py"}
+    while True:
+        done = {path for path, needed in imports.items() if not needed & imports.keys()}
+        if not done:
+            break
+        imports = {path: needed for path, needed in imports.items() if path not in done}
+    assert not imports
+
+
+@pytest.mark.parametrize("path", filter(is_light, SOURCES), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_light_modules_load_no_heavy_library_at_their_top(path):
-    assert not {outside for _, outside in imports(path, top_level_only=True)} & HEAVY
+    assert not outside(path, top_level_only=True) & HEAVY
+
+
+def test_every_folder_says_what_it_is():
+    for folder in (p for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()):
+        said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert "May import: " in said and "Exports: " in said, folder.name
+    assert len(list(PACKAGE.glob("*.py"))) <= 10
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*_sqa_*.py")), ids=lambda p: p.name)
@@ -138,14 +133,13 @@ def test_shipped_model_files_stand_alone(path):
         if isinstance(node, ast.ImportFrom):
             assert node.level in (0, 1)
             assert node.level == 0 or node.module in siblings
-    outside = {name for _, name in imports(path)} - {None}
-    assert outside <= {"torch", "transformers", "huggingface_hub", "copy"}
+    assert outside(path) <= {"torch", "transformers", "huggingface_hub", "copy"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_the_commands_print_or_exit(path):
     calls = {getattr(n.func, "id", "") for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)}
-    assert unit(path) == "cli" or not calls & {"print", "exit", "quit", "input"}
+    assert place(path) == "cli" or not calls & {"print", "exit", "quit", "input"}
 
 
 def test_public_names_resolve():

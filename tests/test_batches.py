@@ -3,8 +3,8 @@ from helpers import gpt2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqa_convert.batches import CausalCollator, PairCollator, Rows, SpanCollator, SpanCorruption
-from sqa_convert.distill import IGNORED
+from sqa_convert.text.collate import IGNORED, CausalCollator, PairCollator, Rows, SpanCollator
+from sqa_convert.text.spans import SpanCorruption
 
 EOS = 1
 

@@ -10,16 +10,21 @@ from helpers import SOURCES, gpt2, logits, tokens
 from helpers import t5 as any_t5
 from transformers import AutoConfig, GPT2Model, T5EncoderModel, T5Model
 
-from sqa_convert import calibrate, calibration_text, convert, evaluate, sampling
-from sqa_convert.activations import capture, sensitivity
-from sqa_convert.checkpoint import open_source
+from sqa_convert import convert, evaluate
+from sqa_convert.calibration import calibrate, fitter
+from sqa_convert.calibration import text as calibration_text
+from sqa_convert.calibration.activations import capture
+from sqa_convert.calibration.sensitivity import sensitivity
+from sqa_convert.checkpoints.find import open_source
+from sqa_convert.checkpoints.memory import ModelSource
+from sqa_convert.conversion.plan import make_plan
+from sqa_convert.conversion.request import Calibration, Request
+from sqa_convert.conversion.site import ConvertedSite, SiteRecord, read_site
 from sqa_convert.errors import DataError, QualityError, RecipeError
-from sqa_convert.evaluation import load_tokenizer
 from sqa_convert.families import Site
 from sqa_convert.heads import METHODS, Partition
-from sqa_convert.plan import Calibration, Request, make_plan
-from sqa_convert.sites import ConvertedSite, SiteRecord, read_site
-from sqa_convert.sources import ModelSource
+from sqa_convert.text import sampling
+from sqa_convert.text.tokenizers import load_tokenizer
 
 CPU = torch.device("cpu")
 t5 = partial(any_t5, n_positions=64)
@@ -123,14 +128,14 @@ def test_what_refine_makes_worse_is_not_kept(monkeypatch):
     def spoil(heads, *arguments):
         return dataclasses.replace(heads, output=heads.output + 1)
 
-    monkeypatch.setattr(calibrate, "refine", spoil)
+    monkeypatch.setattr(fitter, "refine", spoil)
     conversion = convert(source, 8, 4, calibration=SHORT)
     assert {site["kept"] for site in conversion.report["sites"]} == {"refit"}
     assert all(torch.equal(plain[name], t) for name, t in conversion.model.state_dict().items())
 
 
 def test_what_refit_makes_worse_is_not_kept(monkeypatch):
-    monkeypatch.setattr(calibrate, "refit", lambda heads, *a: dataclasses.replace(heads, output=heads.output * 9))
+    monkeypatch.setattr(fitter, "refit", lambda heads, *a: dataclasses.replace(heads, output=heads.output * 9))
     report = convert(gpt2(), 8, 4, calibration=dataclasses.replace(SHORT, refine_steps=0)).report
     assert {site["kept"] for site in report["sites"]} == {"converted"}
 

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from test_uptraining import FEW
 
 from sqa_convert import Calibration, Recipe, bench, evaluate, uptrain
-from sqa_convert.speed import Settings, bench_layers
-from sqa_convert.trainer import UptrainingTrainer
-from sqa_convert.verify import verify
+from sqa_convert.pipeline.verify import verify
+from sqa_convert.speed.bench import bench_layers
+from sqa_convert.speed.settings import Settings
+from sqa_convert.uptraining.trainer import UptrainingTrainer
 
 RECIPE = dataclasses.replace(FEW, tokens=2 * 256, evaluations=1, held_out_tokens=256)
 FITTED = Calibration(tokens=1024, refine_steps=2)

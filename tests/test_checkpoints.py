@@ -22,17 +22,20 @@ from transformers import (
 )
 
 import sqa_convert
-from sqa_convert import amounts, shards
-from sqa_convert.checkpoint import SAMPLES, open_source
+from sqa_convert import amounts
+from sqa_convert.checkpoints import shards
+from sqa_convert.checkpoints.dtypes import check_finite, tensor_bytes, torch_dtype
+from sqa_convert.checkpoints.find import SAMPLES, open_source
+from sqa_convert.checkpoints.shards import ShardWriter
+from sqa_convert.checkpoints.source import Source, TensorInfo
+from sqa_convert.conversion.execute import convert_all
+from sqa_convert.conversion.plan import OutputTensor, make_plan
+from sqa_convert.conversion.request import Request
 from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
-from sqa_convert.evaluation import load_model, load_tokenizer
-from sqa_convert.execution import convert_all
+from sqa_convert.evaluation.load import load_model
 from sqa_convert.families import FAMILIES
 from sqa_convert.models import SQAT5EncoderModel
-from sqa_convert.plan import OutputTensor, Request, make_plan
-from sqa_convert.shards import ShardWriter
-from sqa_convert.sources import Source, TensorInfo
-from sqa_convert.storage import check_finite, tensor_bytes, torch_dtype
+from sqa_convert.text.tokenizers import load_tokenizer
 
 
 @pytest.fixture

@@ -18,9 +18,11 @@ import torch
 from helpers import as_from_a_terminal, gpt2, t5
 from safetensors.torch import load_file, save_file
 
-from sqa_convert import convert, execution, output
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert import convert
+from sqa_convert.checkpoints import staging as output
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.convert import main
+from sqa_convert.conversion import write as writing
 from sqa_convert.errors import SQAError
 
 COMMAND = [sys.executable, "-m", "sqa_convert"]
@@ -327,8 +329,10 @@ IMPOSSIBLE = [
 def test_from_python_the_same_is_refused_before_a_weight_is_read(arguments, says, source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs("exists/full")
-    monkeypatch.setattr("sqa_convert.sources.SafetensorsSource.pieces", lambda *rest: pytest.fail("a weight was read"))
-    monkeypatch.setattr("sqa_convert.calibrate.load_source", lambda *rest: pytest.fail("a weight was read"))
+    monkeypatch.setattr(
+        "sqa_convert.checkpoints.source.SafetensorsSource.pieces", lambda *rest: pytest.fail("a weight was read")
+    )
+    monkeypatch.setattr("sqa_convert.calibration.calibrate.load_source", lambda *rest: pytest.fail("a weight was read"))
     with pytest.raises(SQAError, match=re.escape(says)):
         convert(source, 8, 4, **{"method": "mean", "output": "out"} | arguments)
 
@@ -376,14 +380,14 @@ def test_only_outputs_of_our_own_are_overwritten(run, source):
 
 
 def test_what_came_to_the_place_meanwhile_is_left_alone(run, source, monkeypatch):
-    carry = execution.carry_files
+    carry = writing.carry_files
 
     def slow(*arguments):
         carry(*arguments)
         os.mkdir("out")
         open("out/precious.txt", "w").close()
 
-    monkeypatch.setattr(execution, "carry_files", slow)
+    monkeypatch.setattr(writing, "carry_files", slow)
     code, _, err = run(source, *HEADS, *QUIET, "-o", "out")
     assert code == 2 and "exists already" in err
     assert os.listdir() == ["out"] and os.listdir("out") == ["precious.txt"]
@@ -453,7 +457,7 @@ def test_interrupted_uptraining_keeps_the_converted_model_and_says_so(run, monke
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sqa_convert.trainer.UptrainingTrainer.train", interrupt)
+    monkeypatch.setattr("sqa_convert.uptraining.trainer.UptrainingTrainer.train", interrupt)
     code, _, err = run("sample:gpt2", *HEADS, "--uptrain", "quick", "-o", "out")
     assert code == 130 and "out is still the converted model" in err
     assert os.listdir() == ["out"]
@@ -468,7 +472,7 @@ def test_an_uptraining_that_was_stopped_is_not_thrown_away_unasked(run):
 
 
 def test_a_loss_that_is_not_finite_is_an_error_not_a_result(run, source, monkeypatch):
-    from sqa_convert import evaluation
+    from sqa_convert.evaluation import quality as evaluation
 
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (source / file).write_bytes((SAMPLES / "gpt2" / file).read_bytes())
@@ -545,7 +549,7 @@ def test_full_disk_while_replacing_keeps_the_old_output(run, source, monkeypatch
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(execution.ShardWriter, "write", full)
+    monkeypatch.setattr(writing.ShardWriter, "write", full)
     code, _, err = run(source, "--variant", "xsqa", "--method", "mean", *QUIET, "-o", "out", "--overwrite")
     assert code == 2 and "disk is full" in err
     assert open("out/config.json").read() == before
@@ -563,7 +567,7 @@ def test_too_small_a_disk_is_refused_before_starting(run, source, monkeypatch):
 
 
 def test_a_written_tensor_that_differs_is_noticed(run, source, monkeypatch):
-    write = execution.ShardWriter.write
+    write = writing.ShardWriter.write
 
     def flip(self, name, pieces):
         write(self, name, pieces)
@@ -572,7 +576,7 @@ def test_a_written_tensor_that_differs_is_noticed(run, source, monkeypatch):
                 file.seek(self._begin + self._places[name][0])
                 file.write(b"\x07")
 
-    monkeypatch.setattr(execution.ShardWriter, "write", flip)
+    monkeypatch.setattr(writing.ShardWriter, "write", flip)
     code, _, err = run(source, *HEADS, *QUIET)
     assert code == 3 and f"{OUTSIDE} was not written as computed" in err
     assert os.listdir() == []
@@ -603,8 +607,9 @@ WAITS = {"code": "wait()", "callback": "thing = Thing(); watch = weakref.ref(thi
 def test_interruption_leaves_nothing(source, tmp_path, number, code, where, ignoring):
     """The signal comes while the weights lie there half done; also where Python ignores what is raised."""
     script = (
-        "import threading, time, weakref, sqa_convert.execution as c, sqa_convert.cli.convert as cli\n"
-        "write, look, done = c.ShardWriter.write, c.wait, threading.Event()\n"
+        "import threading, time, weakref, sqa_convert.conversion.execute as c, sqa_convert.cli.convert as cli\n"
+        "from sqa_convert.checkpoints.shards import ShardWriter\n"
+        "write, look, done = ShardWriter.write, c.wait, threading.Event()\n"
         "class Thing:\n    pass\n"
         "def wait(*a):\n    print('written', flush=True)\n    time.sleep(60)\n"
         "def note(*a):\n    write(*a)\n    done.set()\n    time.sleep(0.5)\n"
@@ -613,7 +618,7 @@ def test_interruption_leaves_nothing(source, tmp_path, number, code, where, igno
         "    done.wait()\n"
         f"    {WAITS[where]}\n"
         "    time.sleep(60)\n"
-        "c.ShardWriter.write, c.wait = note, slow\ncli.main()"
+        "ShardWriter.write, c.wait = note, slow\ncli.main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, source, *HEADS, *QUIET],
@@ -664,7 +669,8 @@ def test_another_process_loads_and_generates_without_the_package(run, tmp_path, 
         [sys.executable, "-c", script, "out"], env=environment, capture_output=True, text=True, cwd=os.getcwd()
     )
     assert result.returncode == 0, result.stderr
-    from sqa_convert.evaluation import load_model, load_tokenizer
+    from sqa_convert.evaluation.load import load_model
+    from sqa_convert.text.tokenizers import load_tokenizer
 
     ids = load_tokenizer("out")("def add(a, b):", return_tensors="pt").input_ids
     expected = load_model("out").generate(ids, max_new_tokens=8, do_sample=False).tolist()

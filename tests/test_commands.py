@@ -11,9 +11,9 @@ import pytest
 from helpers import gpt2
 from helpers import plain_convert as convert
 
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli import evaluate, uptrain
-from sqa_convert.recipe import load_recipe
+from sqa_convert.uptraining.recipe import load_recipe
 
 RECIPE = (
     "tokens: 1_024\nsequence_length: 32\nbatch_size: 8\nlearning_rate: 1.0e-3\nevaluations: 2\nheld_out_tokens: 2_048\n"
@@ -154,7 +154,7 @@ def test_models_that_cannot_be_compared_are_named(run):
 
 
 def test_what_a_model_writes_ends_where_its_positions_do(run, monkeypatch):
-    monkeypatch.setattr("sqa_convert.generation.WRITTEN", 48)
+    monkeypatch.setattr("sqa_convert.evaluation.generation.WRITTEN", 48)
     gpt2(vocab_size=2048, n_positions=64).save_pretrained("short")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SAMPLES / "gpt2" / name, "short")

@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from sqa_convert import output as writing
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoints import files as writing
+from sqa_convert.checkpoints.companions import companions, has_tokenizer, left_behind
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.convert import main
-from sqa_convert.companions import companions, has_tokenizer, left_behind
 from sqa_convert.errors import CheckpointError, UnsupportedModelError
 
 POOLING = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}

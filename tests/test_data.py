@@ -9,15 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from sqa_convert.batches import SpanCorruption, denoising, token_blocks
-from sqa_convert.calibration_text import calibration_text
-from sqa_convert.checkpoint import SAMPLES, open_source
-from sqa_convert.data import check_data, documents
+from sqa_convert.calibration.text import calibration_text
+from sqa_convert.checkpoints.find import SAMPLES, open_source
+from sqa_convert.conversion.plan import make_plan
+from sqa_convert.conversion.request import Calibration, Request
 from sqa_convert.errors import DataError
-from sqa_convert.evaluation import evaluate, load_model, load_tokenizer, prepare
-from sqa_convert.plan import Calibration, Request, make_plan
-from sqa_convert.recipe import Recipe
-from sqa_convert.training_data import training_data
+from sqa_convert.evaluation.held_out import prepare
+from sqa_convert.evaluation.load import load_model
+from sqa_convert.evaluation.quality import evaluate
+from sqa_convert.text.blocks import token_blocks
+from sqa_convert.text.corpus import check_data, documents
+from sqa_convert.text.spans import SpanCorruption, denoising
+from sqa_convert.text.tokenizers import load_tokenizer
+from sqa_convert.uptraining.data import training_data
+from sqa_convert.uptraining.recipe import Recipe
 
 
 class Characters:

@@ -2,8 +2,9 @@ import pytest
 import torch
 from helpers import gpt2, t5, tokens
 
-from sqa_convert import distill
-from sqa_convert.distill import IGNORED, Targets, aligned_labels, distillation_loss, instead_of_logits
+from sqa_convert.text.collate import IGNORED
+from sqa_convert.uptraining import loss as distill
+from sqa_convert.uptraining.loss import Targets, aligned_labels, distillation_loss, instead_of_logits
 
 
 def plain(hidden, head, targets, ce):

@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from sqa_convert.cli import bench, convert, evaluate, uptrain
-from sqa_convert.recipe import Recipe, recipe_names
+from sqa_convert.uptraining.recipe import Recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

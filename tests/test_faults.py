@@ -18,13 +18,17 @@ from helpers import plain_convert as convert
 from safetensors import SafetensorError
 from test_uptraining import FEW
 
-from sqa_convert import execution, output, uptrain, uptraining
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert import uptrain
+from sqa_convert.checkpoints import staging as output
+from sqa_convert.checkpoints.files import write_json
+from sqa_convert.checkpoints.find import SAMPLES
+from sqa_convert.checkpoints.staging import hold, staged_output
+from sqa_convert.conversion import write as writing
 from sqa_convert.errors import CheckpointError, InterruptedByUserError, OutputError
-from sqa_convert.output import hold, staged_output, write_json
-from sqa_convert.report import read_report
-from sqa_convert.run_folder import run_folder
-from sqa_convert.trainer import UptrainingTrainer
+from sqa_convert.report.content import read_report
+from sqa_convert.uptraining import uptrain as uptraining
+from sqa_convert.uptraining.run_folder import run_folder
+from sqa_convert.uptraining.trainer import UptrainingTrainer
 
 
 def write(folder, text):
@@ -171,14 +175,14 @@ def test_a_source_that_changes_while_it_is_read_gives_no_output(tmp_path, monkey
     gpt2().save_pretrained(source)
     shutil.copyfile(SAMPLES / "gpt2" / "tokenizer.json", source / "tokenizer.json")
     alter, says = CHANGES[change]
-    begin, begun = execution.ShardWriter.__init__, []
+    begin, begun = writing.ShardWriter.__init__, []
 
     def first_alter(self, *arguments):
         if not begun:
             begun.append(alter(source))
         begin(self, *arguments)
 
-    monkeypatch.setattr(execution.ShardWriter, "__init__", first_alter)
+    monkeypatch.setattr(writing.ShardWriter, "__init__", first_alter)
     with pytest.raises(CheckpointError, match=f"{says} while it was read$"):
         convert(source, 8, 4, output=tmp_path / "out")
     assert set(os.listdir(tmp_path)) <= {"source", "other"}
@@ -193,13 +197,13 @@ def test_a_mapped_source_that_is_cut_off_does_not_end_the_process(tmp_path, monk
     (tmp_path / "source" / "model.safetensors").unlink()
 
     def work():
-        begin = execution.ShardWriter.__init__
+        begin = writing.ShardWriter.__init__
 
         def cut(self, *arguments):
             os.truncate(tmp_path / "source" / "pytorch_model.bin", 4096)
             begin(self, *arguments)
 
-        monkeypatch.setattr(execution.ShardWriter, "__init__", cut)
+        monkeypatch.setattr(writing.ShardWriter, "__init__", cut)
         with pytest.raises(CheckpointError, match="was changed"):
             convert(tmp_path / "source", 8, 4, output=tmp_path / "out")
         die()  # so far it came

@@ -2,7 +2,7 @@ import torch
 from helpers import gpt2, t5, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from sqa_convert.flops import training_flops
+from sqa_convert.speed.flops import training_flops
 
 
 def test_training_flops_are_those_of_the_products_of_matrices():

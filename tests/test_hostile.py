@@ -19,10 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sqa_convert import convert
-from sqa_convert.checkpoint import open_source, resolve
+from sqa_convert.checkpoints.find import open_source, resolve
 from sqa_convert.cli.convert import main
 from sqa_convert.errors import CheckpointError, SQAError, one_line, shown
-from sqa_convert.evaluation import load_config, load_tokenizer, prepare
+from sqa_convert.evaluation.held_out import prepare
+from sqa_convert.evaluation.load import load_config
+from sqa_convert.text.tokenizers import load_tokenizer
 
 SECONDS = 20
 """after which a test is taken for endless"""
@@ -179,7 +181,7 @@ def test_headers_that_the_hub_tells_are_not_believed(shape, dtype, monkeypatch):
 
     import huggingface_hub
 
-    from sqa_convert import checkpoint
+    from sqa_convert.checkpoints import find as checkpoint
 
     tensors = {"a": SimpleNamespace(shape=shape, dtype=dtype)}
     told = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
@@ -198,7 +200,7 @@ def test_pickles_keep_their_ties_and_gradients_do_no_harm(place):
 
 
 def test_a_tokenizer_that_fails_on_a_text_is_refused(place):
-    from sqa_convert.batches import token_blocks
+    from sqa_convert.text.blocks import token_blocks
 
     def failing(text, **_):
         raise RuntimeError("Missing [UNK]\ntoken")

@@ -12,17 +12,19 @@ import torch
 from helpers import gpt2, plain_convert
 from test_resume import interrupt_second_time
 
-from sqa_convert import Recipe, evaluate, uptrain, uptraining
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert import Recipe, evaluate, uptrain
+from sqa_convert.checkpoints.files import REPORT, write_json
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.errors import CheckpointError, InterruptedByUserError, OutputError, QualityError, RecipeError
-from sqa_convert.evaluation import load_model
-from sqa_convert.figures import nats, perplexity
-from sqa_convert.output import REPORT, write_json
-from sqa_convert.report import quality_rows, uptraining_lines
-from sqa_convert.run_folder import run_folder
-from sqa_convert.trainable import with_lora
-from sqa_convert.trainer import DivergedError, UptrainingTrainer
-from sqa_convert.training_data import training_data
+from sqa_convert.evaluation.load import load_model
+from sqa_convert.report.figures import nats, perplexity
+from sqa_convert.report.sentences import uptraining_lines
+from sqa_convert.report.tables import quality_rows
+from sqa_convert.uptraining import uptrain as uptraining
+from sqa_convert.uptraining.data import training_data
+from sqa_convert.uptraining.run_folder import run_folder
+from sqa_convert.uptraining.trainable import with_lora
+from sqa_convert.uptraining.trainer import DivergedError, UptrainingTrainer
 
 HELD_OUT = 512
 

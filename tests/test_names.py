@@ -11,11 +11,11 @@ import pytest
 from helpers import plain_convert as convert
 
 from sqa_convert import evaluate, load_recipe, uptrain
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.convert import main as convert_main
 from sqa_convert.cli.uptrain import main as uptrain_main
 from sqa_convert.errors import OutputError, RecipeError
-from sqa_convert.report import read_report
+from sqa_convert.report.content import read_report
 
 NAMES = [f"a{character}b" for character in "[]*?{}~ :%#'\"\\\n\t\udcff"] + ["~x", "-", "ü→", "[red]", ":car:"]
 RECIPE = "tokens: 512\nsequence_length: 32\nbatch_size: 8\nevaluations: 1\nheld_out_tokens: 256\n"

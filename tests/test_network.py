@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoints.find import SAMPLES
 
 # Python runs this in every process that is started here. Sockets of the machine's own processes have no address.
 WATCH = """

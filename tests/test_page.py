@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import gpt2
 
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.bench import main as bench
 from sqa_convert.cli.convert import main as convert
 from sqa_convert.cli.uptrain import main as uptrain
-from sqa_convert.page import report_page
+from sqa_convert.report.page import report_page
 
 RECIPE = (
     "tokens: 1_024\nsequence_length: 32\nbatch_size: 8\nlearning_rate: 1.0e-3\nevaluations: 2\nheld_out_tokens: 2_048\n"

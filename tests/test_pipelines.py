@@ -9,10 +9,10 @@ from helpers import gpt2, t5, tokens
 from helpers import plain_convert as convert
 from transformers import T5EncoderModel
 
-from sqa_convert.checkpoint import SAMPLES, open_source
+from sqa_convert.checkpoints.find import SAMPLES, open_source
 from sqa_convert.cli.convert import main
 from sqa_convert.errors import CheckpointError, RecipeError
-from sqa_convert.evaluation import load_tokenizer
+from sqa_convert.text.tokenizers import load_tokenizer
 
 COMMIT = "a" * 40
 

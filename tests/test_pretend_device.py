@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import gpt2, t5
 
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoints.find import SAMPLES
 
 SMALL = {"n_positions": 32, "vocab_size": 2048, "layers": 1}
 MODELS = {

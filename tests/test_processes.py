@@ -14,14 +14,15 @@ import torch
 from helpers import plain_convert as convert
 from safetensors.torch import load_file
 
-from sqa_convert import Recipe, engines, uptrain
+from sqa_convert import Recipe, uptrain
+from sqa_convert.checkpoints.files import write_json
 from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.errors import RecipeError, SQAError
-from sqa_convert.output import write_json
-from sqa_convert.recipe import recipe_folder
-from sqa_convert.report import read_report
-from sqa_convert.run_folder import recoverable
-from sqa_convert.training import check_settings
+from sqa_convert.report.content import read_report
+from sqa_convert.uptraining import engines
+from sqa_convert.uptraining.arguments import check_settings
+from sqa_convert.uptraining.recipe import recipe_folder
+from sqa_convert.uptraining.run_folder import recoverable
 
 BIN = Path(sys.executable).parent
 RECIPE = (

@@ -15,11 +15,11 @@ from helpers import plain_convert as convert
 from safetensors.torch import load_file
 
 from sqa_convert import uptrain
+from sqa_convert.checkpoints.files import write_json
 from sqa_convert.errors import InterruptedByUserError, RecipeError
-from sqa_convert.output import write_json
-from sqa_convert.report import read_report
-from sqa_convert.run_folder import conversion_id
-from sqa_convert.trainer import UptrainingTrainer
+from sqa_convert.report.content import read_report
+from sqa_convert.uptraining.run_folder import conversion_id
+from sqa_convert.uptraining.trainer import UptrainingTrainer
 
 UPTRAIN = [sys.executable, "-m", "sqa_convert.cli.uptrain"]
 RECIPE = (

@@ -10,8 +10,8 @@ from helpers import logits
 from helpers import plain_convert as convert
 
 from sqa_convert import evaluate
-from sqa_convert.checkpoint import SAMPLES
-from sqa_convert.evaluation import load_model
+from sqa_convert.checkpoints.find import SAMPLES
+from sqa_convert.evaluation.load import load_model
 
 SHA256 = {
     "gpt2": "7b6f095efafb5282ef6154a857268184dbbd2250b922504996f93d8992033e1b",

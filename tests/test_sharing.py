@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from sqa_convert import models
-from sqa_convert.checkpoint import SAMPLES
-from sqa_convert.execution import MODELS
+from sqa_convert.checkpoints.find import SAMPLES
+from sqa_convert.conversion.write import MODELS
 from sqa_convert.families import FAMILIES
 
 BUILD = {"gpt2": gpt2, "t5": t5}

@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from sqa_convert import bench
 from sqa_convert.cli import bench as command
 from sqa_convert.errors import RecipeError
-from sqa_convert.speed import Measurement, Settings, bench_layers, grid_heads, speedup
-from sqa_convert.timing import WARM_UPS, Spread, alternate
-from sqa_convert.workloads import (
+from sqa_convert.speed.bench import bench_layers, grid_heads
+from sqa_convert.speed.measurement import Measurement, speedup
+from sqa_convert.speed.settings import Settings
+from sqa_convert.speed.timing import WARM_UPS, Spread, alternate
+from sqa_convert.speed.workloads import (
     MODES,
     attention_layer,
     bytes_read,
@@ -146,7 +148,7 @@ def test_models_of_different_dtypes_are_not_compared(folders):
 
 
 def test_what_does_not_fit_into_memory_is_said_and_the_rest_measured(folders, monkeypatch):
-    from sqa_convert import speed
+    from sqa_convert.speed import bench as speed
 
     def too_large(model, *rest):
         if not hasattr(model.config, "num_key_value_heads") and model.device.type != "meta":
@@ -160,7 +162,7 @@ def test_what_does_not_fit_into_memory_is_said_and_the_rest_measured(folders, mo
 
 
 def test_where_nothing_fits_into_memory_nothing_is_reported(folders, monkeypatch):
-    from sqa_convert import speed
+    from sqa_convert.speed import bench as speed
 
     def too_large(model, *rest):
         if model.device.type != "meta":

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from sqa_convert import storage
+from sqa_convert.checkpoints import dtypes as storage
+from sqa_convert.checkpoints.dtypes import FLOATING, decode, encode, encoded, tensor_bytes, torch_dtype
 from sqa_convert.heads import METHODS, AttentionHeads, Partition
-from sqa_convert.storage import FLOATING, decode, encode, encoded, tensor_bytes, torch_dtype
 
 HALVES = torch.arange(-(2**15), 2**15, dtype=torch.int16)
 """every pattern of 16 bits"""

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sqa_convert import Recipe, uptrain
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.errors import CheckpointError, UnsupportedModelError
 
 STORAGES = ("file", "shards", "bin")

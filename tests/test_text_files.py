@@ -13,9 +13,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import feather
 
-from sqa_convert.data import Skipped, check_data, documents, pairs
 from sqa_convert.errors import DataError
-from sqa_convert.text_formats import PIECE, kind_of, pieces
+from sqa_convert.text.corpus import Skipped, check_data, documents, pairs
+from sqa_convert.text.formats import PIECE, kind_of, pieces
 
 TEXTS = [f"document {i}\nin two lines, né\n" for i in range(40)]
 

@@ -14,13 +14,16 @@ from tokenizers.models import BPE, Unigram, WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from sqa_convert import Calibration, convert, evaluate, uptrain
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.errors import DataError, UnreadableTextError
-from sqa_convert.evaluation import compare, load_model, load_tokenizer, prepare
-from sqa_convert.recipe import load_recipe
-from sqa_convert.sampling import own_loss
-from sqa_convert.text_fit import Fit, looked_at, misfits, unknown_share
+from sqa_convert.evaluation.held_out import prepare
+from sqa_convert.evaluation.load import load_model
+from sqa_convert.evaluation.quality import compare
+from sqa_convert.text.fit import Fit, looked_at, misfits, unknown_share
+from sqa_convert.text.sampling import own_loss
+from sqa_convert.text.tokenizers import load_tokenizer
+from sqa_convert.uptraining.recipe import load_recipe
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 PYTHON = 'def f(x):\n    """Returns x."""\n    return [x for _ in range(3)]\n' * 40

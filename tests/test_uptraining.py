@@ -15,15 +15,19 @@ from helpers import plain_convert as convert
 from safetensors.torch import load_file
 from transformers import GPT2ForSequenceClassification
 
-from sqa_convert import Recipe, load_recipe, training_data, uptrain
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert import Recipe, load_recipe, uptrain
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.errors import CheckpointError, DataError, OutputError, QualityError, RecipeError
-from sqa_convert.evaluation import HeldOut, Predictions, evaluate, load_model, measure, predict
-from sqa_convert.recipe import dump_recipe, recipe_folder, recipe_names, summary
-from sqa_convert.recipe_hints import HINTS
-from sqa_convert.report import quality_table, recovered, uptraining_lines
-from sqa_convert.trainable import no_dropout
-from sqa_convert.trainer import UptrainingTrainer
+from sqa_convert.evaluation.held_out import HeldOut
+from sqa_convert.evaluation.load import load_model
+from sqa_convert.evaluation.quality import Predictions, evaluate, measure, predict
+from sqa_convert.report.sentences import recovered, uptraining_lines
+from sqa_convert.report.tables import quality_table
+from sqa_convert.uptraining import data as training_data
+from sqa_convert.uptraining.recipe import dump_recipe, recipe_folder, recipe_names, summary
+from sqa_convert.uptraining.recipe_hints import HINTS
+from sqa_convert.uptraining.trainable import no_dropout
+from sqa_convert.uptraining.trainer import UptrainingTrainer
 
 SHORT = Recipe(
     tokens=24 * 1024, sequence_length=128, batch_size=8, learning_rate=1e-3, evaluations=2, held_out_tokens=4096

@@ -10,13 +10,14 @@ import torch
 from helpers import gpt2, plain_convert, t5
 from safetensors.torch import load_file, save_file
 
-from sqa_convert import verify as verifying
-from sqa_convert.checkpoint import SAMPLES
+from sqa_convert.checkpoints.files import sha256_of
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.evaluate import main
 from sqa_convert.errors import CheckpointError
-from sqa_convert.evaluation import compare, prepare
-from sqa_convert.output import sha256_of
-from sqa_convert.verify import reloaded, same, verify
+from sqa_convert.evaluation.held_out import prepare
+from sqa_convert.evaluation.quality import compare
+from sqa_convert.pipeline import verify as verifying
+from sqa_convert.pipeline.verify import reloaded, same, verify
 
 
 @pytest.fixture(scope="module")

@@ -70,12 +70,15 @@ def bench_command(
     names = list(models or [])
     if head_grid == bool(names):
         raise RecipeError("give MODEL, or --head-grid without one")
-    from ..checkpoint import local_folder
-    from ..describe import write_report, write_speed_pictures
-    from ..output import expanded, write_json
-    from ..report import REPORT, read_report, speed_rows, speed_title
-    from ..speed import GRID as PAPER
-    from ..speed import Settings, bench, bench_layers
+    from ..checkpoints.files import write_json
+    from ..checkpoints.find import local_folder
+    from ..checkpoints.staging import expanded
+    from ..report.content import REPORT, read_report
+    from ..report.tables import speed_rows, speed_title
+    from ..report.write import write_report, write_speed_pictures
+    from ..speed.bench import bench, bench_layers
+    from ..speed.settings import GRID as PAPER
+    from ..speed.settings import Settings
 
     out.quieten_libraries()
     settings = Settings(
@@ -127,8 +130,8 @@ def parse_lengths(text: str | None) -> tuple[int, ...]:
 
 def _resolve(names: list[str]) -> dict[str, Path]:
     """What to call each model, and its folder; before a converted one alone stands what it was made from."""
-    from ..checkpoint import resolve
-    from ..report import REPORT, read_report
+    from ..checkpoints.find import resolve
+    from ..report.content import REPORT, read_report
 
     folders: list[tuple[str, Path]] = [(name, resolve(name)) for name in names]
     if len(folders) == 1 and (folders[0][1] / REPORT).is_file():

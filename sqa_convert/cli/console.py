@@ -17,10 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..checkpoints.staging import NOWHERE, here
 from ..errors import RecipeError, SQAError
-from ..output import NOWHERE, here
-from ..page import PAGE
-from ..report import auto_class, quality_lines, quality_table, uptraining_lines
+from ..report.content import auto_class, quality_lines
+from ..report.page import PAGE
+from ..report.sentences import uptraining_lines
+from ..report.tables import quality_table
 from .streams import forgiving_streams
 
 INTERRUPTED = 130

@@ -9,22 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..checkpoint import open_source
+from ..checkpoints.diffusers import part_of
+from ..checkpoints.find import open_source
+from ..checkpoints.source import Source
+from ..checkpoints.staging import check_output, expanded
+from ..conversion.plan import Plan, make_plan
+from ..conversion.request import AUTO, DEFAULT_SHARD, REFINE_STEPS, Calibration, Request
+from ..conversion.site import uses_torch
 from ..errors import RecipeError
 from ..heads import METHODS, Partition
-from ..output import check_output, expanded
-from ..pipelines import part_of
-from ..plan import AUTO, DEFAULT_SHARD, REFINE_STEPS, Calibration, Plan, Request, make_plan
-from ..recipe import Recipe, load_recipe
-from ..report import calibration_lines, conversion_report, costs, left_lines, source_lines
-from ..sites import uses_torch
-from ..sources import Source
-from ..text_formats import TEXT_COLUMN
+from ..report.content import conversion_report, left_lines, source_lines
+from ..report.sentences import calibration_lines
+from ..report.tables import costs
+from ..text.formats import TEXT_COLUMN
+from ..uptraining.recipe import Recipe, load_recipe
 from .console import Out, push, run_app, show_loading, show_quality, show_report
 from .options import EXIT_CODES, TEXT, AsJson, Public, PushToHub, Quiet, Verbose, Version, count, listing, make_app
 
 if TYPE_CHECKING:
-    from ..conversion import Settings
+    from ..pipeline.convert import Settings
 
 app = make_app()
 
@@ -231,8 +234,8 @@ def convert(
     The result is a folder that AutoModel…from_pretrained loads. It is written beside its place and appears whole.
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
-    from ..conversion import Settings
-    from ..preflight import check_config, check_run
+    from ..pipeline.convert import Settings
+    from ..pipeline.preflight import check_config, check_run
 
     if text_column is not None and data is None and calibration is None and uptrain is None:
         raise RecipeError("--text-column names a column of --data or --calibration: give one of them")
@@ -307,13 +310,13 @@ def _carry_out(
     out: Out, plan: Plan, source: Source, target: Path, settings: Settings, recipe: Recipe | None
 ) -> dict[str, Any]:
     """Converts, and trains where that is wanted; returns the report."""
-    from ..conversion import convert_to_folder
+    from ..pipeline.convert import convert_to_folder
 
     with out.progress() as progress:
         report = convert_to_folder(plan, source, target, settings, progress).report
         if recipe is None:
             return report
-        from ..uptraining import uptrain
+        from ..uptraining.uptrain import uptrain
 
         return uptrain(
             target,

@@ -66,15 +66,17 @@ def evaluate_command(
     [bold]sqa-eval gpt2-sqa-q8kv4 --max-kl 0.05[/bold]
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
-    from ..checkpoint import resolve
-    from ..evaluation import compare, prepare, untrained
-    from ..output import REPORT
-    from ..report import quality_lines, quality_rows, read_report
-    from ..text_formats import TEXT_COLUMN
+    from ..checkpoints.files import REPORT
+    from ..checkpoints.find import resolve
+    from ..evaluation.held_out import prepare
+    from ..evaluation.quality import compare, untrained
+    from ..report.content import quality_lines, read_report
+    from ..report.tables import quality_rows
+    from ..text.formats import TEXT_COLUMN
 
     out.quieten_libraries()
     if verify:
-        from ..verify import verify as check
+        from ..pipeline.verify import verify as check
 
         found = check(model, trust_remote_code)
         out.json({"schema": 1, "verified": found})
@@ -113,12 +115,12 @@ def evaluate_command(
         )
         texts = []
         if samples:
-            from ..generation import continuations
+            from ..evaluation.generation import continuations
 
             texts = continuations(models, held_out, samples, trust_remote_code=trust_remote_code)
         scores = None
         if tasks is not None:
-            from ..tasks import run_tasks
+            from ..evaluation.tasks import run_tasks
 
             scores = {
                 name: run_tasks(path, tasks, held_out.device, limit, trust_remote_code) for name, path in models.items()

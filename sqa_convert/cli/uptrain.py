@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checkpoints.staging import expanded
 from ..errors import RecipeError
-from ..output import expanded
-from ..recipe import dump_recipe, load_recipe, recipe_names, summary
-from ..report import read_report
+from ..report.content import read_report
+from ..uptraining.recipe import dump_recipe, load_recipe, recipe_names, summary
 from .console import Out, push, run_app, show_loading, show_quality
 from .options import (
     EXIT_CODES,
@@ -107,15 +107,15 @@ def uptrain_command(
         raise RecipeError(f"--resume goes on with the recipe of the stopped run: leave out {', '.join(flags)}")
     folder = expanded(folder, "FOLDER")
     if keep_anyway and not any(value is not None for value in given.values()):
-        from ..run_folder import is_trained
+        from ..uptraining.run_folder import is_trained
 
         resume = resume or is_trained(folder)
     settings = None if resume else load_recipe(recipe or "quick", **changes)
     read_report(folder)  # before torch is loaded
-    from .. import processes
     from ..hub import check_push
-    from ..run_folder import target_folder
-    from ..uptraining import check_uptrain, uptrain
+    from ..uptraining import processes
+    from ..uptraining.run_folder import target_folder
+    from ..uptraining.uptrain import check_uptrain, uptrain
 
     out = Out(as_json=as_json, quiet=quiet or not processes.is_first(), verbose=verbose)  # of many processes one speaks
     out.quieten_libraries()

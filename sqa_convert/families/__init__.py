@@ -1,4 +1,8 @@
-"""What a checkpoint of a family looks like: tensor names, and one attention site read and written."""
+"""What a checkpoint of a family looks like: tensor names, and one attention site read and written.
+
+May import: heads, errors.
+Exports: `family_of`, `FAMILIES`, `Family`; a family is one file.
+"""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from ..errors import UnsupportedModelError, one_line, shown
 from ..heads.layout import AttentionHeads
 
 if TYPE_CHECKING:
+    from ..checkpoints.dtypes import Array
     from ..heads.attention import Attention
-    from ..storage import Array
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version", "auto_map", "custom_pipelines")
 """of config.json: what the source says of its own files and code"""

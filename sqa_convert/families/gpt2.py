@@ -24,8 +24,8 @@ from .base import (
 )
 
 if TYPE_CHECKING:
+    from ..checkpoints.dtypes import Array
     from ..heads.attention import Attention
-    from ..storage import Array
 
 _STALE = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")  # buffers of old releases
 _LAYER = re.compile(r"h\.\d+\.")

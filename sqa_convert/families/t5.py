@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..heads.layout import AttentionHeads
-from ..special_tokens import token_ids
 from .base import (
     MOST_HEADS,
     MOST_LAYERS,
@@ -22,10 +21,11 @@ from .base import (
     join_heads,
     split_heads,
 )
+from .special_tokens import token_ids
 
 if TYPE_CHECKING:
+    from ..checkpoints.dtypes import Array
     from ..heads.attention import Attention
-    from ..storage import Array
 
 _TABLE = "relative_attention_bias.weight"  # (buckets, H), in the source only in layer 0 of a stack
 _STALE = "decoder.block.0.layer.1.EncDecAttention." + _TABLE  # old checkpoints carry it; it was never used

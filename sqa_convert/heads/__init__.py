@@ -1,4 +1,8 @@
-"""The mathematics: pure functions on the weights of one attention site, no files, no models."""
+"""The mathematics: pure functions on the weights of one attention site, no files, no models.
+
+May import: errors.
+Exports: the register of methods, partitions, the layout of heads; a method is one file.
+"""
 
 from . import svd, procrustes, mean, first, select  # noqa: F401, I001 - registers the methods, the best first
 from .layout import AttentionHeads

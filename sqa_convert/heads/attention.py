@@ -69,3 +69,10 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     heads, d, _ = weight.shape
     made = torch.nn.functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
     return made.view(*x.shape[:-1], heads, d).transpose(1, 2)
+
+
+def query_with_bias(heads: AttentionHeads) -> Tensor:
+    """Wq with its bias as one more input: (H, d, D + 1), float64."""
+    query = heads.query.double()
+    bias = torch.zeros_like(query[..., :1]) if heads.query_bias is None else heads.query_bias.double()[..., None]
+    return torch.cat([query, bias], -1)

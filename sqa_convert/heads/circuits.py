@@ -13,18 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .attention import query_with_bias
 from .layout import AttentionHeads
 from .partition import Partition
 
 if TYPE_CHECKING:
     from .statistics import Statistics
-
-
-def query_with_bias(heads: AttentionHeads) -> Tensor:
-    """Wq with its bias as one more input: (H, d, D + 1), float64."""
-    query = heads.query.double()
-    bias = torch.zeros_like(query[..., :1]) if heads.query_bias is None else heads.query_bias.double()[..., None]
-    return torch.cat([query, bias], -1)
 
 
 def shared_factor(factors: list[Tensor], weights: list[Tensor], metric_root: Tensor, rank: int) -> Tensor:

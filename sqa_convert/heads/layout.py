@@ -17,7 +17,7 @@ from typing_extensions import TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..storage import Array
+    from ..checkpoints.dtypes import Array
 
 A = TypeVar("A", bound="Tensor | Array", default="Tensor")
 

@@ -40,7 +40,8 @@ def procrustes(heads: AttentionHeads, partition: Partition, statistics: Statisti
     """
     import torch
 
-    from .circuits import Merged, assemble, query_with_bias
+    from .attention import query_with_bias
+    from .circuits import Merged, assemble
     from .statistics import with_ridge
 
     query, key = query_with_bias(heads), heads.key.double()

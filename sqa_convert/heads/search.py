@@ -15,7 +15,7 @@ from itertools import combinations, islice, pairwise
 
 import torch
 
-from .circuits import query_with_bias
+from .attention import query_with_bias
 from .layout import AttentionHeads
 from .partition import Partition
 from .statistics import Statistics, with_ridge

@@ -225,7 +225,7 @@ def from_norms(
 
 def _form_distance(heads: AttentionHeads, query: Tensor, key: Tensor) -> Tensor:
     """|Sq^1/2 (M_i - M_j) Sk^1/2|^2 of the score forms M = Wq^T Wk: (H, H), from d x d products."""
-    from .circuits import query_with_bias
+    from .attention import query_with_bias
 
     count, d, _ = heads.query.shape
     q, k = query_with_bias(heads).flatten(0, 1), heads.key.double().flatten(0, 1)

@@ -37,7 +37,8 @@ def svd(heads: AttentionHeads, partition: Partition, statistics: Statistics) -> 
     """
     import torch
 
-    from .circuits import Merged, assemble, query_with_bias, shared_factor
+    from .attention import query_with_bias
+    from .circuits import Merged, assemble, shared_factor
     from .statistics import with_ridge
 
     rank = heads.key.shape[1]

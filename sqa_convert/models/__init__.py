@@ -1,4 +1,8 @@
-"""The two architectures. Importing this registers them with the Auto classes of transformers."""
+"""The two architectures. Importing this registers them with the Auto classes of transformers.
+
+May import: torch, transformers and each other, since they are shipped inside of every result.
+Exports: the configurations and models of both architectures.
+"""
 
 import transformers
 from transformers import AutoConfig, PreTrainedModel

@@ -1,0 +1,81 @@
+"""How much each direction of a site's output matters to the model's predictions: Fisher matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families import Site
+from ..progress import Progress, silent
+from .activations import Batch, module_at
+
+SENSITIVITY_TOKENS = 16_384
+"""predictions whose gradients are looked at"""
+
+_LOGITS = 2**26  # held at once
+
+
+def _rows(batch: Batch, vocabulary: int) -> Iterator[Batch]:
+    """Some sequences of a batch at a time, so that not too many logits are held."""
+    ids = batch.get("labels", batch["input_ids"])
+    size = max(1, _LOGITS // (ids.shape[1] * vocabulary))
+    for start in range(0, len(ids), size):
+        yield {name: tensor[start : start + size] for name, tensor in batch.items()}
+
+
+def sensitivity(
+    model: Any,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    device: torch.device,
+    generator: torch.Generator,
+    progress: Progress = silent,
+) -> dict[Site, Tensor]:
+    """How much each direction of a site's output matters to the model's predictions: (D, D), float64, a Fisher matrix.
+
+    To second order the KL divergence that an error e of a site's output causes is e F e^T / 2, with F the mean of g^T
+    g over positions, g the gradient of the log-likelihood of tokens drawn from the model's own prediction.
+
+    Source: Fisher information as in K-FAC, Martens and Grosse, arXiv 1503.05671.
+    """
+    found: dict[Site, Tensor] = {}
+
+    def watch(site: Site) -> Callable[..., None]:
+        def accumulate(gradient: Tensor) -> None:
+            rows = gradient.flatten(0, 1)
+            rows = (rows.cpu() if device.type == "mps" else rows).double()  # MPS has no float64
+            square = (rows.T @ rows).cpu()
+            found[site] = found[site] + square if site in found else square
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            output[0].register_hook(accumulate)
+
+        return hook
+
+    hooks = [module_at(model, site.prefix).register_forward_hook(watch(site)) for site in sites]
+    # Weights are frozen, so that gradients flow to activations alone; they start at the embeddings.
+    width = model.get_input_embeddings().embedding_dim
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.embedding_dim == width]
+    hooks += [module.register_forward_hook(lambda m, args, output: output.requires_grad_()) for module in embeddings]
+    tokens = 0
+    try:
+        for row in (row for batch in batches for row in _rows(batch, model.config.vocab_size)):
+            progress("measure sensitivity", min(tokens, SENSITIVITY_TOKENS), SENSITIVITY_TOKENS)
+            inputs = {name: tensor.to(device) for name, tensor in row.items()}
+            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)  # (n, V)
+            # Drawn from the model's prediction by its distribution function, the same on every device.
+            below = logits.detach().softmax(-1).cumsum(-1)
+            level = torch.rand(len(logits), 1, generator=generator).to(device) * below[:, -1:]
+            drawn = torch.searchsorted(below, level).clamp(max=logits.shape[1] - 1)
+            nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
+            tokens += len(logits)
+            if tokens >= SENSITIVITY_TOKENS:
+                break
+    finally:
+        for handle in hooks:
+            handle.remove()
+    progress("measure sensitivity", SENSITIVITY_TOKENS, SENSITIVITY_TOKENS)
+    return {site: matrix / matrix.diagonal().mean().clamp(min=1e-30) for site, matrix in found.items()}

@@ -1,0 +1,265 @@
+"""Writing a folder so that it appears whole or not at all, and never in place of what is not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import CheckpointError, OutputError, SQAError, one_line, shown
+from .files import REPORT, is_ours, read_json, sync
+
+NOWHERE = "the folder you are in is not there any more: change to one that is"
+
+_STAGED, _REPLACED = ".sqa-partial", ".sqa-replaced"
+
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+
+_HERE, _RENAME_EXCHANGE = -100, 2  # as in Linux's headers
+
+
+def expanded(path: str | Path, flag: str = "--output") -> Path:
+    """With `~` as the home folder. Raises OutputError."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # no such user
+        raise OutputError(f"{flag} {shown(str(path))}: {one_line(error)}") from error
+
+
+def here() -> bool:
+    """Whether the working directory is still there."""
+    try:
+        return bool(Path.cwd())
+    except OSError:
+        return False
+
+
+def check_output(
+    output: Path, overwrite: bool, flag: str = "--output", way_out: str = "give another, or --overwrite"
+) -> None:
+    """Raises OutputError unless a folder may be put at `output`; where one is, it says the `way_out`."""
+    try:
+        path = output.resolve()
+        if path == Path.cwd() or path in Path.cwd().parents or os.path.ismount(path):
+            raise OutputError(f"{flag} {output} is the folder you are in, one above it, or a mount; give one inside")
+        if path.exists():
+            if not path.is_dir():
+                raise OutputError(f"{flag} {output} is a file")
+            if any(path.iterdir()):
+                if not overwrite:
+                    raise OutputError(f"{flag} {output} exists already: {way_out}")
+                if not _made_here(path):
+                    raise OutputError(
+                        f"{flag} {output} holds what sqa-convert did not write, so --overwrite is refused"
+                    )
+        parent = path.parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{flag} {output}: {parent} cannot be written to")
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, SQAError):
+            raise
+        if not here():
+            raise OutputError(NOWHERE) from error
+        raise OutputError(f"{flag} {shown(str(output), 200)} cannot be used: {one_line(error)}") from error
+
+
+def _made_here(folder: Path) -> bool:
+    try:
+        return is_ours(read_json(folder / REPORT, ""))
+    except CheckpointError:
+        return False
+
+
+def hold(folder: Path) -> int | None:
+    """Makes a folder, or takes over one that is there, and keeps every other process from doing so.
+
+    Returns:
+        A descriptor to close when done with it: the lock goes with the process, however that ends. None where the file
+        system knows no locks.
+
+    Raises:
+        BlockingIOError: another process holds the folder.
+        OSError: it cannot be made.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if os.name != "posix":
+            return None
+        with contextlib.suppress(FileNotFoundError):  # another process was done with it, and took it away
+            descriptor = os.open(folder, _FOLDER)
+            try:
+                locked = _lock(descriptor)
+                if locked and _is(folder, descriptor):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+            if not locked:
+                return None
+
+
+def empty(folder: Path, last: str = "") -> None:
+    """Removes what is in a folder, one file after all else, and not the folder, which may be held. Raises OSError."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _is(folder: Path, descriptor: int) -> bool:
+    """Whether what was opened is still in its place."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int) -> bool:
+    """False where there are no locks. Raises BlockingIOError when another holds it."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Iterator[Path]:
+    """A temporary folder beside `output` that becomes it, complete, when the block ends; else nothing is left.
+
+    A run that is killed leaves it behind; the next to the same output clears it away. Two at a time do not go on.
+
+    Args:
+        output: where the folder shall be.
+        overwrite: whether an existing folder is replaced, if it was made here.
+        size: bytes that will be written, to refuse a disk that is too full before starting.
+
+    Raises:
+        OutputError: `output` exists or cannot be written, another run writes it, or the disk is or gets full.
+    """
+    check_output(output, overwrite)
+    path = output.resolve()
+    made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+    staging, held = path.with_name(f".{path.name}{_STAGED}"), None
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held = hold(staging)
+            if held is None:
+                with contextlib.suppress(OSError):
+                    staging.rmdir()
+                staging = Path(tempfile.mkdtemp(prefix=f"{staging.name}-", dir=path.parent))
+            empty(staging)
+            _settle(path)
+        except BlockingIOError as error:
+            raise OutputError(f"--output {output}: another run is writing it") from error
+        except OSError as error:
+            raise OutputError(f"--output {output} cannot be made: {one_line(error)}") from error
+        check_output(output, overwrite)
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise OutputError(f"--output {output}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+        staging.chmod(0o777 & ~umask())
+        yield staging
+        _publish(staging, path, overwrite)
+        _clear(staging)  # what was replaced
+    except BaseException as error:
+        if held is not None:
+            os.close(held)
+            held = None
+        _clear(staging)
+        for folder in made:  # deepest first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(f"--output {output}: the disk is full; nothing was kept") from error
+        if isinstance(error, OSError) and not isinstance(error, SQAError):
+            raise OutputError(f"--output {output} cannot be written: {one_line(error)}") from error
+        raise
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def umask() -> int:
+    """The permissions that new files and folders are made without."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _clear(folder: Path) -> None:
+    """Removes a temporary folder, unless another run has taken it over."""
+    if os.name != "posix":
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, _FOLDER)
+        try:
+            _lock(descriptor)
+            if _is(folder, descriptor):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _settle(output: Path) -> None:
+    """Ends what a run that was killed while it replaced `output` left undone."""
+    aside = output.with_name(f".{output.name}{_REPLACED}")
+    if not output.exists() and aside.exists():
+        aside.rename(output)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish(staging: Path, output: Path, overwrite: bool) -> None:
+    for path in (*staging.rglob("*"), staging):
+        if path.is_file() or (path.is_dir() and os.name == "posix"):
+            sync(path)
+    check_output(output, overwrite)  # something may have come there since the start
+    if not output.exists():
+        staging.rename(output)
+    elif not _exchange(staging, output):
+        aside = output.with_name(f".{output.name}{_REPLACED}")
+        try:
+            output.rename(aside)
+            staging.rename(output)
+        except BaseException:
+            if aside.exists() and not output.exists():
+                aside.rename(output)  # else the next run does it
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is there, if perhaps not after a power cut
+        sync(output.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Lets two folders change places at once; False where the system cannot. Raises OSError."""
+    try:
+        exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    if exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EXDEV):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def write_text(path: Path, text: str) -> None:
+    """As UTF-8, for people: a byte of a name that is not is a question mark."""
+    path.write_text(text, encoding="utf-8", errors="replace")

@@ -1,0 +1,191 @@
+"""The plan: every output tensor, its shape, dtype, shard and origin, made from headers before any weight is read.
+
+Imports neither torch nor transformers, so that `--dry-run` answers at once, whatever the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+from .. import __version__
+from ..amounts import parse_size
+from ..checkpoints.dtypes import DTYPES, FLOATING
+from ..checkpoints.source import Source, TensorInfo
+from ..errors import CheckpointError
+from ..families import Config, Dimensions, Family, Site, family_of
+from ..heads import Partition
+from .cost import Cost, attention_cost, count_parameters
+from .request import CASTS, Fitting, Request
+from .stored import Stored, stored_tensors
+
+_TEXT_PER_TARGET = 5  # tokens of span-corrupted text for each that a decoder predicts
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the result."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """safetensors' name"""
+    origin: str | Site
+    """the source tensor it is copied from, or the attention site it is computed for"""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do."""
+
+    family: Family
+    dimensions: Dimensions
+    method: str
+    searched: bool
+    """whether the heads of a group are searched for, or neighbours"""
+    partition_given: bool
+    """whether that was asked for; else `auto` may try both"""
+    calibration: Fitting | None
+    """None: from the weights alone"""
+    sites: tuple[Site, ...]
+    """all of the model; `partitions` says which of them keep their heads"""
+    partitions: dict[str, Partition]
+    """by site kind"""
+    shards: dict[str, tuple[OutputTensor, ...]]
+    """file name -> its tensors, in the order they are computed"""
+    source_config: Config
+    config: dict[str, Any]
+    """config.json of the result"""
+    source_names: dict[str, str]
+    """canonical name -> name in the source"""
+    zeros: dict[str, TensorInfo]
+    """biases that the source does without, by canonical name"""
+    copies: tuple[tuple[str, str], ...]
+    """pairs of names in the source that must hold the same numbers; the second is left out"""
+    notes: tuple[str, ...]
+    """what there is to know of the source, in sentences"""
+    before: Cost
+    after: Cost
+
+    @property
+    def unknowns(self) -> int:
+        """Of a fit of the output projection, an output: Hq d of the largest converted site."""
+        return _unknowns(self.partitions, self.dimensions)
+
+    @property
+    def has_language_model_head(self) -> bool:
+        return self.family.has_language_model_head(self.source_config)
+
+    @property
+    def tensors(self) -> Iterator[OutputTensor]:
+        """Of the result, shard by shard."""
+        return chain.from_iterable(self.shards.values())
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def make_plan(source: Source, request: Request) -> Plan:
+    """Plans the conversion of `source`.
+
+    Raises:
+        RecipeError, UnsupportedModelError: as `Request.partitions`.
+        CheckpointError: config and weights disagree.
+    """
+    partitions = request.partitions(source.config)
+    family = family_of(source.config)
+    dimensions = family.dimensions(source.config)
+    stored = stored_tensors(family, source)
+
+    cast = CASTS.get(request.dtype)
+    counts = {kind: (len(p.clusters), len(p.kv_groups)) for kind, p in partitions.items()}
+    tensors = _output_tensors(family, source, stored, counts, cast)
+    config = family.result_config(source.config, counts)
+    if cast is not None:
+        config |= {"dtype": request.dtype}
+    config["sqa"] = {
+        "source": source.name,
+        "revision": source.revision,
+        "source_heads": dimensions.heads,
+        "method": request.resolved_method,
+        "sqa_convert": __version__,
+    }
+    sites = tuple(family.sites(source.config))
+    unknowns = _unknowns(partitions, dimensions)
+    dtype = stored.infos[family.consumed(sites[0])[0]].dtype
+    before = {name: info.shape for name, info in stored.infos.items()}
+    after = {tensor.name: tensor.shape for tensor in tensors}
+    original = dict.fromkeys(counts, (dimensions.heads, dimensions.heads))
+    return Plan(
+        family=family,
+        dimensions=dimensions,
+        method=request.resolved_method,
+        searched=request.searched,
+        partition_given=request.partition is not None,
+        calibration=None
+        if all(p.is_identity for p in partitions.values())
+        else request.fitting(unknowns * (_TEXT_PER_TARGET if "cross" in partitions else 1)),
+        sites=sites,
+        partitions=partitions,
+        shards=_shards(tensors, parse_size(request.max_shard_size)),
+        source_config=source.config,
+        config=config,
+        source_names=stored.names,
+        zeros=stored.zeros,
+        copies=stored.copies,
+        notes=(*source.notes, *stored.notes),
+        before=attention_cost(dimensions, sites, original, count_parameters(before, stored.others), dtype),
+        after=attention_cost(dimensions, sites, counts, count_parameters(after, stored.others), cast or dtype),
+    )
+
+
+def _unknowns(partitions: Mapping[str, Partition], dimensions: Dimensions) -> int:
+    return max((len(p.clusters) for p in partitions.values() if not p.is_identity), default=0) * dimensions.head_dim
+
+
+def _output_tensors(
+    family: Family, source: Source, stored: Stored, counts: Mapping[str, tuple[int, int]], dtype: str | None
+) -> list[OutputTensor]:
+    """In the source's order; a site's tensors stand where its first one stood."""
+    site_of = {name: site for site in family.sites(source.config) for name in family.consumed(site)}
+    tensors: list[OutputTensor] = []
+    done: set[Site] = set()
+    for name, info in stored.infos.items():
+        site = site_of.get(name)
+        if site is None:
+            kept = dtype if dtype and info.dtype in FLOATING else info.dtype
+            tensors.append(OutputTensor(name, info.shape, kept, name))
+        elif site not in done:
+            done.add(site)
+            for new, written in family.written(site, source.config, *counts[site.kind]).items():
+                like = stored.infos[written.like].dtype
+                tensors.append(OutputTensor(new, written.shape, dtype or like, site))
+    seen: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise CheckpointError(f"{source.name}: {tensor.name} stands there already, as if it had been converted")
+        seen.add(tensor.name)
+    return tensors
+
+
+def _shards(tensors: list[OutputTensor], max_bytes: int) -> dict[str, tuple[OutputTensor, ...]]:
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        get_storage_id=lambda tensor: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    return {file: tuple(by_name[n] for n in members) for file, members in split.filename_to_tensors.items()}

@@ -1,0 +1,58 @@
+"""The config and the model class of a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, one_line
+from ..families import Site
+from .plan import Plan
+from .site import SiteRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def result_config(plan: Plan, records: Mapping[Site, SiteRecord]) -> dict[str, Any]:
+    """config.json of the result, with the partition of every layer."""
+    partition: dict[str, list[Any]] = {kind: [] for kind in plan.partitions}
+    for site in plan.sites:
+        partition[site.kind].append(records[site].partition.groups)
+    return plan.config | {"sqa": plan.config["sqa"] | {"partition": partition}}
+
+
+def check_loads(plan: Plan) -> None:
+    """The result's config is accepted, and its model calls for the shapes that are planned. Builds no weights.
+
+    Raises:
+        CheckpointError: they do not fit, because config.json holds what transformers does not accept.
+    """
+    import torch
+
+    try:
+        config = config_class(plan).from_dict(plan.config)
+        if config.dtype is not None and not config.dtype.is_floating_point:
+            raise ValueError(f"weights of {config.dtype}")
+        with torch.device("meta"):
+            model = model_class(plan)(config)
+    except Exception as error:  # validation, look-ups of activations and dtypes: each fails in its own way
+        raise CheckpointError(f"config.json is not accepted by the model class: {one_line(error)}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = "" if model.base_model_prefix in dict(model.named_children()) else f"{model.base_model_prefix}."
+    for tensor in plan.tensors:
+        shape = expected.get(tensor.name, expected.get(tensor.name.removeprefix(prefix)))
+        if shape != tensor.shape and (shape is not None or isinstance(tensor.origin, Site)):
+            raise CheckpointError(f"{tensor.name} has shape {tensor.shape}, the model class calls for {shape}")
+
+
+def config_class(plan: Plan) -> type[PreTrainedConfig]:
+    from .. import models
+
+    return getattr(models, plan.config["auto_map"]["AutoConfig"].rpartition(".")[2])
+
+
+def model_class(plan: Plan) -> type[PreTrainedModel]:
+    from .. import models
+
+    return getattr(models, plan.config["architectures"][0])

@@ -1,0 +1,89 @@
+"""What models write: side by side for reading, and against wanted answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..text.collate import IGNORED
+from ..text.decoding import generate
+from ..text.tokenizers import load_tokenizer
+from .held_out import HeldOut
+from .load import load_model
+
+GIVEN = 32
+"""tokens a decoder-only model goes on from"""
+
+WRITTEN = 48
+"""tokens of an answer"""
+
+SHOWN = 2
+"""texts, for the report"""
+
+
+@torch.no_grad()
+def continuations(
+    models: Mapping[str, Path], held_out: HeldOut, count: int = SHOWN, *, trust_remote_code: bool = False
+) -> list[dict[str, str]]:
+    """Greedy continuations of held-out text; of an encoder-decoder, its answers to gaps or sources.
+
+    Returns:
+        For each of `count` texts {"given": the text, and per model its answer}.
+    """
+    rows = list(islice(_inputs(held_out), count))
+    texts: list[dict[str, str]] = [{} for _ in rows]
+    # A source may have its tokenizer elsewhere; the last, which is the newest result, has it with it.
+    tokenizer: Any = load_tokenizer(list(models.values())[-1], trust_remote_code)
+    for name, folder in models.items():
+        model: Any = load_model(folder, trust_remote_code=trust_remote_code).to(held_out.device)
+        whole = model.config.is_encoder_decoder
+        begin, room = GIVEN, WRITTEN
+        if not whole:
+            begin = min(GIVEN, model.config.n_positions // 2)
+            room = min(WRITTEN, model.config.n_positions - begin)
+        for text, row in zip(texts, rows, strict=True):
+            given = (row if whole else row[:begin])[None].to(held_out.device)
+            inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+            written = generate(model, inputs, max_new_tokens=room)[0]
+            text["given"] = tokenizer.decode(given[0])
+            text[name] = tokenizer.decode(written if whole else written[given.shape[1] :])
+    return texts
+
+
+def _inputs(held_out: HeldOut) -> Iterator[torch.Tensor]:
+    """Token ids (T,) without padding."""
+    for batch in held_out.batches:
+        ids = batch["input_ids"]
+        for row, kept in zip(ids, batch.get("attention_mask", torch.ones_like(ids)), strict=True):
+            yield row[kept.bool()]
+
+
+@torch.no_grad()
+def answer_scores(model: Any, tokenizer: Any, held_out: HeldOut) -> dict[str, float]:
+    """Greedy answers to the sources of pairs against their targets, as shares from 0 to 1.
+
+    Returns:
+        "exact_match", of stripped texts; and where the package rouge-score is installed the F-measures "rouge1",
+        "rouge2", "rougeL".
+    """
+    wanted, given = [], []
+    for batch in held_out.batches:
+        inputs = {name: tensor.to(held_out.device) for name, tensor in batch.items() if name != "labels"}
+        written = generate(model, inputs, max_new_tokens=batch["labels"].shape[1])
+        given += tokenizer.batch_decode(written, skip_special_tokens=True)
+        targets = batch["labels"].masked_fill(batch["labels"] == IGNORED, tokenizer.pad_token_id)
+        wanted += tokenizer.batch_decode(targets, skip_special_tokens=True)
+    pairs = [(want.strip(), answer.strip()) for want, answer in zip(wanted, given, strict=True)]
+    scores = {"exact_match": sum(want == answer for want, answer in pairs) / len(pairs)}
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return scores
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(names, use_stemmer=True)
+    found = [scorer.score(want, answer) for want, answer in pairs]
+    return scores | {name: sum(score[name].fmeasure for score in found) / len(found) for name in names}

@@ -1,0 +1,128 @@
+"""Held-out text as the inputs that models are measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..devices import choose_device
+from ..errors import shown
+from ..families.special_tokens import end_of_text
+from ..text.blocks import token_blocks
+from ..text.collate import IGNORED, CausalCollator
+from ..text.corpus import BUILT_IN, Skipped, documents
+from ..text.fit import Fit, looked_at
+from ..text.formats import TEXT_COLUMN
+from ..text.sampling import own_loss
+from ..text.spans import denoising
+from ..text.tokenizers import check_vocabulary, load_tokenizer
+from .load import load_config
+
+DEFAULT_TOKENS = 16_384
+"""tokens of held-out text"""
+
+LONGEST = 1024
+"""tokens in one sequence, at most"""
+
+_BATCH_TOKENS = 4096
+
+_FEW_COUNTED = 256  # predictions
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Batches of held-out text, the same for every model measured, and where they are measured."""
+
+    batches: list[dict[str, Tensor]]
+    name: str
+    """what the text is"""
+    tokens: int
+    """predicted"""
+    device: torch.device
+    unknown: float = 0.0
+    """share of the text's characters that the tokenizer does not know"""
+    chosen: bool = True
+    """whether it is another text than the built-in one"""
+
+    def fit(self, model: Any, loss: float | None, own: float | None = None, who: str = "source") -> Fit:
+        """What tells whether a model was made for this text.
+
+        Args:
+            model: on the text's device.
+            loss: the model's on this text.
+            own: its loss on what it writes itself; None finds out, where there is a loss to hold it against.
+            who: what the model is called.
+        """
+        if own is None and loss is not None:
+            own = own_loss(model, self.batches[0], self.device, torch.Generator().manual_seed(0))
+        counted = self._token_entropy(shifted=not model.config.is_encoder_decoder)
+        return Fit(loss, model.config.vocab_size, own, counted, self.unknown, self.chosen, who)
+
+    def _token_entropy(self, shifted: bool) -> float | None:
+        """Of what is predicted, as if each token stood alone, nats; None of too few to tell (Miller, 1955)."""
+        labels = torch.cat([batch["labels"][:, int(shifted) :].flatten() for batch in self.batches])
+        counts = labels[labels != IGNORED].unique(return_counts=True)[1].double()
+        total = counts.sum()
+        if total < _FEW_COUNTED:
+            return None
+        share = counts / total
+        return float(-(share * share.log()).sum() + (len(counts) - 1) / (2 * total))
+
+
+def prepare(
+    folder: str | Path,
+    data: str | None = None,
+    *,
+    text_column: str = TEXT_COLUMN,
+    tokens: int = DEFAULT_TOKENS,
+    device: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    without: str = "copy the source's there",
+) -> HeldOut:
+    """Held-out text as inputs of the model in `folder`, and of every model with its tokenizer.
+
+    It is drawn across documents, a block of each at most while there are others. A decoder-only model reads it as it
+    is trained: no document sees another in its block, and positions start again with each.
+
+    Args:
+        data: as `sqa_convert.text.corpus.documents` takes it; its held-out part is used.
+        text_column: of a table, the one that holds the text.
+        tokens: of text.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        seed: of the span corruption.
+        without: what to do where there is no tokenizer, for messages.
+
+    Raises:
+        CheckpointError: config or tokenizer do not load.
+        DataError: there is too little text, or the tokenizer does not fit the model.
+        RecipeError: there is no such device.
+    """
+    chosen = choose_device(device)
+    config = load_config(folder, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code, without)
+    name = f"{shown(data or BUILT_IN)}, held-out part"
+    longest = getattr(config, "n_positions", None) or 512
+    length = min(longest, LONGEST, tokens)
+    skipped = Skipped()
+    texts = documents(data, "heldout", column=text_column, shuffled=True, skipped=skipped)
+    texts, unknown = looked_at(texts, tokenizer, name, "--data")
+    blocks = token_blocks(texts, tokenizer, length, tokens, name, drawn=True)
+    name = f"{name}{skipped}"
+    named = data not in (None, BUILT_IN)
+    corrupt = denoising(tokenizer, config.vocab_size) if config.is_encoder_decoder else None
+    check_vocabulary(blocks, config.vocab_size)
+    parts = blocks.split(max(1, _BATCH_TOKENS // length))
+    if corrupt is None:
+        collate = CausalCollator(end_of_text(tokenizer))
+        batches = [collate(list(enumerate(part))) for part in parts]
+        return HeldOut(batches, name, blocks.numel() - len(blocks), chosen, unknown, named)
+    generator = torch.Generator().manual_seed(seed)
+    pairs = [corrupt(part, generator) for part in parts]
+    batches = [{"input_ids": inputs, "labels": labels} for inputs, labels in pairs]
+    count = sum(labels.numel() for _, labels in pairs)
+    return HeldOut(batches, f"{name}, {corrupt.name}", count, chosen, unknown, named)

@@ -1,0 +1,234 @@
+"""Loss, perplexity, KL divergence and agreement of models on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..callers import undisturbed
+from ..checkpoints.files import REPORT, is_ours, read_json
+from ..devices import device_name
+from ..errors import CheckpointError, QualityError, RecipeError
+from ..text.collate import IGNORED
+from ..text.fit import Fit, misfits
+from ..text.formats import TEXT_COLUMN
+from .held_out import DEFAULT_TOKENS, HeldOut, prepare
+from .load import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CHUNK_LOGITS = 2**25  # logits held at once
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts held-out text."""
+
+    loss: float
+    """nats a token"""
+    perplexity: float
+    kl: float | None = None
+    """KL(source || this), nats a token"""
+    top1: float | None = None
+    """share of the predictions whose most likely token is the source's"""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """All that is kept of a model's run over a text: with the logits' two factors nothing of size (N, V) is stored."""
+
+    hidden: Tensor
+    """(N, D), input of the language model head"""
+    head: Tensor
+    """(V, D)"""
+    labels: Tensor
+    """(N,)"""
+
+
+@torch.no_grad()
+def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] = lambda: None) -> Predictions:
+    """Runs a model over held-out text. `step` is called after each batch."""
+    device = held_out.device
+    model.to(device).eval()
+    head = model.get_output_embeddings()
+    caught: list[Tensor] = []
+    weight: list[Tensor] = []
+
+    def catch(module: Any, inputs: tuple[Tensor]) -> None:
+        caught.append(inputs[0])
+        if not weight:  # here it is whole, also when its storage is shared out among processes
+            weight.append(module.weight.detach().float().clone())
+
+    hook = head.register_forward_pre_hook(catch)
+    hidden, labels = [], []
+    shift = not model.config.is_encoder_decoder
+    try:
+        for batch in held_out.batches:
+            # Only an encoder-decoder needs the labels, to make its decoder's inputs of.
+            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels" or not shift}
+            model(**inputs, use_cache=False)
+            states, targets = caught.pop(), batch["labels"]
+            if shift:
+                states, targets = states[:, :-1], targets[:, 1:]
+            kept = (targets != IGNORED).flatten().to(device)
+            hidden.append(states.flatten(0, 1)[kept].float())
+            labels.append(targets.flatten().to(device)[kept])
+            step()
+    finally:
+        hook.remove()
+    return Predictions(torch.cat(hidden), weight[0], torch.cat(labels))
+
+
+@torch.no_grad()
+def measure(model: Predictions, source: Predictions | None = None) -> Quality:
+    """Quality of a model's predictions, against the source's when given. float32; the chunks' sums add in float64."""
+    loss = kl = 0.0
+    agree, count = 0, len(model.labels)
+    chunk = max(1, _CHUNK_LOGITS // len(model.head))
+    for start in range(0, count, chunk):
+        part = slice(start, start + chunk)
+        log_p = (model.hidden[part] @ model.head.T).log_softmax(-1)  # (n, V)
+        loss -= log_p.gather(1, model.labels[part, None]).sum().item()
+        if source is not None:
+            log_q = (source.hidden[part] @ source.head.T).log_softmax(-1)
+            kl += (log_q.exp() * (log_q - log_p)).sum().item()
+            agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+    loss /= count
+    if not math.isfinite(loss + kl):
+        raise QualityError("the loss is not finite: the weights overflow in their dtype; try --dtype, or --no-evaluate")
+    perplexity = math.exp(min(loss, 700.0))
+    if source is None:
+        return Quality(loss, perplexity)
+    return Quality(loss, perplexity, kl / count, agree / count)
+
+
+def compare(
+    models: Mapping[str, Any],
+    held_out: HeldOut,
+    *,
+    trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    also: Callable[[Any], dict[str, float]] | None = None,
+    optional: Collection[str] = (),
+    untrained: Collection[str] = (),
+    own: float | None = None,
+) -> dict[str, Any]:
+    """Measures models one after the other on the same text; the first is what the others are held against.
+
+    Args:
+        models: folders, models, or functions that make one when its turn comes, to be measured in the first's dtype.
+        also: what else to find out about each, for its row.
+        optional: those whose row is left out where they fail.
+        untrained: those that cannot rightly predict better than the first: converted from it, and not trained.
+        own: the first one's loss on what it writes itself, nats a token; None finds out.
+
+    Returns:
+        {"data", "tokens", "device", "warnings" (what makes it doubtful that the text says anything, as
+        `sqa_convert.text.fit.misfits` has it), and per model its `Quality` as a dict}.
+
+    Raises:
+        RecipeError: a model does not fit into the device's memory, or cannot be compared with the first.
+    """
+    device = held_out.device
+    result: dict[str, Any] = {"data": held_out.name, "tokens": held_out.tokens, "device": device_name(device)}
+    result["warnings"] = []
+    source: Predictions | None = None
+    fit: Fit | None = None
+    first: dict[str, Any] = {}
+    for name, folder in models.items():
+        done, total = 0, len(held_out.batches)
+
+        def step(stage: str = f"evaluate {name}", total: int = total) -> None:
+            nonlocal done
+            done += 1
+            progress(stage, done, total)
+
+        model: Any = None  # one at a time
+        try:
+            if isinstance(folder, str | Path):
+                model = load_model(folder, trust_remote_code=trust_remote_code)
+            else:
+                model = folder if isinstance(folder, torch.nn.Module) else folder()
+                if model is not folder and first:
+                    model.to(first["dtype"])
+            kind = (model.config.is_encoder_decoder, model.config.vocab_size)
+            first.setdefault("dtype", model.dtype)
+            if kind != first.setdefault("kind", kind):
+                raise RecipeError(
+                    f"{folder} cannot be held against {next(iter(models.values()))}: other kind or vocabulary"
+                )
+            predictions = predict(model, held_out, step)
+            result[name] = asdict(measure(predictions, source)) | ({} if also is None else also(model))
+            if fit is None:
+                fit = held_out.fit(model, result[name]["loss"], own, "model" if name == "model" else "source")
+        except Exception as error:
+            if name in optional:  # by whatever it fails, the others are worth having
+                continue
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RecipeError(f"the {name} model does not fit on {device}: --device cpu or --no-evaluate") from error
+        source = source or predictions
+    if fit is not None:
+        losses = {name: result[name]["loss"] for name in models if name in result and name in untrained}
+        result["warnings"] = misfits(fit, "--data", losses)
+    return result
+
+
+def untrained(folder: Path, against: str) -> set[str]:
+    """{"model"} where a folder is a conversion of `against` that was not trained since."""
+    try:
+        report = read_json(folder / REPORT, "")
+    except CheckpointError:
+        return set()
+    converted = is_ours(report) and "uptraining" not in report and report["source"]["name"] == against
+    return {"model"} if converted else set()
+
+
+@undisturbed
+def evaluate(
+    folder: str | Path,
+    against: str | Path | None = None,
+    *,
+    data: str | None = None,
+    text_column: str = TEXT_COLUMN,
+    tokens: int = DEFAULT_TOKENS,
+    device: str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Loss and perplexity of a model on held-out text; with `against`, also KL and agreement with that model.
+
+    Args:
+        folder: a model folder, "sample:gpt2" or a hub id.
+        against: likewise, usually the source; of the same kind and vocabulary.
+        data: as `sqa_convert.text.corpus.documents` takes it; its held-out part is used. By default the built-in
+            corpus.
+        text_column: of a table, the one that holds the text.
+        tokens: of text.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        seed: of the span corruption of T5.
+
+    Returns:
+        "data" (what the text is), "tokens" (predicted), "device", "warnings" (a list of {"rule", "value", "bound",
+        "text"}: why the text may say nothing of the model), and for "model" and "against" a dict each: "loss"
+        in nats a token, "perplexity", "kl" to `against` in nats a token, and "top1", the share of predictions whose
+        most likely token is that of `against`. "kl" and "top1" are None where there is nothing to compare with.
+
+    Raises:
+        CheckpointError: a model or its tokenizer cannot be loaded.
+        DataError: there is too little text, or the tokenizer does not fit the model.
+        RecipeError: the models cannot be compared, or one does not fit into the device's memory.
+        QualityError: the loss is not finite.
+    """
+    from ..checkpoints.find import resolve
+
+    models = {} if against is None else {"against": resolve(str(against))}
+    models["model"] = resolve(str(folder))
+    held_out = prepare(models["model"], data, text_column=text_column, tokens=tokens, device=device, seed=seed)
+    return compare(models, held_out, untrained=untrained(models["model"], str(against)))

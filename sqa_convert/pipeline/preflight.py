@@ -1,0 +1,92 @@
+"""All that can stop a conversion and needs no weights, looked at first: by the command, by `--dry-run` and from Python.
+
+Needs torch only where something is asked of a device, or is going to be trained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoints.source import HeadersSource, Source
+from ..checkpoints.staging import check_output
+from ..conversion.plan import Plan
+from ..errors import OutputError, RecipeError
+from ..families import Config, family_of
+from ..text.corpus import check_data
+from ..uptraining.recipe import Recipe
+
+if TYPE_CHECKING:
+    from .convert import Settings
+
+
+def check_config(config: Config, recipe: Recipe) -> None:
+    """Whether a model of this config.json can be trained by a recipe. Raises RecipeError or DataError."""
+    family = family_of(config)
+    if not family.has_language_model_head(config):
+        raise RecipeError(f"--uptrain: a {family.source_architecture(config)} has no language model head to train")
+    decoder_only = all(site.kind == "decoder" for site in family.sites(config))
+    recipe.check_fits(family.dimensions(config).context if decoder_only else None)
+
+
+def check_run(
+    plan: Plan, source: Source, output: Path | None, settings: Settings, recipe: Recipe | None = None
+) -> None:
+    """Raises what the conversion would raise later, for reasons that are there before it begins.
+
+    Args:
+        output: where the result goes; None: it stays in memory.
+        settings: how it is carried out.
+        recipe: by which it is trained afterwards, and measured unless its text is.
+
+    Raises:
+        RecipeError: there is no such device, or what is asked for does not go together.
+        OutputError: the output cannot be written.
+        DataError: there is no text under a name.
+    """
+    if output is not None:
+        _check_output(source, output, settings.overwrite)
+    if settings.evaluate and output is None:
+        raise RecipeError("evaluate=True needs an output folder")
+    if settings.evaluate and source.folder is None:
+        raise RecipeError("evaluate=True needs a source with a tokenizer: a folder or a hub id, not a model in memory")
+    if settings.device not in ("auto", "cpu"):
+        from ..devices import choose_device
+
+        choose_device(settings.device)
+    if settings.evaluate and settings.data is not None:
+        check_data(settings.data, column=settings.text_column)
+    if plan.calibration is not None and plan.calibration.text is not None:
+        check_data(plan.calibration.text, "--calibration", plan.calibration.text_column)
+    if recipe is not None and output is not None:
+        _check_training(source, output, settings, recipe)
+
+
+def _check_output(source: Source, output: Path, overwrite: bool) -> None:
+    if source.folder is not None:
+        inside, outside = output.resolve(), source.folder.resolve()
+        if inside == outside or inside in outside.parents:
+            raise OutputError(f"--output {output} is where the source lies; give another folder")
+    check_output(output, overwrite)
+
+
+def _check_training(source: Source, output: Path, settings: Settings, recipe: Recipe) -> None:
+    from ..devices import choose_device
+    from ..uptraining.arguments import check_settings
+    from ..uptraining.data import check_text, training_data
+    from ..uptraining.processes import count
+    from ..uptraining.run_folder import run_folder
+
+    if count() > 1:
+        raise RecipeError("--uptrain works in one process: convert without it, then start sqa-uptrain in several")
+    if run_folder(output).exists() and not settings.overwrite:
+        raise OutputError(f"{run_folder(output)} holds a run that was stopped: --overwrite throws it away")
+    device = choose_device(settings.device)
+    check_settings(recipe, settings.measure_training, device)
+    if isinstance(source, HeadersSource):  # its tokenizer is not here
+        check_text(recipe)
+        return
+    trust = settings.trust_remote_code
+    first = training_data(str(source.folder), recipe, tokens=recipe.sequence_length, trust_remote_code=trust)
+    if settings.measure_training:
+        first.held_out(device)

@@ -1,0 +1,144 @@
+"""report.json: what a conversion did, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..checkpoints.companions import left_behind
+from ..checkpoints.files import REPORT, is_ours, read_json
+from ..checkpoints.source import Source
+from ..conversion.cost import Cost
+from ..conversion.plan import Plan
+from ..errors import CheckpointError
+from .source_card import source_card
+
+if TYPE_CHECKING:
+    from ..conversion.site import SiteRecord
+    from ..families import Site
+
+SCHEMA = 1
+
+NEXT_TO_NOTHING = 0.005
+"""nats a token: a difference that another few thousand tokens of text can turn round"""
+
+_LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
+
+_AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "EncoderModel": "AutoModelForTextEncoding",
+    "Model": "AutoModel",
+}
+
+
+def conversion_report(
+    plan: Plan,
+    source: Source,
+    output: Path | None,
+    sites: Mapping[Site, SiteRecord] | None = None,
+    calibration: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The report of a conversion, before anything is measured.
+
+    Args:
+        sites: how each was converted; None before any was.
+        calibration: what calibration reports of itself.
+    """
+    report = {
+        "schema": SCHEMA,
+        "sqa_convert": __version__,
+        "source": {
+            "name": source.name,
+            "revision": source.revision,
+            "architecture": plan.family.source_architecture(source.config),
+            "files": source.files,
+            "notes": list(plan.notes),
+            "card": {} if source.folder is None else source_card(source.folder),
+            "left_behind": _left_behind(source),
+        },
+        "output": None if output is None else str(output),
+        "architecture": plan.config["architectures"][0],
+        "method": plan.method,
+        "seed": seed,
+        "sites": [_site(site, (sites or {}).get(site), plan) for site in plan.sites],
+        "context_tokens": plan.dimensions.context,
+        "cost": {"before": _cost(plan.before), "after": _cost(plan.after)},
+        "seconds": {},
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
+    return report if calibration is None else report | {"calibration": calibration}
+
+
+def _left_behind(source: Source) -> list[str]:
+    """Files that lie beside the source's weights; of the hub only what is needed was fetched."""
+    if source.folder is None or source.revision is not None:
+        return []
+    return left_behind(source.folder, source.files)
+
+
+def _site(site: Site, record: SiteRecord | None, plan: Plan) -> dict[str, Any]:
+    if record is None:
+        return {"kind": site.kind, "layer": site.layer, "partition": plan.partitions[site.kind].groups}
+    described: dict[str, Any] = {
+        "kind": site.kind,
+        "layer": site.layer,
+        "method": record.method,
+        "partition": record.partition.groups,
+    }
+    if record.errors:
+        described["output_error"] = {stage: round(error, 6) for stage, error in record.errors.items()}
+        described["kept"] = record.kept
+    if record.similarity:
+        described["similarity"] = record.similarity
+    return described
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {
+        "query_heads": cost.q_heads,
+        "key_value_heads": cost.kv_heads,
+        "parameters": cost.parameters,
+        "kv_cache_bytes_per_token": cost.kv_cache_bytes,
+        "attention_flops": cost.attention_flops,
+        "score_flops": cost.score_flops,
+    }
+
+
+def auto_class(report: dict[str, Any], otherwise: str = "AutoModel") -> str:
+    """The Auto class of transformers that loads the result."""
+    architecture = str(report.get("architecture"))
+    known = architecture.startswith("SQA")
+    return next((auto for ending, auto in _AUTO_CLASSES.items() if known and architecture.endswith(ending)), otherwise)
+
+
+def source_lines(report: dict[str, Any]) -> list[str]:
+    """What there is to know of how the source was taken, in sentences; mostly nothing."""
+    return [str(note) for note in report["source"].get("notes", [])]
+
+
+def quality_lines(report: dict[str, Any]) -> list[str]:
+    """Why not to trust what was measured, or why nothing was, in sentences."""
+    lines = [f"warning: {doubt['text']}" for doubt in report.get("quality", {}).get("warnings", [])]
+    return [*lines, f"not measured: {report['not_measured']}"] if "not_measured" in report else lines
+
+
+def left_lines(report: dict[str, Any]) -> list[str]:
+    """Which files of the source's folder the result does not have, in a sentence; none where it has all."""
+    left = report["source"].get("left_behind")
+    return [f"left behind of the source's folder: {', '.join(left)}"] if left else []
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Raises CheckpointError when the folder was not made by sqa-convert."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    report = read_json(folder / REPORT, f"{folder} holds no {REPORT}: it was not made by sqa-convert")
+    if not (is_ours(report) and auto_class(report, "") and isinstance(report.get("sites"), list)):
+        raise CheckpointError(f"{folder / REPORT} is no report of sqa-convert")
+    return report

@@ -1,0 +1,101 @@
+"""A report in sentences: calibration, uptraining, what was recovered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..heads import METHODS
+from .content import NEXT_TO_NOTHING, auto_class, quality_lines, source_lines
+from .figures import nats
+from .tables import speed_title
+
+
+def presented(report: dict[str, Any]) -> dict[str, Any]:
+    """What the card and the page both say of a report."""
+    speed = report.get("speed")
+    return {
+        "report": report,
+        "name": Path(report["output"] or report["source"]["name"]).name,
+        "auto": auto_class(report),
+        "how": [*source_lines(report), *calibration_lines(report)],
+        "doubts": quality_lines(report),
+        "uptraining": uptraining_lines(report),
+        "speed_title": speed_title(speed) if speed else "",
+    }
+
+
+def recovered(quality: dict[str, Any], key: str) -> float | None:
+    """Share of the damage in "loss" or "kl" that uptraining took back: 1 is all of it. None where conversion cost next
+    to nothing, of which there is no share."""
+    if "uptrained" not in quality:
+        return None
+    start = quality["source"][key] or 0.0  # the source has no KL to itself
+    damage = quality["converted"][key] - start
+    return None if damage < NEXT_TO_NOTHING else (quality["converted"][key] - quality["uptrained"][key]) / damage
+
+
+def last_quality(report: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured of the weights as they are now; None where nothing was."""
+    quality = report.get("quality", {})
+    return quality.get("uptrained" if "uptraining" in report else "converted")
+
+
+def calibration_lines(report: dict[str, Any]) -> list[str]:
+    """What calibration did, in sentences; none where there was none."""
+    done = report.get("calibration")
+    if done is None:
+        blind = report["method"] in METHODS and METHODS[report["method"]].needs_statistics
+        return ["converted from the weights alone, fitted to no text"] if blind else []
+    lines = [f"warning: {doubt['text']}" for doubt in done.get("warnings", [])]
+    lines.append(f"fitted on {done['tokens']:,} tokens, chosen on {done['held_out_tokens']:,} more: {done['text']}")
+    if "kl_before_refine" in done:
+        kl = sorted(done["kl_before_refine"].items(), key=lambda item: item[1])
+        tried = " · ".join(f"{name} {value:.4f}" for name, value in kl)
+        lines.append(f"chosen: {done['chosen']}; KL on the tokens to choose by, before refining: {tried}")
+    for site in report["sites"]:
+        errors = site.get("output_error", {})
+        last = next(reversed(errors), None)
+        if last is not None and site["kept"] != last:
+            lines.append(
+                f"{site['kind']} {site['layer']}: {last} would be worse on held-out text "
+                f"({errors[last]:.4f}), kept as {site['kept']} ({errors[site['kept']]:.4f})"
+            )
+    return lines
+
+
+def uptraining_lines(report: dict[str, Any]) -> list[str]:
+    """What uptraining did, in sentences; none where there was none."""
+    done, quality = report.get("uptraining"), report.get("quality", {})
+    if done is None:
+        return []
+    speed = f"{done['tokens']:,} tokens in {report['seconds']['uptrain']:g} s on {done['device']}"
+    lines = [f"uptrained by {done['loss']} on {speed}, {done['tokens_per_second']:,} tokens/s"]
+    if "mfu" in done:
+        lines[0] += f", MFU {done['mfu']:.1%}"
+    if "kept" in done:
+        lines[0] += f"; kept: {done['kept']}"
+    if "skipped_rows" in done:
+        lines[0] += f"; {done['skipped_rows']:,} rows without text skipped"
+    shares = {name: recovered(quality, name.lower()) for name in ("loss", "KL")}
+    back = [f"{_share(share)} of the {name}" for name, share in shares.items() if share is not None]
+    if back:
+        lines.append(f"uptraining took back {' and '.join(back)} that conversion had cost")
+    elif "uptrained" in quality:
+        lines.append("conversion had cost next to nothing that uptraining could take back")
+    if any(share is not None and share < 0 for share in shares.values()):
+        lines.append("less than nothing: more tokens or a smaller learning rate are needed")
+    if "control" in quality:
+        loss = quality["uptrained"]["loss"]
+        above = {name: nats(loss - quality[name]["loss"], "+") for name in ("source", "control")}
+        tokens = done.get("kept_steps", done["steps"]) * done["sequence_length"] * done["batch_size"]
+        lines.append(
+            f"loss against the source's {above['source']}, against the control's {above['control']} "
+            f"(control: the source trained on the same {tokens:,} tokens)"
+        )
+    return lines
+
+
+def _share(share: float) -> str:
+    """What is beyond all of the damage, or below none of it, is no share of it."""
+    return "all" if share >= 1 else "none" if share <= 0 else f"{share:.1%}"

@@ -1,0 +1,116 @@
+"""A report in tables: cost, quality, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .figures import nats, perplexity
+
+ROWS = ("source", "converted", "before", "uptrained", "control", "mean")
+"""models a report may hold measurements of; "before" is what a second uptraining began with, "mean" the source with its
+heads averaged, for comparison"""
+
+
+def costs(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """What the model needs, before and after: column heads and rows."""
+    before, after = report["cost"]["before"], report["cost"]["after"]
+    context = report["context_tokens"]
+
+    def heads(key: str) -> list[str]:
+        return [_one_or_by_site(side[key]) for side in (before, after)]
+
+    def amount(key: str, unit: str, scale: float) -> list[str]:
+        ratio = f" ({after[key] / before[key]:.2f}×)" if before[key] else ""
+        return [f"{before[key] / scale:,.4g} {unit}", f"{after[key] / scale:,.4g} {unit}{ratio}"]
+
+    rows: list[tuple[str, ...]] = [
+        ("query heads", *heads("query_heads")),
+        ("key/value heads", *heads("key_value_heads")),
+        ("parameters", *amount("parameters", "M", 1e6)),
+        ("KV cache per token", *amount("kv_cache_bytes_per_token", "kB", 1e3)),
+        (f"attention at {context:,} tokens", *amount("attention_flops", "GFLOP", 1e9)),
+        ("  of which the T² products", *amount("score_flops", "GFLOP", 1e9)),
+    ]
+    return ["", "source", "converted"], rows
+
+
+def quality_table(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """How well each model of a report predicts: column heads, and a row a model; none where nothing was measured."""
+    quality = report.get("quality", {})
+    return quality_rows({name: quality[name] for name in ROWS if name in quality})
+
+
+def quality_rows(measured: Mapping[str, Mapping[str, float | None]]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """How well models predict: column heads, and a row a model."""
+    share = "{:.1%}".format
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "loss": ("loss, nats/token", nats),
+        "perplexity": ("perplexity", perplexity),
+        "kl": ("KL to source", nats),
+        "top1": ("top-1 as source", share),
+        "exact_match": ("exact match", share),
+        "rougeL": ("ROUGE-L", share),
+    }
+    shown = {key: how for key, how in columns.items() if any(key in found for found in measured.values())}
+
+    def cell(value: float | None, style: Callable[[float], str]) -> str:
+        return "" if value is None else style(value)
+
+    rows = [
+        (name, *(cell(found.get(key), style) for key, (_, style) in shown.items())) for name, found in measured.items()
+    ]
+    return ["", *(head for head, _ in shown.values())], rows
+
+
+def speed_title(speed: dict[str, Any]) -> str:
+    """Where, and how often, speed was measured."""
+    row = speed["rows"][0]
+    compiled = ", compiled" if speed["compiled"] else ""
+    extended = ", ".join(speed["positions_extended"])
+    repeated = f"; for timing alone {extended} repeat their positions beyond their own" if extended else ""
+    return (
+        f"{speed['device']} ({speed['machine']}), torch {speed['versions']['torch']}, {row['dtype']}, "
+        f"{row['attention']}{compiled}, batch {row['batch']}; median (range) of {speed['repeats']} alternating rounds"
+        f"{repeated}"
+    )
+
+
+def speed_rows(speed: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """How fast models are: column heads, and a row for each model, part, mode and length."""
+    columns = ["", "tokens", "model", "ms", "tokens/s", "speed-up", "ideal", "peak MB", "cache MB"]
+
+    def megabytes(value: int | None) -> str:
+        return "" if value is None else f"{value / 1e6:,.1f}"
+
+    rows: list[tuple[str, ...]] = []
+    for row in speed["rows"]:
+        took, gained = row["seconds"], row.get("speedup")
+        first = row["model"] == next(iter(speed["heads"]))
+        ms = "out of memory" if took is None else f"{_ms(took['median'])} ({_ms(took['low'])}–{_ms(took['high'])})"
+        rows.append(
+            (
+                f"{row['part']}, {row['mode']}",
+                f"{row['length']:,}",
+                f"{row['model']} ({speed['heads'][row['model']]})",
+                ms,
+                "" if took is None else f"{row['tokens_per_second']:,.0f}",
+                ""
+                if first or gained is None
+                else f"{gained['median']:.2f}× ({gained['low']:.2f}–{gained['high']:.2f})",
+                "" if first or row["ideal"] is None else f"{row['ideal']:.2f}×",
+                megabytes(row["peak_bytes"]),
+                megabytes(row["cache_bytes"]),
+            )
+        )
+    return columns, rows
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
+
+
+def _one_or_by_site(counts: dict[str, int]) -> str:
+    if len(set(counts.values())) == 1:
+        return str(next(iter(counts.values())))
+    return ", ".join(f"{kind} {count}" for kind, count in counts.items())

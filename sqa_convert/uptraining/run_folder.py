@@ -1,0 +1,213 @@
+"""The folder beside a model in uptraining: who owns it, what is left of it, and going on with it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..checkpoints.staging import empty, hold
+from ..errors import CheckpointError, InterruptedByUserError, OutputError, QualityError, RecipeError, SQAError, one_line
+from ..report.content import read_report
+from . import processes
+from .recipe import Recipe, dump_recipe, load_recipe
+from .train import FINAL, FINISHED, step_of
+from .trainer import COMPLETE, DivergedError
+
+RECIPE = "recipe.yaml"
+
+OF = "of"  # which conversion a run belongs to
+
+BECAME = "became"  # what it was replaced by, if that was the last thing done
+
+_OUTPUT = "output"  # where the result goes, if not in the model's place
+
+
+class NotBetterError(QualityError):
+    """Uptraining is done and made the model worse: nothing was replaced, and what was trained is kept beside it."""
+
+
+def run_folder(folder: Path) -> Path:
+    """Where the checkpoints of a model's uptraining are, while it is not done."""
+    return folder.resolve().parent / f"{folder.resolve().name}.uptraining"
+
+
+def target_folder(folder: Path, output: Path | None = None, resume: bool = False) -> Path:
+    """Where the result of a run goes: `output`; where the run that is gone on with was told to; or `folder`.
+
+    Raises RecipeError.
+    """
+    run = run_folder(folder)
+    if output is None and resume and (run / _OUTPUT).is_file():
+        return Path((run / _OUTPUT).read_text(encoding="utf-8"))
+    if output is None or output.resolve() == folder.resolve():
+        return folder
+    if output.resolve() == run:
+        raise RecipeError(f"--output {output}: there the checkpoints are kept; give another folder")
+    return output
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether beside `folder` lies a whole training that did not take its place."""
+    run = run_folder(folder)
+    return (run / OF).is_file() and (run / "uptrain" / FINAL / FINISHED).is_file()
+
+
+def run_settings(
+    folder: Path, run: Path, recipe: str | Recipe | None, resume: bool, restart: bool, **overrides: Any
+) -> Recipe:
+    """The recipe of a run: of one to go on with its own. The first process knows. Raises RecipeError."""
+    if _is_done(run, folder):
+        _discard(run)  # all that was left to do
+    if resume:
+        if restart or recipe is not None or any(value is not None for value in overrides.values()):
+            raise RecipeError(f"--resume goes on with the recipe in {run}: leave out --restart and what changes it")
+        if not (run / OF).is_file():
+            raise RecipeError(f"--resume: there is no {run}, so no run that was stopped")
+        if (run / OF).read_text() != conversion_id(folder):
+            raise RecipeError(f"--resume: {folder} was converted anew since the run in {run} began: --restart")
+        return load_recipe(str(run / RECIPE))
+    settings = override("quick" if recipe is None else recipe, **overrides)
+    if not restart and is_trained(folder):
+        raise RecipeError(
+            f"{run} holds what a whole run trained: --resume takes it if it is better than {folder}, --keep-anyway "
+            "even if it is worse, --restart throws it away"
+        )
+    if not restart and any(run.glob(f"*/checkpoint-*/{COMPLETE}")):
+        raise RecipeError(f"{run} holds a run that was stopped: --resume goes on with it, --restart throws it away")
+    return settings
+
+
+def _is_done(run: Path, folder: Path) -> bool:
+    """Whether a run's result is in its place."""
+    became = run / BECAME
+    try:
+        return became.is_file() and became.read_text() == conversion_id(target_folder(folder, resume=True))
+    except CheckpointError:  # it is gone
+        return False
+
+
+def _discard(run: Path) -> None:
+    """Removes a run that is done; what tells that it is goes last."""
+    with contextlib.suppress(OSError):
+        empty(run, last=BECAME)
+        run.rmdir()
+
+
+def conversion_id(folder: Path) -> str:
+    """Of a conversion: two have not the same report, but for what measuring its speed adds."""
+    report = {key: value for key, value in read_report(folder).items() if key != "speed"}
+    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
+
+
+def override(recipe: str | Recipe, **settings: Any) -> Recipe:
+    """A recipe with the settings that are not None. Raises RecipeError."""
+    if isinstance(recipe, str):
+        return load_recipe(recipe, **settings)
+    return dataclasses.replace(recipe, **{key: value for key, value in settings.items() if value is not None})
+
+
+@contextlib.contextmanager
+def alone(run: Path, folder: Path) -> Iterator[None]:
+    """One uptraining of a folder at a time, which leaves nothing behind when it is done. Raises OutputError."""
+    held = None
+    try:
+        with processes.together():
+            if processes.is_first():
+                held = _hold(run, folder)
+        processes.look(run)
+        with processes.together():
+            if processes.is_writer() and not processes.is_first():
+                held = _hold(run, folder)
+        yield
+        if processes.is_writer():
+            _discard(run)
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _hold(run: Path, folder: Path) -> int | None:
+    try:
+        return hold(run)
+    except BlockingIOError as error:
+        raise OutputError(f"{folder} is being uptrained by another process") from error
+    except OSError as error:
+        raise OutputError(f"{run} cannot be made: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def recoverable(run: Path, folder: Path) -> Iterator[None]:
+    """What stops a training is said in one line, with what was kept of it."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedByUserError(f"interrupted; {_kept(run, folder)}") from error
+    except NotBetterError:
+        raise
+    except DivergedError as error:
+        _kept(run, folder)
+        raise DivergedError(f"{one_line(error)}; {folder} is still the converted model") from error
+    except QualityError as error:
+        raise QualityError(f"{one_line(error)}; {_kept(run, folder)}") from error
+    except torch.OutOfMemoryError as error:
+        raise RecipeError(
+            "out of memory on the device: lower micro_batch or set gradient_checkpointing, "
+            f"in {run / RECIPE} if the run is to go on; {_kept(run, folder)}"
+        ) from error
+    except OutputError as error:
+        raise OutputError(f"{one_line(error)}; {_kept(run, folder)}") from error
+    except (SQAError, SystemExit):
+        _kept(run, folder)
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        texts = ("No space left", "File too large", "Disk quota exceeded")
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(text in str(error) for text in texts)
+        # torch.save and safetensors have errors of their own for a file that could not be written; the first hides why.
+        unsaid = any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "iostream error"))
+        if not full and not unsaid and not isinstance(error, OSError) and "(os error " not in str(error):
+            if processes.is_lost(error):
+                raise SQAError(f"another process of this run has ended; {_kept(run, folder)}") from error
+            raise
+        what = "the disk is full" if full else "the disk is full or failing" if unsaid else one_line(error)
+        raise OutputError(f"{run} cannot be written: {what}; {_kept(run, folder)}") from error
+
+
+def _kept(run: Path, folder: Path) -> str:
+    """What is left of a run that stops here; one with nothing to go on from is cleared away."""
+    target = target_folder(folder, resume=True)
+    if processes.is_first() and _is_done(run, folder):
+        _discard(run)
+        return f"{target} is uptrained"
+    stages: dict[str, int] = {}
+    for path in run.glob(f"*/checkpoint-*/{COMPLETE}"):
+        stage = path.parent.parent.name
+        stages[stage] = max(stages.get(stage, 0), step_of(path))
+    if not stages:
+        if processes.is_writer():
+            shutil.rmtree(run, ignore_errors=True)
+        return f"{folder} is still the converted model"
+    last = " and ".join(f"step {step} of {stage}" for stage, step in sorted(stages.items(), reverse=True))
+    return f"{folder} is still the converted model; go on from {last} with: sqa-uptrain {folder} --resume"
+
+
+def begin(run: Path, folder: Path, settings: Recipe, target: Path) -> None:
+    """Notes what a run does; one that goes on has most of it."""
+    if not processes.is_writer():
+        return
+    if target != folder:
+        (run / _OUTPUT).write_text(str(target.resolve()), encoding="utf-8")
+    if not (run / OF).is_file():
+        (run / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
+        (run / OF).write_text(conversion_id(folder))

@@ -1,0 +1,257 @@
+"""`transformers.Trainer` with the losses of uptraining, held-out measurements, and stops that lose nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..errors import QualityError
+from ..evaluation.held_out import HeldOut
+from ..evaluation.quality import Predictions, measure, predict
+from ..report.figures import nats
+from . import engines, processes
+from .loss import Targets, aligned_labels, distillation_loss, instead_of_logits
+
+COMPLETE = "complete"
+"""a file of each checkpoint, written last, with the seconds it took: one without it is not resumed from"""
+
+_FAR = 2.3
+"""nats: a loss so far above the start's, a tenth of the probability for each token, will not come down in time"""
+
+_EARLY = 0.5  # of the steps
+
+_LOOKED_AT = 10  # steps between two looks at whether the loss is a number; each makes a GPU wait
+
+Said = Callable[[int, int, str], None]
+"""(steps done, steps there are, news at an evaluation or "")"""
+
+
+class DivergedError(QualityError):
+    """A training went astray; its checkpoints are not worth going on from."""
+
+
+class UptrainingTrainer(Trainer):
+    """Trains towards a frozen teacher, the text, or both; `evaluate` measures on held-out text.
+
+    Args:
+        teacher: the unconverted model; None trains on the text alone.
+        ce: weight of the cross-entropy, 0 … 1; the rest is that of KL(teacher || model).
+        held_out: what `evaluate` measures on; None never measures.
+        expected: the unconverted model's predictions of that text; without them there is no KL.
+        tokens_per_step: of one optimizer step.
+        flops: of the model's own work for one token, forward and backward; None leaves MFU out.
+        peak: FLOP/s that all devices together can do; None likewise.
+        said: called after each step.
+        until: the step to end after, of a schedule made for `args.max_steps`; by default the last.
+        stop_early: raise DivergedError when a measurement early in the run is far worse than the start.
+        before: seconds that earlier processes spent on the same run.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Any = None,
+        ce: float,
+        held_out: HeldOut | None = None,
+        expected: Predictions | None = None,
+        tokens_per_step: int,
+        flops: float | None = None,
+        peak: float | None = None,
+        said: Said = lambda done, total, news: None,
+        until: int | None = None,
+        stop_early: bool = False,
+        before: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.teacher: Any = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        self.ce, self.held_out, self.expected = ce, held_out, expected
+        self.tokens_per_step, self.flops, self.peak, self.said = tokens_per_step, flops, peak, said
+        self.until, self.stop_early = until or self.args.max_steps, stop_early
+        # Our loss is a sum divided by the predictions of all micro-batches of all processes, which are counted so.
+        self.model_accepts_loss_kwargs = True
+        self.watch = _Watch(self, before)
+        self.add_callback(self.watch)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean loss of a micro-batch, weighted so that a step's mean over all its predictions comes out."""
+        inputs = dict(inputs)
+        unwrapped = self.accelerator.unwrap_model(model)
+        labels = inputs.pop("labels")
+        if unwrapped.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = unwrapped.prepare_decoder_input_ids_from_labels(labels)
+        inputs["use_cache"] = False
+        labels = aligned_labels(labels, unwrapped.config.is_encoder_decoder)
+        targets = Targets(labels)
+        if self.ce < 1:
+            with (
+                torch.no_grad(),
+                self.accelerator.autocast(),
+                instead_of_logits(self.teacher, lambda hidden, weight: hidden),
+            ):
+                hidden = self.teacher(**inputs).logits
+            targets = Targets(labels, hidden, self.teacher.get_output_embeddings().weight)
+        compute = torch.compiler.disable(distillation_loss)
+        with instead_of_logits(unwrapped, lambda hidden, weight: compute(hidden, weight, targets, self.ce)):
+            outputs = model(**inputs)
+        count = (labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = outputs.logits / count
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.last_loss = super().training_step(*args, **kwargs)
+        return self.last_loss
+
+    def check_finite(self) -> None:
+        """Raises QualityError when loss or weights are not finite; nothing that is not finite is ever saved."""
+        # Of a weight that is shared out by ZeRO-3 this process has a part, elsewhere than where the weight was.
+        weights = [getattr(p, "ds_tensor", p).detach() for p in self.model.parameters() if p.requires_grad]
+        levels = torch.stack([self.last_loss, *(norm.to(self.last_loss) for norm in torch._foreach_norm(weights))])
+        if processes.any_says(not torch.isfinite(levels).all()):
+            raise self._diverged("loss or weights are not finite")
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Loss, KL and agreement on the held-out text, in the arithmetic of the training; each process measures all."""
+        assert self.held_out is not None
+        start = time.perf_counter()
+        predictions = predict(self.model, self.held_out)
+        try:
+            with processes.together():
+                quality = measure(predictions, self.expected)
+        except QualityError as error:
+            if not self.state.global_step:
+                raise  # it was so before
+            raise self._diverged("the held-out loss is not finite") from error
+        metrics = {"loss": quality.loss} | ({} if quality.kl is None else {"kl": quality.kl, "top1": quality.top1})
+        metrics = processes.from_first(metrics)  # on which all stop, and keep the best: the last digits may differ
+        named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        self.log(named)
+        self._check_course()
+        self.watch.aside += time.perf_counter() - start
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    def _check_course(self) -> None:
+        """Raises DivergedError when a run is far worse than its start, early, and was never better."""
+        start, *later = self.curve
+        early = 0 < self.state.global_step <= _EARLY * self.args.max_steps
+        if not (self.stop_early and early and later) or start["tokens"]:
+            return
+        last, best = later[-1], min(point["loss"] for point in later)
+        if last["loss"] > start["loss"] + _FAR and best > start["loss"]:
+            raise self._diverged(f"held-out loss {nats(start['loss'])} at the start, {nats(last['loss'])}")
+
+    def _diverged(self, what: str) -> DivergedError:
+        rate = self.args.learning_rate
+        return DivergedError(
+            f"the learning rate is too high: {what} at step {self.state.global_step}; lower learning_rate, which is "
+            f"{rate:g}: --restart --learning-rate {rate / 10:.2g}"
+        )
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """Every measurement of the run, those before it was resumed too: tokens, loss, and KL and agreement."""
+        measured = {entry["step"]: entry for entry in self.state.log_history if "eval_loss" in entry}
+        return [
+            {"tokens": step * self.tokens_per_step}
+            | {key.removeprefix("eval_"): round(entry[key], 6) for key in entry if key.startswith("eval_")}
+            for step, entry in measured.items()
+        ]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        kept, self.args.save_total_limit = self.args.save_total_limit, None  # it would go by dates: clocks are set back
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = kept
+        self.watch.aside += time.perf_counter() - start
+
+
+class _Watch(TrainerCallback):
+    """Says how it goes, stops on a loss that is no number, and on Ctrl-C after the step, with a checkpoint."""
+
+    def __init__(self, trainer: UptrainingTrainer, spent: float) -> None:
+        self.trainer, self.spent = trainer, spent
+        self.interrupted = False
+        self.start, self.first = time.perf_counter(), 0
+        self.aside = 0.0
+        """seconds spent on measuring and saving"""
+        self.before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start, self.first, self.aside = time.perf_counter(), state.global_step, 0.0
+
+        def interrupt(number: int, frame: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        self.before = None
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup, in the background of a script
+            return
+        with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives
+            self.before = signal.signal(signal.SIGINT, interrupt)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+            self.before = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.interrupted = processes.any_says(self.interrupted)  # several must stop after the same step
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+        if state.global_step >= self.trainer.until:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = self.trainer.held_out is not None
+        if state.global_step % _LOOKED_AT == 0 or control.should_save or control.should_evaluate:
+            self.trainer.check_finite()
+        self.trainer.said(state.global_step, state.max_steps, "")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        trainer = self.trainer
+        parts = [f"loss {nats(metrics['eval_loss'])}"]
+        if "eval_kl" in metrics:
+            parts.append(f"KL {nats(metrics['eval_kl'])}")
+        speed = self.tokens_per_second(state.global_step)
+        if speed:
+            parts.append(f"{speed:,.0f} tokens/s")
+            if trainer.flops and trainer.peak:
+                parts.append(f"MFU {speed * trainer.flops / trainer.peak:.1%}")
+        trainer.said(state.global_step, state.max_steps, " · ".join(parts))
+
+    def tokens_per_second(self, step: int) -> float:
+        """Of training, since this process began; 0 before the first step."""
+        done = (step - self.first) * self.trainer.tokens_per_step
+        return done / (time.perf_counter() - self.start - self.aside) if done else 0.0
+
+    def seconds(self) -> float:
+        """Spent on this run, by earlier processes too."""
+        return self.spent + time.perf_counter() - self.start
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()
+        if processes.is_writer():
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            engines.mark(self.trainer, folder)
+            (folder / f".{COMPLETE}").write_text(f"{self.seconds():.2f}")
+            (folder / f".{COMPLETE}").rename(folder / COMPLETE)
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
