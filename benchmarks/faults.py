@@ -867,7 +867,7 @@ def bench(options: argparse.Namespace) -> int:
     import sqa_convert.calibration.calibrate
     import sqa_convert.evaluation.quality
     import sqa_convert.models
-    import sqa_convert.pipeline.convert
+    import sqa_convert.pipeline.run
     import sqa_convert.uptraining.uptrain  # noqa: F401 - loaded here once, not in every trial
 
     transformers.logging.set_verbosity_error()

@@ -27,6 +27,7 @@ LIGHT = {
     "text/files.py",
     "text/formats.py",
     "pipeline/convert.py",
+    "pipeline/run.py",
     "pipeline/preflight.py",
     "uptraining/recipe.py",
     "uptraining/recipe_hints.py",

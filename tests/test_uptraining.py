@@ -15,6 +15,7 @@ from helpers import plain_convert as convert
 from safetensors.torch import load_file
 from transformers import GPT2ForSequenceClassification
 
+import sqa_convert
 from sqa_convert import Recipe, load_recipe, uptrain
 from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.errors import CheckpointError, DataError, OutputError, QualityError, RecipeError
@@ -511,3 +512,32 @@ def test_a_recipe_from_python_is_as_one_from_a_file(tmp_path):
     assert written == Recipe(tokens=5_000_000, learning_rate=2e-4, seed=3, data=str(tmp_path))
     with pytest.raises(RecipeError, match=r"tokens: None must be a whole number.*control: 1 must be true or false"):
         Recipe(tokens=None, control=1)
+
+
+def test_one_call_converts_and_trains_as_the_command_does(tmp_path):
+    out = tmp_path / "out"
+    conversion = sqa_convert.convert(
+        "sample:gpt2", 6, 2, "mean", out, uptrain=FEW, control=True, seed=3, calibration=None, verify=False
+    )
+    assert conversion.report["quality"].keys() >= {"source", "converted", "uptrained", "control"}
+    assert conversion.report == json.loads((out / "report.json").read_text())
+    assert load_recipe(str(out / "recipe.yaml")) == dataclasses.replace(FEW, control=True, seed=3)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"uptrain": "quick"}, "needs an output folder"),
+        ({"control": True, "output": "out"}, "control=True belongs to uptrain"),
+        ({"uptrain": "quik", "output": "out"}, "quik: no such file or recipe"),
+        ({"uptrain": "seq2seq", "output": "out"}, "encoder-decoder"),
+    ],
+)
+def test_a_call_that_cannot_train_is_refused_before_anything_is_written(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((RecipeError, DataError), match=says):
+        sqa_convert.convert("sample:gpt2", 6, 2, "mean", **arguments)
+    with pytest.raises(RecipeError, match="not a model in memory"):
+        sqa_convert.convert(gpt2(), 6, 2, "mean", output="out", uptrain="quick")
+    assert not os.listdir(tmp_path)

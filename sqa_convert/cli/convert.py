@@ -5,15 +5,14 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..checkpoints.diffusers import part_of
 from ..checkpoints.find import open_source
-from ..checkpoints.source import Source
 from ..checkpoints.staging import check_output, expanded
-from ..conversion.plan import Plan, make_plan
+from ..conversion.plan import make_plan
 from ..conversion.request import AUTO, DEFAULT_SHARD, REFINE_STEPS, Calibration, Request
 from ..conversion.site import uses_torch
 from ..errors import RecipeError
@@ -22,12 +21,9 @@ from ..report.content import conversion_report, left_lines, source_lines
 from ..report.sentences import calibration_lines
 from ..report.tables import costs
 from ..text.formats import TEXT_COLUMN
-from ..uptraining.recipe import Recipe, load_recipe
+from ..uptraining.recipe import load_recipe
 from .console import Out, push, run_app, show_loading, show_quality, show_report
 from .options import EXIT_CODES, TEXT, AsJson, Public, PushToHub, Quiet, Verbose, Version, count, listing, make_app
-
-if TYPE_CHECKING:
-    from ..pipeline.convert import Settings
 
 app = make_app()
 
@@ -234,8 +230,8 @@ def convert(
     The result is a folder that AutoModel…from_pretrained loads. It is written beside its place and appears whole.
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
-    from ..pipeline.convert import Settings
     from ..pipeline.preflight import check_config, check_run
+    from ..pipeline.run import Settings, run
 
     if text_column is not None and data is None and calibration is None and uptrain is None:
         raise RecipeError("--text-column names a column of --data or --calibration: give one of them")
@@ -287,11 +283,12 @@ def convert(
     target = place(plan.partitions)
     runs = plan.calibration is not None or not no_evaluate or not no_verify or uses_torch(plan)
     out.quieten_libraries(transformers=recipe is not None or (runs and not dry_run))
-    check_run(plan, source, target, settings, recipe)
     if dry_run:
+        check_run(plan, source, target, settings, recipe)
         _show_plan(out, plan, conversion_report(plan, source, target, seed=settings.seed))
         return
-    report = _carry_out(out, plan, source, target, settings, recipe)
+    with out.progress() as progress:
+        report = run(plan, source, target, settings, recipe, progress)
     _show(out, report, target, uptrained=recipe is not None)
     push(out, target, push_to_hub, public)
 
@@ -304,30 +301,6 @@ def _calibration(asked: Calibration, none: bool, text_column: str | None) -> Cal
             "leave out the one or the other"
         )
     return None if none else replace(asked, text_column=text_column or TEXT_COLUMN)
-
-
-def _carry_out(
-    out: Out, plan: Plan, source: Source, target: Path, settings: Settings, recipe: Recipe | None
-) -> dict[str, Any]:
-    """Converts, and trains where that is wanted; returns the report."""
-    from ..pipeline.convert import convert_to_folder
-
-    with out.progress() as progress:
-        report = convert_to_folder(plan, source, target, settings, progress).report
-        if recipe is None:
-            return report
-        from ..uptraining.uptrain import uptrain
-
-        return uptrain(
-            target,
-            recipe,
-            source=str(source.folder),
-            device=settings.device,
-            evaluate=settings.measure_training,
-            restart=True,
-            trust_remote_code=settings.trust_remote_code,
-            progress=progress,
-        )
 
 
 def _default_output(model: str, partitions: dict[str, Partition]) -> Path:

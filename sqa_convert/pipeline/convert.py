@@ -1,39 +1,28 @@
-"""The order of the work: plan, calibrate, write, verify, measure, report."""
+"""`sqa_convert.convert`: what is given to it, put in order and handed on; and what it returns."""
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..callers import undisturbed
-from ..checkpoints.find import GENERATION_CONFIG, open_source
-from ..checkpoints.fingerprint import fingerprint
+from ..checkpoints.find import open_source
 from ..checkpoints.memory import ModelSource
 from ..checkpoints.source import Source
-from ..checkpoints.staging import check_output, expanded, staged_output
-from ..conversion.build import build_model
-from ..conversion.execute import check_copies
-from ..conversion.plan import Plan, make_plan
+from ..checkpoints.staging import check_output, expanded
+from ..conversion.plan import make_plan
 from ..conversion.request import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Request
-from ..conversion.result import check_loads
-from ..conversion.site import Calibrated
-from ..conversion.write import write_model
-from ..errors import CheckpointError, DataError, RecipeError, one_line
+from ..errors import RecipeError
 from ..progress import Progress, silent
-from ..report.content import conversion_report
-from ..report.write import write_report
 from ..text.formats import TEXT_COLUMN
-from .preflight import check_run
+from ..uptraining.recipe import Recipe, load_recipe
+from .preflight import check_config
+from .run import Settings, run, run_in_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from ..evaluation.held_out import HeldOut
 
 
 @dataclass
@@ -63,22 +52,6 @@ class Conversion:
         return self._model
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a conversion is carried out, beside what is asked of it (`Request`)."""
-
-    overwrite: bool = False
-    verify: bool = True
-    evaluate: bool = False
-    data: str | None = None
-    text_column: str = TEXT_COLUMN
-    device: str = "auto"
-    seed: int = 0
-    trust_remote_code: bool = False
-    measure_training: bool = True
-    """of an uptraining that follows"""
-
-
 @undisturbed
 def convert(
     source: str | Path | PreTrainedModel,
@@ -101,8 +74,10 @@ def convert(
     evaluate: bool = False,
     data: str | None = None,
     text_column: str | None = None,
+    uptrain: str | Recipe | None = None,
+    control: bool = False,
     device: str = "auto",
-    seed: int = 0,
+    seed: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Conversion:
@@ -132,8 +107,12 @@ def convert(
         data: that text, as `sqa_convert.text.corpus.documents` takes it; by default the built-in corpus.
         text_column: of `data`, and of `calibration` where that is the text alone: the column that holds the text, where
             they are tables; by default "text".
-        device: to calibrate and evaluate on: "auto", "cpu", "cuda", "cuda:1", "mps".
-        seed: of everything random.
+        uptrain: then train the result towards the source: a packaged recipe's name, a YAML file or a `Recipe`; `data`,
+            `text_column` and `seed` win over what it says, and where `method` is left at "auto" its method is taken.
+            The models are measured after it, on its own text. Needs `output`.
+        control: also train the source on the same tokens, for comparison. Belongs to `uptrain`.
+        device: to calibrate, evaluate and train on: "auto", "cpu", "cuda", "cuda:1", "mps".
+        seed: of everything random; by default the recipe's, or 0.
         trust_remote_code: let code that the source brings along run when it is calibrated or evaluated.
         progress: called as the work goes on, with the stage, how much of it is done, and how much there is.
 
@@ -151,13 +130,16 @@ def convert(
 
     Source: Filipek, Sparse Query Attention, arXiv 2510.01817, for the architecture; of a method `METHODS[name].source`.
     """
-    if text_column is not None and data is None and not isinstance(calibration, str):
+    if text_column is not None and data is None and uptrain is None and not isinstance(calibration, str):
         raise RecipeError(f"text_column={text_column!r} is of data, or of the text given as calibration: give one")
     column = text_column or TEXT_COLUMN
     if isinstance(calibration, str):
         calibration = Calibration(calibration, text_column=column)
     if not isinstance(calibration, Calibration | None):
         raise RecipeError(f"calibration={calibration!r}: give a Calibration, its text, or None for none")
+    recipe = _recipe(uptrain, control, output, data=data, text_column=text_column, seed=seed)
+    if recipe is not None and method == AUTO:
+        method = recipe.method or AUTO
     request = Request(q_groups, kv_groups, variant, method, calibration, partition, sites, dtype, max_shard_size)
     place = None if output is None else expanded(output)
 
@@ -165,166 +147,43 @@ def convert(
         request.partitions(config)
         if place is not None:
             check_output(place, overwrite)
+        if recipe is not None:
+            check_config(config, recipe)
 
     opened: Source
     if isinstance(source, str | Path):
-        opened = open_source(
-            str(source),
-            revision,
-            subfolder=subfolder,
-            tokenizer=None if tokenizer is None else str(tokenizer),
-            accept=accept,
-        )
+        beside = None if tokenizer is None else str(tokenizer)
+        opened = open_source(str(source), revision, subfolder=subfolder, tokenizer=beside, accept=accept)
+    elif recipe is not None:
+        raise RecipeError("uptrain needs a source in a folder or on the hub, not a model in memory: save it first")
     else:
         opened = ModelSource(source)
     plan = make_plan(opened, request)
-    column = TEXT_COLUMN if data is None else column
-    settings = Settings(overwrite, verify, evaluate, data, column, device, seed, trust_remote_code)
+    settings = Settings(
+        overwrite=overwrite,
+        verify=verify,
+        evaluate=evaluate and recipe is None,
+        data=data,
+        text_column=TEXT_COLUMN if data is None else column,
+        device=device,
+        seed=seed or 0,
+        trust_remote_code=trust_remote_code,
+    )
     if place is None:
-        check_run(plan, opened, None, settings)
-        return _in_memory(plan, opened, settings, progress)
-    return convert_to_folder(plan, opened, place, settings, progress)
+        model, report = run_in_memory(plan, opened, settings, progress)
+        return Conversion(report, None, model)
+    return Conversion(run(plan, opened, place, settings, recipe, progress), place)
 
 
-def _in_memory(plan: Plan, source: Source, settings: Settings, progress: Progress) -> Conversion:
-    start = time.perf_counter()
-    check_loads(plan)
-    check_copies(plan, source)
-    calibrated = _calibrated(plan, source, settings, progress)
-    model, records = build_model(plan, source, calibrated.sites, progress)
-    _carry_generation(source, model)
-    report = conversion_report(plan, source, None, records, calibrated.report, settings.seed)
-    report["source_weights"] = fingerprint(source, plan.source_names)
-    report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
-    return Conversion(report, None, model)
-
-
-def _carry_generation(source: Source, model: PreTrainedModel) -> None:
-    """The source's settings of generation, as far as transformers takes them."""
-    from transformers import GenerationConfig
-
-    from ..text.decoding import refusal
-
-    if not model.can_generate():
-        return
-    if isinstance(source, ModelSource):
-        model.generation_config = copy.deepcopy(source.generation_config)
-    elif source.folder is not None and (source.folder / GENERATION_CONFIG).is_file() and not refusal(source.folder):
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
-
-
-def convert_to_folder(
-    plan: Plan, source: Source, output: Path, settings: Settings = Settings(), progress: Progress = silent
-) -> Conversion:
-    """Carries out a plan. What calibration and evaluation need is made ready before anything is written."""
-    check_run(plan, source, output, settings)
-    held_out, not_measured = _held_out(plan, source, settings) if settings.evaluate else (None, "")
-    with staged_output(output, settings.overwrite, plan.nbytes) as folder, source.unchanged():
-        start = time.perf_counter()
-        if settings.verify:
-            check_loads(plan)
-        check_copies(plan, source)
-        calibrated = _calibrated(plan, source, settings, progress)
-        calibrating, start = time.perf_counter() - start, time.perf_counter()
-        records, sums = write_model(plan, source, folder, calibrated.sites, settings.verify, progress)
-        report = conversion_report(plan, source, output, records, calibrated.report, settings.seed)
-        report["source_weights"] = fingerprint(source, plan.source_names)
-        if sums:
-            report["sha256"] = sums
-        if settings.verify and source.folder is not None:
-            from .verify import check_tokenizer
-
-            check_tokenizer(source.folder, folder)
-        if plan.calibration is not None:
-            report["seconds"]["calibrate"] = round(calibrating, 2)
-        report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
-        if not_measured:
-            report["not_measured"] = not_measured
-        with _reloaded(folder, report, settings):
-            if held_out is not None:
-                start = time.perf_counter()
-                own = report.get("calibration", {}).get("own_loss")
-                report |= _measured(plan, source, folder, held_out, settings, progress, own)
-                report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
-        write_report(folder, report)
-    return Conversion(report, output)
-
-
-def _held_out(plan: Plan, source: Source, settings: Settings) -> tuple[HeldOut | None, str]:
-    """What to measure on; or nothing, and why the model cannot be measured on what is taken where nothing was named."""
-    from ..evaluation.held_out import prepare
-
-    assert source.folder is not None
-    if not plan.has_language_model_head:
-        return None, ""
-    names = ("text_column", "device", "seed", "trust_remote_code")
-    how: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    without = "leave out --data" if settings.data else ""
-    try:
-        return prepare(source.folder, settings.data, **how, without=without), ""
-    except (CheckpointError, DataError) as error:
-        if settings.data is not None:
-            raise
-        return None, one_line(error).replace(str(source.folder), source.name)
-
-
-def _reloaded(folder: Path, report: dict[str, Any], settings: Settings) -> AbstractContextManager[None]:
-    """Beside the measuring the folder is loaded as strangers load it, where it is measured and verified at all."""
-    if not (settings.verify and settings.evaluate):
-        return nullcontext()
-    from .verify import reloaded
-
-    return reloaded(folder, report)
-
-
-def _measured(
-    plan: Plan,
-    source: Source,
-    folder: Path,
-    held_out: HeldOut,
-    settings: Settings,
-    progress: Progress,
-    own: float | None,
-) -> dict[str, Any]:
-    """The "quality" and "samples" of a report, with what averaging the heads would have cost."""
-    from ..evaluation.generation import continuations
-    from ..evaluation.quality import compare
-
-    def averaged() -> PreTrainedModel:
-        plain = replace(plan, method="mean", searched=False, partition_given=False, calibration=None)
-        return build_model(plain, source, {})[0]
-
-    assert source.folder is not None
-    models = {"source": source.folder, "converted": folder}
-    compared: dict[str, Any] = models if plan.method == "mean" else models | {"mean": averaged}
-    trust = settings.trust_remote_code
-    return {
-        "quality": compare(
-            compared,
-            held_out,
-            trust_remote_code=trust,
-            progress=progress,
-            optional={"mean"},
-            untrained=compared.keys() - {"source"},
-            own=own,
-        ),
-        "samples": continuations(models, held_out, trust_remote_code=trust),
-    }
-
-
-def _calibrated(plan: Plan, source: Source, settings: Settings, progress: Progress) -> Calibrated:
-    if plan.calibration is None:
-        return Calibrated({}, None)
-    import torch
-
-    from ..calibration.calibrate import calibrate, load_source
-    from ..devices import choose_device
-
-    device = choose_device(settings.device)
-    try:
-        model = load_source(plan, source, settings.trust_remote_code)
-        return calibrate(model, plan, source, device, settings.seed, settings.trust_remote_code, progress)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RecipeError(
-            f"calibration does not fit on {device}: --device cpu, fewer --calibration-tokens, or --no-calibration"
-        ) from error
+def _recipe(asked: str | Recipe | None, control: bool, output: str | Path | None, **changes: Any) -> Recipe | None:
+    """The recipe to train by, with what the other arguments say of it. Raises RecipeError."""
+    if asked is None:
+        if control:
+            raise RecipeError("control=True belongs to uptrain: name a recipe")
+        return None
+    if output is None:
+        raise RecipeError("uptrain needs an output folder")
+    changes["control"] = control or None
+    if isinstance(asked, Recipe):
+        return replace(asked, **{name: value for name, value in changes.items() if value is not None})
+    return load_recipe(str(asked), **changes)

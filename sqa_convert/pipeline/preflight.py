@@ -17,7 +17,7 @@ from ..text.corpus import check_data
 from ..uptraining.recipe import Recipe
 
 if TYPE_CHECKING:
-    from .convert import Settings
+    from .run import Settings
 
 
 def check_config(config: Config, recipe: Recipe) -> None:

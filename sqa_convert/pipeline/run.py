@@ -1,0 +1,222 @@
+"""The order of the work: look first, calibrate, write, verify, measure, report, and train where that is wanted."""
+
+from __future__ import annotations
+
+import copy
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.find import GENERATION_CONFIG
+from ..checkpoints.fingerprint import fingerprint
+from ..checkpoints.memory import ModelSource
+from ..checkpoints.source import Source
+from ..checkpoints.staging import staged_output
+from ..conversion.build import build_model
+from ..conversion.execute import check_copies
+from ..conversion.plan import Plan
+from ..conversion.result import check_loads
+from ..conversion.site import Calibrated
+from ..conversion.write import write_model
+from ..errors import CheckpointError, DataError, RecipeError, one_line
+from ..progress import Progress, silent
+from ..report.content import conversion_report
+from ..report.write import write_report
+from ..text.formats import TEXT_COLUMN
+from ..uptraining.recipe import Recipe
+from .preflight import check_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..evaluation.held_out import HeldOut
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a conversion is carried out, beside what is asked of it (`Request`)."""
+
+    overwrite: bool = False
+    verify: bool = True
+    evaluate: bool = False
+    data: str | None = None
+    text_column: str = TEXT_COLUMN
+    device: str = "auto"
+    seed: int = 0
+    trust_remote_code: bool = False
+    measure_training: bool = True
+    """of an uptraining that follows"""
+
+
+def run(
+    plan: Plan,
+    source: Source,
+    output: Path,
+    settings: Settings,
+    recipe: Recipe | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Carries out a plan: a folder that appears whole, trained by a recipe where there is one; returns its report."""
+    check_run(plan, source, output, settings, recipe)
+    report = _to_folder(plan, source, output, settings, progress)
+    if recipe is None:
+        return report
+    from ..uptraining.uptrain import uptrain
+
+    return uptrain(
+        output,
+        recipe,
+        source=str(source.folder),
+        device=settings.device,
+        evaluate=settings.measure_training,
+        restart=True,
+        trust_remote_code=settings.trust_remote_code,
+        progress=progress,
+    )
+
+
+def run_in_memory(
+    plan: Plan, source: Source, settings: Settings, progress: Progress = silent
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Carries out a plan without a folder; returns the model and the report."""
+    check_run(plan, source, None, settings)
+    start = time.perf_counter()
+    check_loads(plan)
+    check_copies(plan, source)
+    calibrated = _calibrated(plan, source, settings, progress)
+    model, records = build_model(plan, source, calibrated.sites, progress)
+    _carry_generation(source, model)
+    report = conversion_report(plan, source, None, records, calibrated.report, settings.seed)
+    report["source_weights"] = fingerprint(source, plan.source_names)
+    report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
+    return model, report
+
+
+def _carry_generation(source: Source, model: PreTrainedModel) -> None:
+    """The source's settings of generation, as far as transformers takes them."""
+    from transformers import GenerationConfig
+
+    from ..text.decoding import refusal
+
+    if not model.can_generate():
+        return
+    if isinstance(source, ModelSource):
+        model.generation_config = copy.deepcopy(source.generation_config)
+    elif source.folder is not None and (source.folder / GENERATION_CONFIG).is_file() and not refusal(source.folder):
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+
+
+def _to_folder(plan: Plan, source: Source, output: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Converts. What calibration and evaluation need is made ready before anything is written."""
+    held_out, not_measured = _held_out(plan, source, settings) if settings.evaluate else (None, "")
+    with staged_output(output, settings.overwrite, plan.nbytes) as folder, source.unchanged():
+        start = time.perf_counter()
+        if settings.verify:
+            check_loads(plan)
+        check_copies(plan, source)
+        calibrated = _calibrated(plan, source, settings, progress)
+        calibrating, start = time.perf_counter() - start, time.perf_counter()
+        records, sums = write_model(plan, source, folder, calibrated.sites, settings.verify, progress)
+        report = conversion_report(plan, source, output, records, calibrated.report, settings.seed)
+        report["source_weights"] = fingerprint(source, plan.source_names)
+        if sums:
+            report["sha256"] = sums
+        if settings.verify and source.folder is not None:
+            from .verify import check_tokenizer
+
+            check_tokenizer(source.folder, folder)
+        if plan.calibration is not None:
+            report["seconds"]["calibrate"] = round(calibrating, 2)
+        report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
+        if not_measured:
+            report["not_measured"] = not_measured
+        with _reloaded(folder, report, settings):
+            if held_out is not None:
+                start = time.perf_counter()
+                own = report.get("calibration", {}).get("own_loss")
+                report |= _measured(plan, source, folder, held_out, settings, progress, own)
+                report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
+        write_report(folder, report)
+    return report
+
+
+def _held_out(plan: Plan, source: Source, settings: Settings) -> tuple[HeldOut | None, str]:
+    """What to measure on; or nothing, and why the model cannot be measured on what is taken where nothing was named."""
+    from ..evaluation.held_out import prepare
+
+    assert source.folder is not None
+    if not plan.has_language_model_head:
+        return None, ""
+    names = ("text_column", "device", "seed", "trust_remote_code")
+    how: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    without = "leave out --data" if settings.data else ""
+    try:
+        return prepare(source.folder, settings.data, **how, without=without), ""
+    except (CheckpointError, DataError) as error:
+        if settings.data is not None:
+            raise
+        return None, one_line(error).replace(str(source.folder), source.name)
+
+
+def _reloaded(folder: Path, report: dict[str, Any], settings: Settings) -> AbstractContextManager[None]:
+    """Beside the measuring the folder is loaded as strangers load it, where it is measured and verified at all."""
+    if not (settings.verify and settings.evaluate):
+        return nullcontext()
+    from .verify import reloaded
+
+    return reloaded(folder, report)
+
+
+def _measured(
+    plan: Plan,
+    source: Source,
+    folder: Path,
+    held_out: HeldOut,
+    settings: Settings,
+    progress: Progress,
+    own: float | None,
+) -> dict[str, Any]:
+    """The "quality" and "samples" of a report, with what averaging the heads would have cost."""
+    from ..evaluation.generation import continuations
+    from ..evaluation.quality import compare
+
+    def averaged() -> PreTrainedModel:
+        plain = replace(plan, method="mean", searched=False, partition_given=False, calibration=None)
+        return build_model(plain, source, {})[0]
+
+    assert source.folder is not None
+    models = {"source": source.folder, "converted": folder}
+    compared: dict[str, Any] = models if plan.method == "mean" else models | {"mean": averaged}
+    trust = settings.trust_remote_code
+    return {
+        "quality": compare(
+            compared,
+            held_out,
+            trust_remote_code=trust,
+            progress=progress,
+            optional={"mean"},
+            untrained=compared.keys() - {"source"},
+            own=own,
+        ),
+        "samples": continuations(models, held_out, trust_remote_code=trust),
+    }
+
+
+def _calibrated(plan: Plan, source: Source, settings: Settings, progress: Progress) -> Calibrated:
+    if plan.calibration is None:
+        return Calibrated({}, None)
+    import torch
+
+    from ..calibration.calibrate import calibrate, load_source
+    from ..devices import choose_device
+
+    device = choose_device(settings.device)
+    try:
+        model = load_source(plan, source, settings.trust_remote_code)
+        return calibrate(model, plan, source, device, settings.seed, settings.trust_remote_code, progress)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RecipeError(
+            f"calibration does not fit on {device}: --device cpu, fewer --calibration-tokens, or --no-calibration"
+        ) from error
