@@ -149,6 +149,9 @@ def test_a_result_goes_to_another_folder_also_when_the_run_is_resumed(folder, re
     assert report["output"] == str(other)
     with pytest.raises(OutputError, match=r"--output .* exists already: give another$"):
         uptrain(folder, recipe(2, 1e-3), output=other)
+    for inside in (folder / "in", run_folder(folder) / "in"):
+        with pytest.raises(RecipeError, match=r"--output .*(inside|checkpoints are kept)"):
+            uptrain(folder, recipe(2, 1e-3), output=inside)
 
 
 def test_without_measuring_there_is_nothing_to_choose_by_and_it_says_so(folder, recipe):

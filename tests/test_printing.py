@@ -8,11 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import plain_convert as convert
 
-from sqa_convert.cli.console import Out, visible
+from sqa_convert.cli.console import Out, run_app, visible
 from sqa_convert.cli.streams import NARROWEST, ForgivingStream
 
 ENCODINGS = ["ascii", "latin-1", "cp1252", "utf-8"]
@@ -172,6 +173,16 @@ def test_what_would_be_markup_an_emoji_or_an_escape_sequence_is_text(capsys):
 def test_json_holds_no_number_that_is_not_finite(capsys):
     Out(as_json=True, quiet=False, verbose=False).json({"a": [1.5, float("nan")], "b": {"c": float("inf")}})
     assert json.loads(capsys.readouterr().out) == {"a": [1.5, None], "b": {"c": None}}
+
+
+def test_a_python_without_docstrings_is_told_since_transformers_fails_there(monkeypatch, capsys):
+    def app(**options):
+        raise ValueError("no docstring")
+
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=2))
+    with pytest.raises(SystemExit) as ended:
+        run_app(app, "sqa-convert")
+    assert ended.value.code == 2 and "unset PYTHONOPTIMIZE" in capsys.readouterr().err
 
 
 SHELLS = {

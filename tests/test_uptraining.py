@@ -373,6 +373,11 @@ def test_a_folder_that_was_not_converted_is_refused(tmp_path):
     gpt2().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="not made by sqa-convert"):
         uptrain(tmp_path)
+    report = {"schema": 1, "sqa_convert": "0", "sites": [], "architecture": "SQAGPT2ForCausalLM"}
+    for source in ({}, {"source": {}}, {"source": "gpt2"}):
+        (tmp_path / "report.json").write_text(json.dumps(report | source))
+        with pytest.raises(CheckpointError, match="does not say what it was made from"):
+            uptrain(tmp_path)
 
 
 def test_half_precision_weights_are_trained_in_float32_and_stored_as_they_were(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -135,9 +135,7 @@ def _resolve(names: list[str]) -> dict[str, Path]:
 
     folders: list[tuple[str, Path]] = [(name, resolve(name)) for name in names]
     if len(folders) == 1 and (folders[0][1] / REPORT).is_file():
-        source: dict[str, Any] = read_report(folders[0][1]).get("source", {})
-        if not {"name", "revision"} <= source.keys():
-            raise CheckpointError(f"{names[0]}: its {REPORT} does not say what it was made from; give MODEL MODEL")
+        source = read_report(folders[0][1])["source"]
         folders.insert(0, (source["name"], resolve(source["name"], source["revision"])))
     short = {name: Path(name).name or name for name, _ in folders}
     unique = len(set(short.values())) == len(folders)

@@ -189,6 +189,8 @@ def _run(app: Any, name: str) -> NoReturn:
         _fail("interrupted; nothing half-written was kept", INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own errors about flags have it
+            if sys.flags.optimize > 1:
+                _fail("transformers needs docstrings: leave out -OO, or unset PYTHONOPTIMIZE", RecipeError.exit_code)
             raise
         _fail(f"{error.format_message()} See {name} --help.", RecipeError.exit_code)
 

@@ -187,8 +187,8 @@ def untrained(folder: Path, against: str) -> set[str]:
         report = read_json(folder / REPORT, "")
     except CheckpointError:
         return set()
-    converted = is_ours(report) and "uptraining" not in report and report["source"]["name"] == against
-    return {"model"} if converted else set()
+    source = report.get("source") if is_ours(report) and "uptraining" not in report else None
+    return {"model"} if isinstance(source, dict) and source.get("name") == against else set()
 
 
 @undisturbed

@@ -141,4 +141,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     report = read_json(folder / REPORT, f"{folder} holds no {REPORT}: it was not made by sqa-convert")
     if not (is_ours(report) and auto_class(report, "") and isinstance(report.get("sites"), list)):
         raise CheckpointError(f"{folder / REPORT} is no report of sqa-convert")
+    source = report.get("source")
+    if not (isinstance(source, dict) and {"name", "revision", "architecture"} <= source.keys()):
+        raise CheckpointError(f"{folder / REPORT} does not say what it was made from: its entry source is not whole")
     return report

@@ -52,8 +52,11 @@ def target_folder(folder: Path, output: Path | None = None, resume: bool = False
         return Path((run / _OUTPUT).read_text(encoding="utf-8"))
     if output is None or output.resolve() == folder.resolve():
         return folder
-    if output.resolve() == run:
+    place = output.resolve()
+    if place.is_relative_to(run):
         raise RecipeError(f"--output {output}: there the checkpoints are kept; give another folder")
+    if place.is_relative_to(folder.resolve()):
+        raise RecipeError(f"--output {output} is inside {folder}, which is copied there; give a folder beside it")
     return output
 
 

@@ -333,7 +333,7 @@ def _origin(report: dict[str, Any], source: str | None) -> Path:
         if other is not None:
             raise CheckpointError(
                 f"--source {origin} holds other weights than this model was made from ({other} differs): give those it "
-                "was made from, or convert these"
+                "was made from, in the dtype they had, or convert these"
             )
     if not family.has_language_model_head(config):
         raise RecipeError(f"a {architecture} has no language model head to train")
