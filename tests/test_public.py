@@ -1,0 +1,75 @@
+"""What users build on: public names, what they take, and the flags of the commands. A change here is one of the API."""
+
+import importlib
+import inspect
+
+import pytest
+import typer
+
+import sqa_convert
+
+TAKES = {  # parameters in their order; those with a default have a question mark
+    "Calibration": "text? tokens? refit? refine_steps? text_column?",
+    "Conversion": "report output _model?",
+    "Partition": "groups",
+    "Recipe": (
+        "data? text_column? source_column? target_column? prefix? tokens? sequence_length? batch_size? "
+        "micro_batch? learning_rate? schedule? warmup? weight_decay? loss? ce_weight? train? lora_rank? "
+        "separate_documents? precision? compile? gradient_checkpointing? fsdp? evaluations? held_out_tokens? "
+        "patience? report_to? method? control? seed?"
+    ),
+    "bench": "models settings? trust_remote_code? progress?",
+    "convert": (
+        "source q_groups? kv_groups? method? output? variant? sites? partition? calibration? dtype? revision? "
+        "subfolder? tokenizer? max_shard_size? overwrite? verify? evaluate? data? text_column? uptrain? "
+        "control? device? seed? trust_remote_code? progress?"
+    ),
+    "evaluate": "folder against? data? text_column? tokens? device? seed?",
+    "load_recipe": "name overrides",
+    "push_to_hub": "folder repo_id private?",
+    "uptrain": (
+        "folder recipe? source? data? text_column? device? seed? evaluate? control? resume? restart? output? "
+        "keep_anyway? trust_remote_code? progress?"
+    ),
+}
+FLAGS = {
+    "convert": (
+        "--calibration --calibration-tokens --control --data --device --dry-run --dtype --json --kv-groups "
+        "--list-methods --max-shard-size --method --no-calibration --no-evaluate --no-refit --no-verify "
+        "--output --overwrite --partition --public --push-to-hub --q-groups --quiet --refine-steps --refit "
+        "--revision --seed --sites --subfolder --text-column --tokenizer --trust-remote-code --uptrain "
+        "--variant --verbose --version -o -q -v model"
+    ),
+    "uptrain": (
+        "--control --data --device --dry-run --json --keep-anyway --learning-rate --list-recipes --loss --no- "
+        "evaluate --output --public --push-to-hub --quiet --recipe --restart --resume --seed --source --text- "
+        "column --tokens --trust-remote-code --verbose --version -o -q -v folder"
+    ),
+    "evaluate": (
+        "--against --data --device --json --limit --max-kl --quiet --samples --seed --tasks --text-column "
+        "--tokens --trust-remote-code --verbose --verify --version -q -v model"
+    ),
+    "bench": (
+        "--attn --batch --compile --device --dtype --head-dim --head-grid --heads --json --lengths --modes "
+        "--output --parts --quiet --repeats --trust-remote-code --variants --verbose --version -o -q -v "
+        "models"
+    ),
+}
+
+
+def parameters(function):
+    given = inspect.signature(function).parameters.items()
+    return " ".join(name if it.default is inspect.Parameter.empty else f"{name}?" for name, it in given)
+
+
+def test_public_names_and_what_they_take_stay():
+    public = {name: getattr(sqa_convert, name) for name in sqa_convert.__all__}
+    assert {name: parameters(it) for name, it in public.items() if callable(it)} == TAKES
+    assert set(public) - set(TAKES) == {"METHODS", "VARIANTS", "__version__"}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_flags_of_the_commands_stay(name):
+    command = typer.main.get_command(importlib.import_module(f"sqa_convert.cli.{name}").app)
+    flags = {flag for it in command.params for flag in (*it.opts, *it.secondary_opts)}
+    assert flags - {"--install-completion", "--show-completion"} == set(FLAGS[name].split())
