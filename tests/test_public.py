@@ -41,9 +41,9 @@ FLAGS = {
         "--variant --verbose --version -o -q -v model"
     ),
     "uptrain": (
-        "--control --data --device --dry-run --json --keep-anyway --learning-rate --list-recipes --loss --no- "
-        "evaluate --output --public --push-to-hub --quiet --recipe --restart --resume --seed --source --text- "
-        "column --tokens --trust-remote-code --verbose --version -o -q -v folder"
+        "--control --data --device --dry-run --json --keep-anyway --learning-rate --list-recipes --loss "
+        "--no-evaluate --output --public --push-to-hub --quiet --recipe --restart --resume --seed --source "
+        "--text-column --tokens --trust-remote-code --verbose --version -o -q -v folder"
     ),
     "evaluate": (
         "--against --data --device --json --limit --max-kl --quiet --samples --seed --tasks --text-column "
