@@ -120,6 +120,8 @@ def test_whatever_a_config_says_of_calls_the_model_computes_writes_and_is_saved(
     returned = model(input_ids=ids, decoder_input_ids=ids) if make is t5 else model(input_ids=ids)
     assert returned.logits.shape == (1, 4, VOCABULARY) and "attentions" not in returned
     model.save_pretrained(tmp_path / "final")
+    result = plain_convert(folder, 6, 3).model
+    assert result.config.return_dict and result.config.output_attentions == ("output_attentions" in said)
 
 
 def test_a_model_in_memory_keeps_settings_that_transformers_refuses_to_save(tmp_path):

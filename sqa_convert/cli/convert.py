@@ -347,3 +347,7 @@ def _show(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> No
 def main() -> None:
     """Entry point of `sqa-convert`."""
     run_app(app, "sqa-convert")
+
+
+if __name__ == "__main__":
+    main()

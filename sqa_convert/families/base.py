@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ..checkpoints.dtypes import Array
     from ..heads.attention import Attention
 
-_NOT_CARRIED = ("_name_or_path", "transformers_version", "auto_map", "custom_pipelines")
-"""of config.json: what the source says of its own files and code"""
+_NOT_CARRIED = ("_name_or_path", "transformers_version", "auto_map", "custom_pipelines", "return_dict")
+"""of config.json: what the source says of its own files and code, and tuples as outputs, which no longer work"""
 
 _OTHER_TASK = re.compile(r"(Classification|QuestionAnswering|MultipleChoice)$")
 """of a class's name that no library knows: it has a head other than a language model's"""
