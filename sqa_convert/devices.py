@@ -39,7 +39,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device(next(name for name in ("cuda", "mps", *_registered(), "cpu") if counts[name]))
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         chosen = torch.device("meta")
     # torch takes cuda:256 for cuda:0.
     if str(chosen) != str(device) or (chosen.index or 0) >= counts.get(chosen.type, 0):

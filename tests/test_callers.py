@@ -19,9 +19,12 @@ from safetensors.torch import load_file
 from test_uptraining import FEW
 
 from sqa_convert import Calibration, Recipe, bench, evaluate, uptrain
+from sqa_convert.checkpoints.find import SAMPLES
+from sqa_convert.errors import DataError, OutputError, RecipeError
 from sqa_convert.pipeline.verify import verify
 from sqa_convert.speed.bench import bench_layers
 from sqa_convert.speed.settings import Settings
+from sqa_convert.uptraining.recipe import dump_recipe
 from sqa_convert.uptraining.trainer import UptrainingTrainer
 
 RECIPE = dataclasses.replace(FEW, tokens=2 * 256, evaluations=1, held_out_tokens=256)
@@ -322,3 +325,32 @@ def test_an_empty_environment_variable_and_a_removed_one_come_back(monkeypatch):
 
     assert change(FEW) is FEW and change.__doc__ == "Text."
     assert (os.environ["THERE"], os.environ["EMPTY"], "NEW" in os.environ) == ("1", "", False)
+
+
+def test_paths_may_be_paths_and_what_is_none_of_what_is_taken_is_told(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some text of a few words\n" * 400)
+    measured = evaluate(folder, SAMPLES / "gpt2", data=text, tokens="1k")
+    assert measured["data"] == f"{text}, held-out part" and measured["against"]["loss"] > 0
+    (tmp_path / "mine.yaml").write_text(dump_recipe(RECIPE))
+    shutil.copytree(folder, tmp_path / "trained")
+    report = uptrain(
+        tmp_path / "trained", tmp_path / "mine.yaml", source=SAMPLES / "gpt2", data=text, evaluate=False, seed="3"
+    )
+    assert report["uptraining"]["data"] == str(text) and report["uptraining"]["seed"] == 3
+    for wrong in ({"tokens": 0}, {"tokens": 1}, {"tokens": -5}, {"tokens": None}, {"device": None}, {"seed": 2**80}):
+        with pytest.raises(RecipeError, match=f"--{next(iter(wrong))} "):
+            evaluate(folder, **wrong)
+    with pytest.raises(RecipeError, match="give a name, the path of a YAML file"):
+        uptrain(tmp_path / "trained", {"tokens": "5M"})
+    for call in (lambda: uptrain(None), lambda: convert("sample:gpt2", 6, 2, output=b"out")):
+        with pytest.raises(OutputError):
+            call()
+    for heads in (("6", 2), (6, 2.0)):
+        with pytest.raises(RecipeError, match="give a whole number"):
+            convert("sample:gpt2", *heads)
+    with pytest.raises(RecipeError, match="--seed"):
+        convert("sample:gpt2", 6, 2, output=tmp_path / "never", seed=2**80)
+    with pytest.raises(DataError, match="no regular file"):
+        os.mkfifo(tmp_path / "pipe")
+        convert("sample:gpt2", 6, 2, method="svd", calibration=tmp_path / "pipe")

@@ -121,11 +121,11 @@ def _stamps(folder: Path) -> dict[Path, Stamp]:
     return {folder / file: stamp(folder / file) for file in (CONFIG, *_WEIGHTS, *companions(folder))}
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
+def resolve(name: str | Path, revision: str | None = None) -> Path:
     """The local folder of a whole model, downloaded where it has to be. Raises CheckpointError."""
     folder = local_folder(name, revision)
     if folder is None:
-        folder = open_source(name, revision).folder
+        folder = open_source(str(name), revision).folder
         assert folder is not None
     check_folder(folder)
     return folder
@@ -141,8 +141,9 @@ def check_folder(folder: Path) -> None:
                 check_pickle(folder / file)
 
 
-def local_folder(name: str, revision: str | None = None) -> Path | None:
+def local_folder(name: str | Path, revision: str | None = None) -> Path | None:
     """The folder of a sample or a path, None for what can only be a hub id."""
+    name = str(name)
     if name.startswith(SAMPLE_PREFIX):
         folder = SAMPLES / name.removeprefix(SAMPLE_PREFIX)
         if not (folder / "config.json").is_file():

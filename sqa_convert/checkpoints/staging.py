@@ -27,7 +27,7 @@ def expanded(path: str | Path, flag: str = "--output") -> Path:
     """With `~` as the home folder. Raises OutputError."""
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:  # no such user
+    except (RuntimeError, TypeError) as error:  # no such user, no path
         raise OutputError(f"{flag} {shown(str(path))}: {one_line(error)}") from error
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..amounts import amount, check_seed
 from ..devices import choose_device
-from ..errors import shown
+from ..errors import RecipeError, shown
 from ..families.special_tokens import end_of_text
 from ..text.blocks import token_blocks
 from ..text.collate import IGNORED, CausalCollator
@@ -75,7 +76,7 @@ class HeldOut:
 
 def prepare(
     folder: str | Path,
-    data: str | None = None,
+    data: str | Path | None = None,
     *,
     text_column: str = TEXT_COLUMN,
     tokens: int = DEFAULT_TOKENS,
@@ -100,9 +101,13 @@ def prepare(
     Raises:
         CheckpointError: config or tokenizer do not load.
         DataError: there is too little text, or the tokenizer does not fit the model.
-        RecipeError: there is no such device.
+        RecipeError: there is no such device, seed or number of tokens.
     """
-    chosen = choose_device(device)
+    chosen, tokens = choose_device(device), amount(tokens, "--tokens")
+    if tokens < 2:
+        raise RecipeError(f"--tokens {tokens}: of one nothing is predicted; give 2 or more")
+    check_seed(seed)
+    data = None if data is None else str(data)
     config = load_config(folder, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code, without)
     name = f"{shown(data or BUILT_IN)}, held-out part"

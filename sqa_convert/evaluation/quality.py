@@ -196,7 +196,7 @@ def evaluate(
     folder: str | Path,
     against: str | Path | None = None,
     *,
-    data: str | None = None,
+    data: str | Path | None = None,
     text_column: str = TEXT_COLUMN,
     tokens: int = DEFAULT_TOKENS,
     device: str = "auto",

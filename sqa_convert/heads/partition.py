@@ -101,6 +101,9 @@ def check_head_counts(heads: int, q_groups: int, kv_groups: int) -> None:
     Raises:
         RecipeError: naming the nearest counts that are possible.
     """
+    for flag, groups in (("--q-groups", q_groups), ("--kv-groups", kv_groups)):
+        if not hasattr(groups, "__index__"):
+            raise RecipeError(f"{flag} {groups!r}: give a whole number")
     if not 1 <= q_groups <= heads:
         raise RecipeError(
             f"--q-groups {q_groups}: the source has {heads} heads, so 1 to {heads} query heads can be kept"

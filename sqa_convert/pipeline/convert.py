@@ -63,7 +63,7 @@ def convert(
     variant: str | None = None,
     sites: Sequence[str] | None = None,
     partition: str | None = None,
-    calibration: Calibration | str | None = CALIBRATED,
+    calibration: Calibration | str | Path | None = CALIBRATED,
     dtype: str = "auto",
     revision: str | None = None,
     subfolder: str | None = None,
@@ -72,9 +72,9 @@ def convert(
     overwrite: bool = False,
     verify: bool = True,
     evaluate: bool = False,
-    data: str | None = None,
+    data: str | Path | None = None,
     text_column: str | None = None,
-    uptrain: str | Recipe | None = None,
+    uptrain: str | Path | Recipe | None = None,
     control: bool = False,
     device: str = "auto",
     seed: int | None = None,
@@ -130,6 +130,8 @@ def convert(
 
     Source: Filipek, Sparse Query Attention, arXiv 2510.01817, for the architecture; of a method `METHODS[name].source`.
     """
+    if isinstance(calibration, Path):
+        calibration = str(calibration)
     if text_column is not None and data is None and uptrain is None and not isinstance(calibration, str):
         raise RecipeError(f"text_column={text_column!r} is of data, or of the text given as calibration: give one")
     column = text_column or TEXT_COLUMN
@@ -163,7 +165,7 @@ def convert(
         overwrite=overwrite,
         verify=verify,
         evaluate=evaluate and recipe is None,
-        data=data,
+        data=None if data is None else str(data),
         text_column=TEXT_COLUMN if data is None else column,
         device=device,
         seed=seed or 0,
@@ -175,7 +177,9 @@ def convert(
     return Conversion(run(plan, opened, place, settings, recipe, progress), place)
 
 
-def _recipe(asked: str | Recipe | None, control: bool, output: str | Path | None, **changes: Any) -> Recipe | None:
+def _recipe(
+    asked: str | Path | Recipe | None, control: bool, output: str | Path | None, **changes: Any
+) -> Recipe | None:
     """The recipe to train by, with what the other arguments say of it. Raises RecipeError."""
     if asked is None:
         if control:

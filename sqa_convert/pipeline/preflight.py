@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..amounts import check_seed
 from ..checkpoints.source import HeadersSource, Source
 from ..checkpoints.staging import check_output
 from ..conversion.plan import Plan
@@ -40,7 +41,7 @@ def check_run(
         recipe: by which it is trained afterwards, and measured unless its text is.
 
     Raises:
-        RecipeError: there is no such device, or what is asked for does not go together.
+        RecipeError: there is no such device or seed, or what is asked for does not go together.
         OutputError: the output cannot be written.
         DataError: there is no text under a name.
     """
@@ -50,6 +51,7 @@ def check_run(
         raise RecipeError("evaluate=True needs an output folder")
     if settings.evaluate and source.folder is None:
         raise RecipeError("evaluate=True needs a source with a tokenizer: a folder or a hub id, not a model in memory")
+    check_seed(settings.seed)
     if settings.device not in ("auto", "cpu"):
         from ..devices import choose_device
 

@@ -17,7 +17,16 @@ import torch
 from safetensors import SafetensorError
 
 from ..checkpoints.staging import empty, hold
-from ..errors import CheckpointError, InterruptedByUserError, OutputError, QualityError, RecipeError, SQAError, one_line
+from ..errors import (
+    CheckpointError,
+    InterruptedByUserError,
+    OutputError,
+    QualityError,
+    RecipeError,
+    SQAError,
+    one_line,
+    shown,
+)
 from ..report.content import read_report
 from . import processes
 from .recipe import Recipe, dump_recipe, load_recipe
@@ -67,7 +76,7 @@ def is_trained(folder: Path) -> bool:
 
 
 def run_settings(
-    folder: Path, run: Path, recipe: str | Recipe | None, resume: bool, restart: bool, **overrides: Any
+    folder: Path, run: Path, recipe: str | Path | Recipe | None, resume: bool, restart: bool, **overrides: Any
 ) -> Recipe:
     """The recipe of a run: of one to go on with its own. The first process knows. Raises RecipeError."""
     if _is_done(run, folder):
@@ -113,10 +122,12 @@ def conversion_id(folder: Path) -> str:
     return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
 
 
-def override(recipe: str | Recipe, **settings: Any) -> Recipe:
+def override(recipe: str | Path | Recipe, **settings: Any) -> Recipe:
     """A recipe with the settings that are not None. Raises RecipeError."""
-    if isinstance(recipe, str):
-        return load_recipe(recipe, **settings)
+    if isinstance(recipe, str | Path):
+        return load_recipe(str(recipe), **settings)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe: {shown(recipe)} is none: give a name, the path of a YAML file, or a Recipe")
     return dataclasses.replace(recipe, **{key: value for key, value in settings.items() if value is not None})
 
 

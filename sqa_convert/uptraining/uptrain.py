@@ -53,10 +53,10 @@ from .train import FINAL, Job, train
 @undisturbed
 def uptrain(
     folder: str | Path,
-    recipe: str | Recipe | None = None,
+    recipe: str | Path | Recipe | None = None,
     *,
-    source: str | None = None,
-    data: str | None = None,
+    source: str | Path | None = None,
+    data: str | Path | None = None,
     text_column: str | None = None,
     device: str = "auto",
     seed: int | None = None,
@@ -162,9 +162,9 @@ def uptrain(
 
 def check_uptrain(
     folder: str | Path,
-    recipe: str | Recipe | None = None,
+    recipe: str | Path | Recipe | None = None,
     *,
-    source: str | None = None,
+    source: str | Path | None = None,
     device: str = "auto",
     evaluate: bool = True,
     resume: bool = False,
@@ -311,7 +311,7 @@ def _publish(
         (run / BECAME).write_text(conversion_id(staging))
 
 
-def _origin(report: dict[str, Any], source: str | None) -> Path:
+def _origin(report: dict[str, Any], source: str | Path | None) -> Path:
     """The folder of the unconverted model. Raises CheckpointError when it is not there, or is not that."""
     try:
         origin = resolve(source) if source else resolve(report["source"]["name"], report["source"]["revision"])
