@@ -37,7 +37,7 @@ def amount(given: int | str, flag: str, *, thousand: int = 1000) -> int:
 
 def check_seed(seed: int) -> None:
     """Raises RecipeError unless everything that is random takes it."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not hasattr(seed, "__index__") or not 0 <= seed < 2**32:
         raise RecipeError(f"--seed {str(seed)[:100]}: give a whole number between 0 and 2**32 - 1")
 
 

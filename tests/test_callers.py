@@ -330,7 +330,7 @@ def test_an_empty_environment_variable_and_a_removed_one_come_back(monkeypatch):
 def test_paths_may_be_paths_and_what_is_none_of_what_is_taken_is_told(folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some text of a few words\n" * 400)
-    measured = evaluate(folder, SAMPLES / "gpt2", data=text, tokens="1k")
+    measured = evaluate(folder, SAMPLES / "gpt2", data=text, text_column=None, tokens="1k", seed=np.int64(1))
     assert measured["data"] == f"{text}, held-out part" and measured["against"]["loss"] > 0
     (tmp_path / "mine.yaml").write_text(dump_recipe(RECIPE))
     shutil.copytree(folder, tmp_path / "trained")

@@ -197,7 +197,7 @@ def evaluate(
     against: str | Path | None = None,
     *,
     data: str | Path | None = None,
-    text_column: str = TEXT_COLUMN,
+    text_column: str | None = None,
     tokens: int = DEFAULT_TOKENS,
     device: str = "auto",
     seed: int = 0,
@@ -209,7 +209,7 @@ def evaluate(
         against: likewise, usually the source; of the same kind and vocabulary.
         data: as `sqa_convert.text.corpus.documents` takes it; its held-out part is used. By default the built-in
             corpus.
-        text_column: of a table, the one that holds the text.
+        text_column: of a table, the one that holds the text; by default "text".
         tokens: of text.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of the span corruption of T5.
@@ -230,5 +230,7 @@ def evaluate(
 
     models = {} if against is None else {"against": resolve(str(against))}
     models["model"] = resolve(str(folder))
-    held_out = prepare(models["model"], data, text_column=text_column, tokens=tokens, device=device, seed=seed)
+    held_out = prepare(
+        models["model"], data, text_column=text_column or TEXT_COLUMN, tokens=tokens, device=device, seed=seed
+    )
     return compare(models, held_out, untrained=untrained(models["model"], str(against)))
