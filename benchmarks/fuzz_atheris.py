@@ -28,7 +28,6 @@ except ImportError:
 with atheris.instrument_imports(include=["sqa_convert", "pickletools", "json"]):
     from fuzzing import KINDS, Checkpoints, digest
 
-    import sqa_convert.checkpoints.guard
     import sqa_convert.checkpoints.source  # noqa: F401
 
 SECONDS = 10

@@ -27,10 +27,10 @@ import transformers
 from sqa_convert.calibration.calibrate import CANDIDATES, Calibrator, load_source
 from sqa_convert.calibration.fitter import SiteFitter
 from sqa_convert.checkpoints.find import open_source
-from sqa_convert.conversion.build import build_model
+from sqa_convert.conversion.convert_site import ConvertedSite
+from sqa_convert.conversion.model_in_memory import build_model
 from sqa_convert.conversion.plan import Plan, make_plan
 from sqa_convert.conversion.request import REFINE_STEPS, Request
-from sqa_convert.conversion.site import ConvertedSite
 from sqa_convert.evaluation.held_out import prepare
 from sqa_convert.evaluation.quality import measure, predict
 from sqa_convert.families import Site

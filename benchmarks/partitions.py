@@ -15,9 +15,9 @@ import torch
 
 import sqa_convert.heads.search as how
 from sqa_convert.checkpoints.find import open_source
+from sqa_convert.conversion.convert_site import read_norm, read_site
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Request
-from sqa_convert.conversion.site import read_norm, read_site
 from sqa_convert.heads import Partition
 from sqa_convert.heads.statistics import from_norms
 

@@ -30,7 +30,7 @@ from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.devices import choose_device
 from sqa_convert.text.blocks import token_blocks
 from sqa_convert.text.collate import CausalCollator, Rows
-from sqa_convert.text.corpus import documents
+from sqa_convert.text.documents import documents
 from sqa_convert.text.tokenizers import load_tokenizer
 
 DATA = f"{sysconfig.get_path('purelib')}/**/*.py"

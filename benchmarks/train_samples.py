@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from sqa_convert.text.blocks import token_blocks
-from sqa_convert.text.corpus import documents
+from sqa_convert.text.documents import documents
 from sqa_convert.text.spans import SpanCorruption
 
 ROOT = Path(__file__).resolve().parent.parent

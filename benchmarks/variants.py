@@ -32,7 +32,7 @@ from sqa_convert.speed.settings import GRID
 from sqa_convert.speed.timing import Spread, alternate
 from sqa_convert.text.blocks import token_blocks
 from sqa_convert.text.collate import CausalCollator, Rows
-from sqa_convert.text.corpus import BUILT_IN, documents
+from sqa_convert.text.documents import BUILT_IN, documents
 from sqa_convert.text.tokenizers import load_tokenizer
 
 DATA = f"{sysconfig.get_path('purelib')}/**/*.py"

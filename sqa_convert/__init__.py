@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .conversion.request import Calibration
     from .evaluation.quality import evaluate
     from .heads import METHODS, VARIANTS, Partition
-    from .hub import push_to_hub
-    from .pipeline.convert import Conversion, convert
+    from .pipeline.api import Conversion, convert
+    from .publish import push_to_hub
     from .speed.bench import bench
     from .uptraining.recipe import Recipe, load_recipe
     from .uptraining.uptrain import uptrain
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "Calibration": "conversion.request",
     "bench": "speed.bench",
-    "convert": "pipeline.convert",
-    "Conversion": "pipeline.convert",
+    "convert": "pipeline.api",
+    "Conversion": "pipeline.api",
     "evaluate": "evaluation.quality",
     "METHODS": "heads",
     "VARIANTS": "heads",
     "Partition": "heads",
     "Recipe": "uptraining.recipe",
     "load_recipe": "uptraining.recipe",
-    "push_to_hub": "hub",
+    "push_to_hub": "publish",
     "uptrain": "uptraining.uptrain",
 }
 

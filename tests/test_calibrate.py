@@ -14,16 +14,16 @@ from sqa_convert import convert, evaluate
 from sqa_convert.calibration import calibrate, fitter
 from sqa_convert.calibration import text as calibration_text
 from sqa_convert.calibration.activations import capture
-from sqa_convert.calibration.sensitivity import sensitivity
+from sqa_convert.calibration.fisher import sensitivity
 from sqa_convert.checkpoints.find import open_source
-from sqa_convert.checkpoints.memory import ModelSource
+from sqa_convert.checkpoints.in_memory import ModelSource
+from sqa_convert.conversion.convert_site import ConvertedSite, SiteRecord, read_site
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Calibration, Request
-from sqa_convert.conversion.site import ConvertedSite, SiteRecord, read_site
 from sqa_convert.errors import DataError, QualityError, RecipeError
 from sqa_convert.families import Site
 from sqa_convert.heads import METHODS, Partition
-from sqa_convert.text import sampling
+from sqa_convert.text import self_generated as sampling
 from sqa_convert.text.tokenizers import load_tokenizer
 
 CPU = torch.device("cpu")

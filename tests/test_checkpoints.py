@@ -23,10 +23,10 @@ from transformers import (
 
 import sqa_convert
 from sqa_convert import amounts
-from sqa_convert.checkpoints import shards
+from sqa_convert.checkpoints import safetensors_writer as shards
 from sqa_convert.checkpoints.dtypes import check_finite, tensor_bytes, torch_dtype
 from sqa_convert.checkpoints.find import SAMPLES, open_source
-from sqa_convert.checkpoints.shards import ShardWriter
+from sqa_convert.checkpoints.safetensors_writer import ShardWriter
 from sqa_convert.checkpoints.source import Source, TensorInfo
 from sqa_convert.conversion.execute import convert_all
 from sqa_convert.conversion.plan import OutputTensor, make_plan

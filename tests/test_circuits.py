@@ -11,11 +11,11 @@ from test_methods import ATTENTION, BUCKETS, CASES, D, T, attend, converted, d, 
 
 import sqa_convert.heads.search as search_module
 from sqa_convert.checkpoints.find import open_source
+from sqa_convert.conversion.convert_site import read_norm, read_site
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Request
-from sqa_convert.conversion.site import read_norm, read_site
 from sqa_convert.heads import AttentionHeads, Partition, get_method
-from sqa_convert.heads.attention import Attention
+from sqa_convert.heads.attend import Attention
 from sqa_convert.heads.refine import refine
 from sqa_convert.heads.refit import output_error, refit
 from sqa_convert.heads.search import GroupCost, arrange, search

@@ -608,7 +608,7 @@ def test_interruption_leaves_nothing(source, tmp_path, number, code, where, igno
     """The signal comes while the weights lie there half done; also where Python ignores what is raised."""
     script = (
         "import threading, time, weakref, sqa_convert.conversion.execute as c, sqa_convert.cli.convert as cli\n"
-        "from sqa_convert.checkpoints.shards import ShardWriter\n"
+        "from sqa_convert.checkpoints.safetensors_writer import ShardWriter\n"
         "write, look, done = ShardWriter.write, c.wait, threading.Event()\n"
         "class Thing:\n    pass\n"
         "def wait(*a):\n    print('written', flush=True)\n    time.sleep(60)\n"

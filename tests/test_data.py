@@ -18,7 +18,7 @@ from sqa_convert.evaluation.held_out import prepare
 from sqa_convert.evaluation.load import load_model
 from sqa_convert.evaluation.quality import evaluate
 from sqa_convert.text.blocks import token_blocks
-from sqa_convert.text.corpus import check_data, documents
+from sqa_convert.text.documents import check_data, documents
 from sqa_convert.text.spans import SpanCorruption, denoising
 from sqa_convert.text.tokenizers import load_tokenizer
 from sqa_convert.uptraining.data import training_data

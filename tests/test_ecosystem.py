@@ -172,7 +172,7 @@ def test_exported_programs_hold_for_other_lengths_and_run_in_onnx_runtime(name, 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_the_evaluation_harness_scores_what_the_model_says(name, folders, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    from sqa_convert.evaluation.tasks import run_tasks
+    from sqa_convert.evaluation.harness import run_tasks
 
     (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "import", "choices": [" os", "q"], "right": 0}) + "\n")
     task = {

@@ -17,7 +17,7 @@ from sqa_convert.checkpoints.files import REPORT, write_json
 from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.errors import CheckpointError, InterruptedByUserError, OutputError, QualityError, RecipeError
 from sqa_convert.evaluation.load import load_model
-from sqa_convert.report.figures import nats, perplexity
+from sqa_convert.report.formatting import nats, perplexity
 from sqa_convert.report.sentences import uptraining_lines
 from sqa_convert.report.tables import quality_rows
 from sqa_convert.uptraining import uptrain as uptraining

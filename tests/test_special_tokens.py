@@ -13,14 +13,14 @@ from transformers import AutoConfig, GenerationConfig
 from sqa_convert import convert
 from sqa_convert.calibration.calibrate import load_source
 from sqa_convert.checkpoints.find import GENERATION_CONFIG, open_source
-from sqa_convert.checkpoints.memory import ModelSource
-from sqa_convert.conversion.build import build_model
+from sqa_convert.checkpoints.in_memory import ModelSource
+from sqa_convert.conversion.model_in_memory import build_model
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Calibration, Request
 from sqa_convert.evaluation.load import load_model
 from sqa_convert.families.special_tokens import SpecialTokens, token_ids
-from sqa_convert.text.decoding import generate, refusal, settle
-from sqa_convert.text.sampling import answers, sample
+from sqa_convert.text.plain_generation import generate, refusal, settle
+from sqa_convert.text.self_generated import answers, sample
 
 CPU = torch.device("cpu")
 SAID = {
@@ -59,7 +59,7 @@ def test_a_model_is_sampled_from_a_token_that_it_knows(bos, eos, starts, monkeyp
     model = gpt2(layers=1, bos_token_id=bos, eos_token_id=eos)
     first = []
     monkeypatch.setattr(
-        "sqa_convert.text.sampling._generate",
+        "sqa_convert.text.self_generated._generate",
         lambda model, begin, new, *_: first.append(begin) or begin.repeat(1, new + 1),
     )
     ids = sample(model, 20, 8, CPU, torch.Generator().manual_seed(0))

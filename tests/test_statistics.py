@@ -9,7 +9,7 @@ from test_methods import ATTENTION, D, T, attend, converted, d, inputs, random_h
 
 import sqa_convert.heads.refine as refine_module
 from sqa_convert.heads import Partition
-from sqa_convert.heads.attention import Attention
+from sqa_convert.heads.attend import Attention
 from sqa_convert.heads.circuits import balance, shared_factor
 from sqa_convert.heads.procrustes import _aligned
 from sqa_convert.heads.refine import LEARNING_RATE, refine

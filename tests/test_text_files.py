@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from pyarrow import feather
 
 from sqa_convert.errors import DataError
-from sqa_convert.text.corpus import Skipped, check_data, documents, pairs
+from sqa_convert.text.documents import Skipped, check_data, documents, pairs
 from sqa_convert.text.formats import PIECE, kind_of, pieces
 
 TEXTS = [f"document {i}\nin two lines, né\n" for i in range(40)]

@@ -20,8 +20,8 @@ from sqa_convert.errors import DataError, UnreadableTextError
 from sqa_convert.evaluation.held_out import prepare
 from sqa_convert.evaluation.load import load_model
 from sqa_convert.evaluation.quality import compare
-from sqa_convert.text.fit import Fit, looked_at, misfits, unknown_share
-from sqa_convert.text.sampling import own_loss
+from sqa_convert.text.self_generated import own_loss
+from sqa_convert.text.suitability import Fit, looked_at, misfits, unknown_share
 from sqa_convert.text.tokenizers import load_tokenizer
 from sqa_convert.uptraining.recipe import load_recipe
 

@@ -25,8 +25,8 @@ from sqa_convert.evaluation.quality import Predictions, evaluate, measure, predi
 from sqa_convert.report.sentences import recovered, uptraining_lines
 from sqa_convert.report.tables import quality_table
 from sqa_convert.uptraining import data as training_data
+from sqa_convert.uptraining.other_trainers import HINTS
 from sqa_convert.uptraining.recipe import dump_recipe, recipe_folder, recipe_names, summary
-from sqa_convert.uptraining.recipe_hints import HINTS
 from sqa_convert.uptraining.trainable import no_dropout
 from sqa_convert.uptraining.trainer import UptrainingTrainer
 

@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.memory import ModelSource
+from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import Source
-from ..conversion.build import build_model
+from ..conversion.convert_site import Calibrated, ConvertedSite, order, read_site
+from ..conversion.model_in_memory import build_model
 from ..conversion.plan import Plan
 from ..conversion.request import AUTO, TOKENS_PER_UNKNOWN
-from ..conversion.site import Calibrated, ConvertedSite, order, read_site
 from ..errors import CheckpointError, QualityError, one_line
 from ..evaluation.held_out import HeldOut
 from ..evaluation.load import load_model
 from ..evaluation.quality import Predictions, measure, predict
 from ..families import Site
 from ..progress import Progress, silent
-from ..text.corpus import BUILT_IN
-from ..text.decoding import settle
-from ..text.fit import misfits
+from ..text.documents import BUILT_IN
+from ..text.plain_generation import settle
+from ..text.suitability import misfits
 from .activations import capture
+from .fisher import sensitivity
 from .fitter import SiteFitter
-from .sensitivity import sensitivity
 from .text import Text, calibration_text
 
 CANDIDATES = {"svd": ("svd", True), "svd, contiguous": ("svd", False), "procrustes": ("procrustes", True)}

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conversion.site import ConvertedSite, SiteRecord
+from ..conversion.convert_site import ConvertedSite, SiteRecord
 from ..heads import AttentionHeads, Partition, get_method
-from ..heads.attention import Attention
+from ..heads.attend import Attention
 from ..heads.refine import refine
 from ..heads.refit import output_error, refit
 from ..heads.search import search

@@ -15,11 +15,11 @@ from ..conversion.request import Fitting
 from ..errors import DataError, SQAError, shown
 from ..progress import Progress, silent
 from ..text.blocks import token_blocks
-from ..text.corpus import BUILT_IN, Skipped, documents
-from ..text.fit import looked_at
+from ..text.documents import BUILT_IN, Skipped, documents
 from ..text.formats import TEXT_COLUMN
-from ..text.sampling import SAMPLED_SEQUENCES, answers, sample
+from ..text.self_generated import SAMPLED_SEQUENCES, answers, sample
 from ..text.spans import denoising
+from ..text.suitability import looked_at
 from ..text.tokenizers import check_vocabulary, load_tokenizer
 from .activations import Batch
 

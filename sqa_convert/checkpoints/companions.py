@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, one_line, shown
-from .guard import LARGEST_CARRIED, LARGEST_CONFIG, MOST_NESTED, parse_json, read_header, regular_file
-from .pickles import check_pickle
+from .pickle_check import check_pickle
+from .untrusted import LARGEST_CARRIED, LARGEST_CONFIG, MOST_NESTED, parse_json, read_header, regular_file
 
 CONFIG, CARD = "config.json", "README.md"
 

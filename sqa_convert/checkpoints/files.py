@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CheckpointError, one_line
 from .companions import TOKENIZER_CONFIG, companions, has_tokenizer
 from .dtypes import PIECE
-from .guard import LARGEST_CONFIG, parse_json, regular_file
+from .untrusted import LARGEST_CONFIG, parse_json, regular_file
 
 
 def read_config(name: str, folder: Path) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from .companions import (
     companions,
     has_tokenizer,
 )
-from .diffusers import PIPELINE, assembled, check_kind, part_of, without_config, without_weights
 from .files import read_config, read_json
-from .guard import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, regular_file
-from .pickles import check_pickle
+from .pickle_check import check_pickle
 from .source import HeadersSource, PickleSource, SafetensorsSource, Source, Stamp, indexed, stamp
+from .subfolders import PIPELINE, assembled, check_kind, part_of, without_config, without_weights
+from .untrusted import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, regular_file
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, one_line, shown
 from .dtypes import DTYPES, PIECE, check_finite, decode, decoded_dtype, dtype_name, tensor_bytes
-from .guard import MOST_TENSORS, is_zip, read_header
-from .pickles import check_pickle
+from .pickle_check import check_pickle
+from .untrusted import MOST_TENSORS, is_zip, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

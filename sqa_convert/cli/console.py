@@ -19,9 +19,9 @@ from rich.table import Table
 
 from ..checkpoints.staging import NOWHERE, here
 from ..errors import RecipeError, SQAError
-from ..report.content import auto_class, quality_lines
+from ..report.content import auto_class
 from ..report.page import PAGE
-from ..report.sentences import uptraining_lines
+from ..report.sentences import quality_lines, uptraining_lines
 from ..report.tables import quality_table
 from .streams import forgiving_streams
 
@@ -150,7 +150,7 @@ def show_report(out: Out, folder: Path) -> None:
 def push(out: Out, folder: Path, repo_id: str | None, public: bool) -> None:
     """Uploads a complete output folder, where that is wanted."""
     if repo_id is not None:
-        from ..hub import push_to_hub
+        from ..publish import push_to_hub
 
         out.result(f"pushed: {push_to_hub(folder, repo_id, private=not public)}")
 

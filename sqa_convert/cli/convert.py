@@ -9,16 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ..checkpoints.diffusers import part_of
 from ..checkpoints.find import open_source
 from ..checkpoints.staging import check_output, expanded
+from ..checkpoints.subfolders import part_of
+from ..conversion.convert_site import uses_torch
 from ..conversion.plan import make_plan
 from ..conversion.request import AUTO, DEFAULT_SHARD, REFINE_STEPS, Calibration, Request
-from ..conversion.site import uses_torch
 from ..errors import RecipeError
 from ..heads import METHODS, Partition
-from ..report.content import conversion_report, left_lines, source_lines
-from ..report.sentences import calibration_lines
+from ..report.content import conversion_report
+from ..report.sentences import calibration_lines, left_lines, source_lines
 from ..report.tables import costs
 from ..text.formats import TEXT_COLUMN
 from ..uptraining.recipe import load_recipe
@@ -275,7 +275,7 @@ def convert(
             check_config(config, recipe)
 
     if push_to_hub is not None:
-        from ..hub import check_push
+        from ..publish import check_push
 
         check_push(push_to_hub)
     source = open_source(model, revision, subfolder=subfolder, tokenizer=tokenizer, accept=accept, headers_only=dry_run)

@@ -70,7 +70,8 @@ def evaluate_command(
     from ..checkpoints.find import resolve
     from ..evaluation.held_out import prepare
     from ..evaluation.quality import compare, untrained
-    from ..report.content import quality_lines, read_report
+    from ..report.content import read_report
+    from ..report.sentences import quality_lines
     from ..report.tables import quality_rows
     from ..text.formats import TEXT_COLUMN
 
@@ -120,7 +121,7 @@ def evaluate_command(
             texts = continuations(models, held_out, samples, trust_remote_code=trust_remote_code)
         scores = None
         if tasks is not None:
-            from ..evaluation.tasks import run_tasks
+            from ..evaluation.harness import run_tasks
 
             scores = {
                 name: run_tasks(path, tasks, held_out.device, limit, trust_remote_code) for name, path in models.items()

@@ -112,7 +112,7 @@ def uptrain_command(
         resume = resume or is_trained(folder)
     settings = None if resume else load_recipe(recipe or "quick", **changes)
     read_report(folder)  # before torch is loaded
-    from ..hub import check_push
+    from ..publish import check_push
     from ..uptraining import processes
     from ..uptraining.run_folder import target_folder
     from ..uptraining.uptrain import check_uptrain, uptrain

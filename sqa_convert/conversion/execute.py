@@ -15,8 +15,8 @@ from ..checkpoints.source import Source
 from ..errors import CheckpointError
 from ..families import Site
 from ..progress import Progress, silent
+from .convert_site import SiteRecord, Sites, convert_site, site_bytes, uses_torch
 from .plan import OutputTensor, Plan
-from .site import SiteRecord, Sites, convert_site, site_bytes, uses_torch
 
 T = TypeVar("T")
 

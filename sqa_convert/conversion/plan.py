@@ -19,9 +19,9 @@ from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError
 from ..families import Config, Dimensions, Family, Site, family_of
 from ..heads import Partition
-from .cost import Cost, attention_cost, count_parameters
+from .attention_cost import Cost, attention_cost, count_parameters
 from .request import CASTS, Fitting, Request
-from .stored import Stored, stored_tensors
+from .source_tensors import Stored, stored_tensors
 
 _TEXT_PER_TARGET = 5  # tokens of span-corrupted text for each that a decoder predicts
 

@@ -34,7 +34,7 @@ class Calibration:
     """What is asked of calibration: fitting converted heads to what the source's do on text."""
 
     text: str | None = None
-    """As `sqa_convert.text.corpus.documents` takes it; None: GPT-2 samples its own, T5 reads the built-in corpus."""
+    """As `sqa_convert.text.documents.documents` takes it; None: GPT-2 samples its own, T5 reads the built-in corpus."""
     tokens: int | str | None = None
     """Tokens of text, also as "400k", a tenth of them held out; None: 20 for each unknown of a fit, at least 65,536."""
     refit: bool | None = None

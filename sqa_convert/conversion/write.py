@@ -9,15 +9,15 @@ from pathlib import Path
 
 from ..checkpoints.companions import GENERATION_CONFIG
 from ..checkpoints.files import carry_files, write_json
-from ..checkpoints.memory import ModelSource
-from ..checkpoints.shards import ShardWriter, flushing
+from ..checkpoints.in_memory import ModelSource
+from ..checkpoints.safetensors_writer import ShardWriter, flushing
 from ..checkpoints.source import Source
 from ..families import Site
 from ..progress import Progress
+from .convert_site import SiteRecord, Sites
 from .execute import convert_all
 from .plan import OutputTensor, Plan
-from .result import result_config
-from .site import SiteRecord, Sites
+from .result_config import result_config
 
 _READERS = 2  # files verified at a time
 

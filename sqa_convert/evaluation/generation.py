@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..text.collate import IGNORED
-from ..text.decoding import generate
+from ..text.plain_generation import generate
 from ..text.tokenizers import load_tokenizer
 from .held_out import HeldOut
 from .load import load_model

@@ -15,11 +15,11 @@ from ..errors import RecipeError, shown
 from ..families.special_tokens import end_of_text
 from ..text.blocks import token_blocks
 from ..text.collate import IGNORED, CausalCollator
-from ..text.corpus import BUILT_IN, Skipped, documents
-from ..text.fit import Fit, looked_at
+from ..text.documents import BUILT_IN, Skipped, documents
 from ..text.formats import TEXT_COLUMN
-from ..text.sampling import own_loss
+from ..text.self_generated import own_loss
 from ..text.spans import denoising
+from ..text.suitability import Fit, looked_at
 from ..text.tokenizers import check_vocabulary, load_tokenizer
 from .load import load_config
 
@@ -91,7 +91,7 @@ def prepare(
     is trained: no document sees another in its block, and positions start again with each.
 
     Args:
-        data: as `sqa_convert.text.corpus.documents` takes it; its held-out part is used.
+        data: as `sqa_convert.text.documents.documents` takes it; its held-out part is used.
         text_column: of a table, the one that holds the text.
         tokens: of text.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".

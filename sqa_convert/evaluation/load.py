@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoints.find import check_folder, read_generation_config
 from ..errors import CheckpointError, one_line
-from ..text.decoding import settle
+from ..text.plain_generation import settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

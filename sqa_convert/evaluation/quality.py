@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..callers import undisturbed
 from ..checkpoints.files import REPORT, is_ours, read_json
 from ..devices import device_name
 from ..errors import CheckpointError, QualityError, RecipeError
+from ..isolation import undisturbed
 from ..text.collate import IGNORED
-from ..text.fit import Fit, misfits
 from ..text.formats import TEXT_COLUMN
+from ..text.suitability import Fit, misfits
 from .held_out import DEFAULT_TOKENS, HeldOut, prepare
 from .load import load_model
 
@@ -131,7 +131,7 @@ def compare(
 
     Returns:
         {"data", "tokens", "device", "warnings" (what makes it doubtful that the text says anything, as
-        `sqa_convert.text.fit.misfits` has it), and per model its `Quality` as a dict}.
+        `sqa_convert.text.suitability.misfits` has it), and per model its `Quality` as a dict}.
 
     Raises:
         RecipeError: a model does not fit into the device's memory, or cannot be compared with the first.
@@ -207,7 +207,7 @@ def evaluate(
     Args:
         folder: a model folder, "sample:gpt2" or a hub id.
         against: likewise, usually the source; of the same kind and vocabulary.
-        data: as `sqa_convert.text.corpus.documents` takes it; its held-out part is used. By default the built-in
+        data: as `sqa_convert.text.documents.documents` takes it; its held-out part is used. By default the built-in
             corpus.
         text_column: of a table, the one that holds the text; by default "text".
         tokens: of text.

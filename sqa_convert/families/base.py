@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UnsupportedModelError, one_line, shown
-from ..heads.layout import AttentionHeads
+from ..heads.weights import AttentionHeads
 
 if TYPE_CHECKING:
     from ..checkpoints.dtypes import Array
-    from ..heads.attention import Attention
+    from ..heads.attend import Attention
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version", "auto_map", "custom_pipelines", "return_dict")
 """of config.json: what the source says of its own files and code, and tuples as outputs, which no longer work"""

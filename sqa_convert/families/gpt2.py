@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
-from ..heads.layout import AttentionHeads
+from ..heads.weights import AttentionHeads
 from .base import (
     MOST_HEADS,
     MOST_LAYERS,
@@ -25,7 +25,7 @@ from .base import (
 
 if TYPE_CHECKING:
     from ..checkpoints.dtypes import Array
-    from ..heads.attention import Attention
+    from ..heads.attend import Attention
 
 _STALE = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")  # buffers of old releases
 _LAYER = re.compile(r"h\.\d+\.")
@@ -145,7 +145,7 @@ class GPT2(Family):
         )
 
     def attention(self, site: Site, config: Config) -> Attention:
-        from ..heads.attention import Attention
+        from ..heads.attend import Attention
 
         scale = self.dimensions(config).head_dim ** -0.5 if config.get("scale_attn_weights", True) else 1.0
         if config.get("scale_attn_by_inverse_layer_idx"):

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
-from ..heads.layout import AttentionHeads
+from ..heads.weights import AttentionHeads
 from .base import (
     MOST_HEADS,
     MOST_LAYERS,
@@ -25,7 +25,7 @@ from .special_tokens import token_ids
 
 if TYPE_CHECKING:
     from ..checkpoints.dtypes import Array
-    from ..heads.attention import Attention
+    from ..heads.attend import Attention
 
 _TABLE = "relative_attention_bias.weight"  # (buckets, H), in the source only in layer 0 of a stack
 _STALE = "decoder.block.0.layer.1.EncDecAttention." + _TABLE  # old checkpoints carry it; it was never used
@@ -165,7 +165,7 @@ class T5(Family):
     def attention(self, site: Site, config: Config) -> Attention:
         from transformers.models.t5.modeling_t5 import T5Attention
 
-        from ..heads.attention import Attention
+        from ..heads.attend import Attention
 
         if site.kind == "cross":
             return Attention(1.0, causal=False)

@@ -5,7 +5,7 @@ Exports: the register of methods, partitions, the layout of heads; a method is o
 """
 
 from . import svd, procrustes, mean, first, select  # noqa: F401, I001 - registers the methods, the best first
-from .layout import AttentionHeads
+from .weights import AttentionHeads
 from .methods import METHODS, Method, get_method
 from .partition import VARIANTS, Partition, check_head_counts, variant_heads
 

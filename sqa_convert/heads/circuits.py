@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import query_with_bias
-from .layout import AttentionHeads
+from .attend import query_with_bias
 from .partition import Partition
+from .weights import AttentionHeads
 
 if TYPE_CHECKING:
     from .statistics import Statistics

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .layout import A, AttentionHeads
 from .methods import method
 from .partition import Partition
 from .pool import mean_of, pool, sum_of
+from .weights import A, AttentionHeads
 
 
 @method(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RecipeError
-from .layout import AttentionHeads
 from .partition import Partition
+from .weights import AttentionHeads
 
 Convert = Callable[[AttentionHeads[Any], Partition, Any], AttentionHeads[Any]]
 

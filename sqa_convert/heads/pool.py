@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .layout import A, AttentionHeads
 from .partition import Partition
+from .weights import A, AttentionHeads
 
 Rule = Callable[[Any, tuple[int, ...], Any], None]
 """(H, ...) of all heads, the members of one group, and a view of (...) to write their one head into"""

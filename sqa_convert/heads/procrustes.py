@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .layout import AttentionHeads
 from .methods import method
 from .partition import Partition
+from .weights import AttentionHeads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def procrustes(heads: AttentionHeads, partition: Partition, statistics: Statisti
     """
     import torch
 
-    from .attention import query_with_bias
+    from .attend import query_with_bias
     from .circuits import Merged, assemble
     from .statistics import with_ridge
 

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from .attention import Attention
-from .layout import AttentionHeads
+from .attend import Attention
+from .weights import AttentionHeads
 
 LEARNING_RATE = 3e-2
 """of each array, in units of its root mean square"""

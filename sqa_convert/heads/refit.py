@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Attention
-from .layout import AttentionHeads
+from .attend import Attention
+from .weights import AttentionHeads
 
 RIDGE = 1e-3
 """of the mean squared feature: how strongly the fit is drawn to the unrefitted projection"""

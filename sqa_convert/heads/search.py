@@ -15,10 +15,10 @@ from itertools import combinations, islice, pairwise
 
 import torch
 
-from .attention import query_with_bias
-from .layout import AttentionHeads
+from .attend import query_with_bias
 from .partition import Partition
 from .statistics import Statistics, with_ridge
+from .weights import AttentionHeads
 
 _MOST_SPLITS = 12  # of one group into clusters, that are compared by their whole cost; more are compared by patterns
 _MOST_COSTS = 10_000  # splits of groups whose cost is found, and

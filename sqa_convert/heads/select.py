@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .layout import A, AttentionHeads
 from .methods import method
 from .partition import Partition
 from .pool import pool
+from .weights import A, AttentionHeads
 
 
 @method(

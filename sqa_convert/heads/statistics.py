@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Attention
-from .layout import AttentionHeads
+from .attend import Attention
+from .weights import AttentionHeads
 
 RIDGE = 1e-3  # share of an isotropic part in every metric: some models have a few huge directions
 _LEAST = 1e-8  # mean variance of inputs that is told from none; normalized inputs are of order one
@@ -225,7 +225,7 @@ def from_norms(
 
 def _form_distance(heads: AttentionHeads, query: Tensor, key: Tensor) -> Tensor:
     """|Sq^1/2 (M_i - M_j) Sk^1/2|^2 of the score forms M = Wq^T Wk: (H, H), from d x d products."""
-    from .attention import query_with_bias
+    from .attend import query_with_bias
 
     count, d, _ = heads.query.shape
     q, k = query_with_bias(heads).flatten(0, 1), heads.key.double().flatten(0, 1)

@@ -14,7 +14,7 @@ from ..checkpoints.staging import check_output
 from ..conversion.plan import Plan
 from ..errors import OutputError, RecipeError
 from ..families import Config, family_of
-from ..text.corpus import check_data
+from ..text.documents import check_data
 from ..uptraining.recipe import Recipe
 
 if TYPE_CHECKING:

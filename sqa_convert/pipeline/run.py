@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.find import GENERATION_CONFIG
 from ..checkpoints.fingerprint import fingerprint
-from ..checkpoints.memory import ModelSource
+from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import Source
 from ..checkpoints.staging import staged_output
-from ..conversion.build import build_model
+from ..conversion.convert_site import Calibrated
 from ..conversion.execute import check_copies
+from ..conversion.model_in_memory import build_model
 from ..conversion.plan import Plan
-from ..conversion.result import check_loads
-from ..conversion.site import Calibrated
+from ..conversion.result_config import check_loads
 from ..conversion.write import write_model
 from ..errors import CheckpointError, DataError, RecipeError, one_line
 from ..progress import Progress, silent
@@ -98,7 +98,7 @@ def _carry_generation(source: Source, model: PreTrainedModel) -> None:
     """The source's settings of generation, as far as transformers takes them."""
     from transformers import GenerationConfig
 
-    from ..text.decoding import refusal
+    from ..text.plain_generation import refusal
 
     if not model.can_generate():
         return

@@ -17,15 +17,15 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .. import models
-from ..callers import undisturbed
 from ..checkpoints.companions import has_tokenizer
 from ..checkpoints.dtypes import check_finite
 from ..checkpoints.files import read_config, sha256_of
-from ..checkpoints.guard import LARGEST_CONFIG, regular_file
 from ..checkpoints.source import SafetensorsSource
 from ..checkpoints.staging import expanded
+from ..checkpoints.untrusted import LARGEST_CONFIG, regular_file
 from ..conversion.write import MODELS
 from ..errors import CheckpointError, one_line, shown
+from ..isolation import undisturbed
 from ..report.content import auto_class, read_report
 from ..text.tokenizers import load_tokenizer
 

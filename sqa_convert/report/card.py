@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.companions import MODULES
-from .figures import within_reason
+from .formatting import within_reason
 from .sentences import last_quality, presented
 from .tables import costs, quality_table, speed_rows
 

@@ -11,13 +11,13 @@ from .. import __version__
 from ..checkpoints.companions import left_behind
 from ..checkpoints.files import REPORT, is_ours, read_json
 from ..checkpoints.source import Source
-from ..conversion.cost import Cost
+from ..conversion.attention_cost import Cost
 from ..conversion.plan import Plan
 from ..errors import CheckpointError
 from .source_card import source_card
 
 if TYPE_CHECKING:
-    from ..conversion.site import SiteRecord
+    from ..conversion.convert_site import SiteRecord
     from ..families import Site
 
 SCHEMA = 1
@@ -115,23 +115,6 @@ def auto_class(report: dict[str, Any], otherwise: str = "AutoModel") -> str:
     architecture = str(report.get("architecture"))
     known = architecture.startswith("SQA")
     return next((auto for ending, auto in _AUTO_CLASSES.items() if known and architecture.endswith(ending)), otherwise)
-
-
-def source_lines(report: dict[str, Any]) -> list[str]:
-    """What there is to know of how the source was taken, in sentences; mostly nothing."""
-    return [str(note) for note in report["source"].get("notes", [])]
-
-
-def quality_lines(report: dict[str, Any]) -> list[str]:
-    """Why not to trust what was measured, or why nothing was, in sentences."""
-    lines = [f"warning: {doubt['text']}" for doubt in report.get("quality", {}).get("warnings", [])]
-    return [*lines, f"not measured: {report['not_measured']}"] if "not_measured" in report else lines
-
-
-def left_lines(report: dict[str, Any]) -> list[str]:
-    """Which files of the source's folder the result does not have, in a sentence; none where it has all."""
-    left = report["source"].get("left_behind")
-    return [f"left behind of the source's folder: {', '.join(left)}"] if left else []
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from base64 import b64encode
 from statistics import mean
 from typing import Any
 
-from .figures import nats
+from .formatting import nats
 from .pictures import errors_picture, heads_picture, quality_picture, recovery_picture, similarity_colour, speed_picture
 from .sentences import last_quality, presented
 from .tables import ROWS, costs, quality_table, speed_rows

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..heads import METHODS
-from .content import NEXT_TO_NOTHING, auto_class, quality_lines, source_lines
-from .figures import nats
+from .content import NEXT_TO_NOTHING, auto_class
+from .formatting import nats
 from .tables import speed_title
 
 
@@ -99,3 +99,20 @@ def uptraining_lines(report: dict[str, Any]) -> list[str]:
 def _share(share: float) -> str:
     """What is beyond all of the damage, or below none of it, is no share of it."""
     return "all" if share >= 1 else "none" if share <= 0 else f"{share:.1%}"
+
+
+def source_lines(report: dict[str, Any]) -> list[str]:
+    """What there is to know of how the source was taken, in sentences; mostly nothing."""
+    return [str(note) for note in report["source"].get("notes", [])]
+
+
+def quality_lines(report: dict[str, Any]) -> list[str]:
+    """Why not to trust what was measured, or why nothing was, in sentences."""
+    lines = [f"warning: {doubt['text']}" for doubt in report.get("quality", {}).get("warnings", [])]
+    return [*lines, f"not measured: {report['not_measured']}"] if "not_measured" in report else lines
+
+
+def left_lines(report: dict[str, Any]) -> list[str]:
+    """Which files of the source's folder the result does not have, in a sentence; none where it has all."""
+    left = report["source"].get("left_behind")
+    return [f"left behind of the source's folder: {', '.join(left)}"] if left else []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.companions import CARD
-from ..checkpoints.guard import LARGEST_CONFIG, regular_file
+from ..checkpoints.untrusted import LARGEST_CONFIG, regular_file
 
 TAKEN_OVER = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 """entries of the card's metadata"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .figures import nats, perplexity
+from .formatting import nats, perplexity
 
 ROWS = ("source", "converted", "before", "uptrained", "control", "mean")
 """models a report may hold measurements of; "before" is what a second uptraining began with, "mean" the source with its

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..callers import undisturbed
 from ..devices import choose_device, device_name
 from ..errors import RecipeError
 from ..evaluation.load import load_model
 from ..heads.partition import VARIANTS, variant_heads
+from ..isolation import undisturbed
 from ..progress import Progress, silent
 from .measurement import Measurement
 from .settings import GRID, LENGTHS, Settings

@@ -17,9 +17,9 @@ from ..evaluation.load import load_config
 from ..families.special_tokens import end_of_text
 from ..text.blocks import token_blocks, token_stream
 from ..text.collate import CausalCollator, PairCollator, Rows, SpanCollator, Stream
-from ..text.corpus import Skipped, Split, check_data, documents, pairs
-from ..text.fit import looked_at
+from ..text.documents import Skipped, Split, check_data, documents, pairs
 from ..text.spans import denoising
+from ..text.suitability import looked_at
 from ..text.tokenizers import check_vocabulary, load_tokenizer
 from .recipe import Recipe
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..amounts import amount
 from ..errors import DataError, RecipeError, one_line, shown
-from .recipe_hints import HINTS
+from .other_trainers import HINTS
 
 LOSSES = ("kl", "ce", "mix")
 

@@ -17,7 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..errors import QualityError
 from ..evaluation.held_out import HeldOut
 from ..evaluation.quality import Predictions, measure, predict
-from ..report.figures import nats
+from ..report.formatting import nats
 from . import engines, processes
 from .loss import Targets, aligned_labels, distillation_loss, instead_of_logits
 

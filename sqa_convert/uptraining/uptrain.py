@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..callers import undisturbed
 from ..checkpoints.files import sha256_of
 from ..checkpoints.find import local_folder, open_source, resolve, source_config
 from ..checkpoints.fingerprint import unlike
-from ..checkpoints.shards import write_shard
+from ..checkpoints.safetensors_writer import write_shard
 from ..checkpoints.staging import check_output, empty, expanded, staged_output
 from ..devices import choose_device, device_name, own_device
 from ..errors import CheckpointError, OutputError, RecipeError, one_line
@@ -24,11 +23,12 @@ from ..evaluation.generation import answer_scores, continuations
 from ..evaluation.load import load_model
 from ..evaluation.quality import compare, measure, predict
 from ..families import family_of
+from ..isolation import undisturbed
 from ..progress import Progress, silent
 from ..report.content import read_report
-from ..report.figures import nats
+from ..report.formatting import nats
 from ..report.write import write_report
-from ..text.fit import misfits
+from ..text.suitability import misfits
 from . import processes
 from .arguments import check_settings, uses_bfloat16
 from .data import training_data

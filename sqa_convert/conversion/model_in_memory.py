@@ -9,10 +9,10 @@ from ..checkpoints.dtypes import torch_dtype
 from ..checkpoints.source import Source
 from ..families import Site
 from ..progress import Progress, silent
+from .convert_site import SiteRecord, Sites
 from .execute import convert_all
 from .plan import OutputTensor, Plan
-from .result import config_class, model_class, result_config
-from .site import SiteRecord, Sites
+from .result_config import config_class, model_class, result_config
 
 if TYPE_CHECKING:
     from torch import Tensor

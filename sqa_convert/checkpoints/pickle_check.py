@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import CheckpointError, one_line, shown
-from .guard import LARGEST_HEADER, MOST_TENSORS, is_zip
+from .untrusted import LARGEST_HEADER, MOST_TENSORS, is_zip
 
 _MOST_OPERATIONS = 1_000_000  # of a pickle; a tensor takes about 60
 

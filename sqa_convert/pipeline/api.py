@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..callers import undisturbed
 from ..checkpoints.find import open_source
-from ..checkpoints.memory import ModelSource
+from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import Source
 from ..checkpoints.staging import check_output, expanded
 from ..conversion.plan import make_plan
 from ..conversion.request import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
+from ..isolation import undisturbed
 from ..progress import Progress, silent
 from ..text.formats import TEXT_COLUMN
 from ..uptraining.recipe import Recipe, load_recipe
@@ -43,7 +43,7 @@ class Conversion:
             from transformers import GenerationConfig
 
             from .. import models
-            from ..text.decoding import refusal
+            from ..text.plain_generation import refusal
 
             assert self.output is not None
             model_class = getattr(models, self.report["architecture"])
@@ -104,7 +104,7 @@ def convert(
             with `evaluate` also load it in a process of its own, without this package, and compare logits.
         evaluate: measure source and result on held-out text, one after the other, where the model has a language model
             head and its tokenizer loads; else the report says why not. Needs `output`.
-        data: that text, as `sqa_convert.text.corpus.documents` takes it; by default the built-in corpus.
+        data: that text, as `sqa_convert.text.documents.documents` takes it; by default the built-in corpus.
         text_column: of `data`, and of `calibration` where that is the text alone: the column that holds the text, where
             they are tables; by default "text".
         uptrain: then train the result towards the source: a packaged recipe's name, a YAML file or a `Recipe`; `data`,

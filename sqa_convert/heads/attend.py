@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .layout import AttentionHeads
+from .weights import AttentionHeads
 
 
 @dataclass(frozen=True)

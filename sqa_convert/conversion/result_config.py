@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, one_line
 from ..families import Site
+from .convert_site import SiteRecord
 from .plan import Plan
-from .site import SiteRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

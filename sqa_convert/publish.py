@@ -5,14 +5,16 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from .callers import undisturbed
 from .checkpoints.companions import CARD
 from .checkpoints.staging import expanded
 from .errors import CheckpointError, OutputError, RecipeError, one_line
+from .isolation import undisturbed
 from .report.content import read_report
 
 FLAG = "--push-to-hub"
+
 _MESSAGE = "Sparse Query Attention by sqa-convert"
+
 _STALE = ["*.safetensors", "*.safetensors.index.json"]
 """files of an earlier upload that go when this one has none of that name"""
 

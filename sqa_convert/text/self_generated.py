@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..progress import Progress, silent
-from .decoding import generate, own_tokens
+from .plain_generation import generate, own_tokens
 
 SAMPLED_SEQUENCES = 128
 """at a time, at most"""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, RecipeError, SQAError, shown
 from ..families import completed, family_of
-from .guard import LARGEST_CONFIG, parse_json, regular_file
+from .untrusted import LARGEST_CONFIG, parse_json, regular_file
 
 PIPELINE = "model_index.json"
 """what a pipeline of diffusers has in the place of a config.json"""

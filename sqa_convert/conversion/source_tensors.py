@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..checkpoints.dtypes import DTYPES, FLOATING
-from ..checkpoints.memory import ModelSource
+from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError, UnsupportedModelError
 from ..families import Family

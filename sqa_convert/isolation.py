@@ -19,10 +19,13 @@ from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
+
 R = TypeVar("R")
 
 _ONE_AT_A_TIME = threading.RLock()
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 _KERNELS = ("flash", "mem_efficient", "math", "cudnn")  # of scaled dot product attention
 
 
