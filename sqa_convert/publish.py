@@ -10,6 +10,7 @@ from .checkpoints.staging import expanded
 from .errors import CheckpointError, OutputError, RecipeError, one_line
 from .isolation import undisturbed
 from .report.content import read_report
+from .report.sentences import literal, result_name
 
 FLAG = "--push-to-hub"
 
@@ -54,7 +55,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> st
 
     folder = expanded(folder, "FOLDER")
     try:
-        read_report(folder)
+        name = result_name(read_report(folder))
     except CheckpointError as error:
         raise OutputError(f"{one_line(error)}; only what sqa-convert made is pushed") from error
     api = HfApi()
@@ -68,7 +69,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> st
             ignore_patterns=[CARD],
         )
         card = (folder / CARD).read_text(encoding="utf-8")
-        there = card.replace(f'from_pretrained("{folder.resolve().name}"', f'from_pretrained("{address.repo_id}"')
+        there = card.replace(f"from_pretrained({literal(name)}", f"from_pretrained({literal(address.repo_id)}")
         api.upload_file(
             path_or_fileobj=there.encode(), path_in_repo=CARD, repo_id=address.repo_id, commit_message=_MESSAGE
         )

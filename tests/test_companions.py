@@ -99,8 +99,9 @@ def test_a_tokenizer_that_lost_a_file_is_found(tmp_path, monkeypatch):
     assert converted(tmp_path / "source", verify=False).output.is_dir()
 
 
-def test_a_tokenizer_of_the_source_that_does_not_load_stops_nothing(source):
-    put(source, {"tokenizer.json": "{", "tokenizer_config.json": {}})
+@pytest.mark.parametrize("damaged", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_of_the_source_that_does_not_load_stops_nothing(damaged, source):
+    put(source, {"tokenizer.json": {}, "tokenizer_config.json": {}, damaged: "{"})
     assert converted(source).output.is_dir()
 
 
@@ -174,6 +175,20 @@ def test_what_is_left_behind_is_said(source, monkeypatch, capsys):
             main()
         assert f"left behind of the source's folder: {', '.join(expected)}\n" in capsys.readouterr().out
     assert json.loads((source.parent / "out/report.json").read_text())["source"]["left_behind"] == expected
+
+
+@pytest.mark.parametrize(
+    ("read", "left"),
+    [
+        (["model-1-of-1.safetensors"], ["pytorch_model.bin.index.json"]),
+        (["model.safetensors"], ["model.safetensors.index.json", "pytorch_model.bin.index.json"]),
+        (["pytorch_model-1-of-1.bin"], ["model.safetensors.index.json"]),
+    ],
+)
+def test_the_index_of_what_was_read_is_not_left_behind(read, left, tmp_path):
+    for name in (*read, "model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        (tmp_path / name).touch()
+    assert left_behind(tmp_path, read) == left
 
 
 def test_a_long_list_of_what_is_left_behind_is_cut(tmp_path):

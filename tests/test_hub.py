@@ -1,5 +1,6 @@
 """Uploading: against a hub of our own, at the HTTP boundary."""
 
+import ast
 import base64
 import hashlib
 import json
@@ -16,6 +17,8 @@ from sqa_convert import push_to_hub
 from sqa_convert.cli.convert import main as convert
 from sqa_convert.cli.uptrain import main as uptrain
 from sqa_convert.errors import OutputError
+from sqa_convert.report.card import model_card
+from sqa_convert.report.content import read_report
 
 TOKEN = "hf_" + "secret" * 6
 LARGE = 10_000  # bytes from which a file goes to the large file storage
@@ -147,6 +150,19 @@ def test_a_conversion_arrives_whole_and_private(run, hub):
     assert all(hub.files[path.name] == path.read_bytes() for path in Path("out").iterdir() if path.name != "README.md")
     assert 'AutoModelForCausalLM.from_pretrained("me/model"' in hub.files["README.md"].decode()
     assert created(hub)["name"] == "model" and is_private(hub)
+
+
+def test_a_folder_that_was_renamed_is_loaded_from_the_hub_too(hub, folder):
+    renamed = folder.rename(folder.parent / "renamed")
+    push_to_hub(renamed, "me/model")
+    assert 'AutoModelForCausalLM.from_pretrained("me/model"' in hub.files["README.md"].decode()
+
+
+@pytest.mark.parametrize("name", ["plain", 'a"b', "a\\b", "a\nb"])
+def test_the_program_in_the_card_can_be_run(name, folder):
+    report = read_report(folder) | {"output": f"/models/{name}"}
+    program = model_card(report, folder).partition("```python\n")[2].partition("```")[0]
+    assert f"from_pretrained({name!r}" in ast.unparse(ast.parse(program))
 
 
 def test_public_is_public(run, hub):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import plain_convert as convert
 from transformers import T5EncoderModel
 
 from sqa_convert.checkpoints.find import SAMPLES, open_source
+from sqa_convert.checkpoints.subfolders import assembled
 from sqa_convert.cli.convert import main
 from sqa_convert.errors import CheckpointError, RecipeError
 from sqa_convert.text.tokenizers import load_tokenizer
@@ -75,11 +77,11 @@ def test_the_parts_of_a_pipeline_on_the_hub_are_named(hub):
         convert("someone/pipe", 8, 4)
 
 
-@pytest.mark.parametrize("place", ["a folder", "a hub id"])
+@pytest.mark.parametrize("place", ["a folder", "a sample", "a hub id"])
 def test_a_tokenizer_may_be_any_folder_or_on_the_hub(place, hub, tmp_path):
     gpt2(vocab_size=4096).save_pretrained(tmp_path / "source")
     shutil.copytree(SAMPLES / "gpt2", hub)
-    named = str(SAMPLES / "gpt2") if place == "a folder" else "someone/pipe"
+    named = {"a folder": str(SAMPLES / "gpt2"), "a sample": "sample:gpt2", "a hub id": "someone/pipe"}[place]
     source = open_source(str(tmp_path / "source"), tokenizer=named)
     assert load_tokenizer(source.folder)("a b")["input_ids"] == load_tokenizer(SAMPLES / "gpt2")("a b")["input_ids"]
     assert json.loads((source.folder / "config.json").read_text())["n_embd"] == 48  # the model's
@@ -93,6 +95,27 @@ def test_a_folder_without_a_tokenizer_is_none(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"--tokenizer empty: .* holds no tokenizer"):
         open_source(str(tmp_path / "source"), tokenizer="empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("~no-such-user/x", "cannot be looked at"), ("a" * 300, "cannot be looked at"), ("config.json", "is a file")],
+)
+def test_a_tokenizer_by_no_possible_name_is_refused(name, says, tmp_path, monkeypatch):
+    gpt2(layers=1).save_pretrained(tmp_path / "source")
+    monkeypatch.chdir(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=says):
+        open_source(".", tokenizer=name)
+
+
+def test_a_licence_beside_the_model_stays_its_own(tmp_path):
+    for place in ("model", "tokenizer"):
+        (tmp_path / place).mkdir()
+        for name in ("LICENCE.txt", "NOTICE", "vocab.json"):
+            (tmp_path / place / name).write_text(place)
+    with assembled(tmp_path / "model", tmp_path / "tokenizer") as folder:
+        written = {path.name: path.read_text() for path in Path(folder).iterdir()}
+    assert written == {"LICENCE.txt": "model", "NOTICE": "model", "vocab.json": "tokenizer"}
 
 
 @pytest.mark.parametrize("subfolder", ["..", "/etc", "", "a/../.."])

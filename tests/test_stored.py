@@ -274,7 +274,9 @@ def test_biases_that_a_checkpoint_does_without_are_zeros(kinds, storage, tmp_pat
     assert any("they are zeros" in note for note in conversion.report["source"]["notes"])
 
 
-@pytest.mark.parametrize("name", ["transformer.h.1.attn.c_attn.bias", "transformer.h.0.ln_2.bias"])
+@pytest.mark.parametrize(
+    "name", ["transformer.h.1.attn.c_attn.bias", "transformer.h.0.ln_2.bias", "transformer.ln_f.bias"]
+)
 def test_one_bias_missing_among_others_is_refused(name, tmp_path):
     model = gpt2()
     weights = weights_of(model)
@@ -418,6 +420,16 @@ def test_a_class_of_the_authors_own_is_taken_for_what_its_weights_are(name, stor
     torch.testing.assert_close(logits(conversion.model, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
     assert conversion.report["source"]["architecture"] == "GPT2LMHeadModel"
     assert any(name in note for note in conversion.report["source"]["notes"])
+
+
+def test_a_class_derived_from_transformers_own_is_taken_for_that():
+    class Mood(GPT2ForSequenceClassification):
+        pass
+
+    conversion = convert(Mood(gpt2(layers=1).config), 8, 4)
+    assert type(conversion.model).__name__ == "SQAGPT2ForSequenceClassification"
+    assert conversion.report["source"]["architecture"] == "GPT2ForSequenceClassification"
+    assert any(note.startswith("Mood is none") for note in conversion.report["source"]["notes"])
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2ForTokenClassification", "MyGPT2ForQuestionAnswering"])

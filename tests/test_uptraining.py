@@ -18,6 +18,7 @@ from transformers import GPT2ForSequenceClassification
 import sqa_convert
 from sqa_convert import Recipe, load_recipe, uptrain
 from sqa_convert.checkpoints.find import SAMPLES
+from sqa_convert.cli.convert import main as convert_main
 from sqa_convert.errors import CheckpointError, DataError, OutputError, QualityError, RecipeError
 from sqa_convert.evaluation.held_out import HeldOut
 from sqa_convert.evaluation.load import load_model
@@ -528,6 +529,32 @@ def test_one_call_converts_and_trains_as_the_command_does(tmp_path):
     assert conversion.report == json.loads((out / "report.json").read_text())
     assert load_recipe(str(out / "recipe.yaml")) == dataclasses.replace(FEW, control=True, seed=3)
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("caller", ["command", "python"])
+def test_a_column_of_calibration_alone_and_a_recipes_seed_mean_the_same_to_both(caller, tmp_path, monkeypatch):
+    taken = []
+
+    def run(plan, source, output, settings, recipe, progress):
+        taken.extend((plan, settings, recipe))
+        raise RecipeError("far enough")
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(dataclasses.replace(FEW, seed=7)))
+    if caller == "command":
+        monkeypatch.setattr("sqa_convert.pipeline.run.run", run)
+        flags = ["--calibration", "text.csv", "--text-column", "body", "--q-groups", "6", "--kv-groups", "2", "-q"]
+        output = ["--uptrain", str(recipe), "-o", str(tmp_path / "out")]
+        monkeypatch.setattr("sys.argv", ["sqa-convert", "sample:gpt2", *flags, *output])
+        with pytest.raises(SystemExit):
+            convert_main()
+    else:
+        monkeypatch.setattr("sqa_convert.pipeline.api.run", run)
+        column = {"calibration": "text.csv", "text_column": "body"}
+        with pytest.raises(RecipeError, match="far enough"):
+            sqa_convert.convert("sample:gpt2", 6, 2, output=tmp_path / "out", uptrain=str(recipe), **column)
+    plan, settings, recipe = taken
+    assert (plan.calibration.text_column, recipe.text_column, settings.seed) == ("body", "text", 7)
 
 
 @pytest.mark.parametrize(

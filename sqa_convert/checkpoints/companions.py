@@ -133,7 +133,7 @@ def left_behind(folder: Path, read: Collection[str]) -> list[str]:
     known = {*carried, *read, CONFIG, CARD}
     names: list[str] = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name == "__pycache__" or path.name in known:
+        if path.name.startswith(".") or path.name == "__pycache__" or path.name in known or _lists(path.name, read):
             continue
         inside = _files(folder, path.name) if path.is_dir() else []
         if carried.isdisjoint(inside):
@@ -142,6 +142,12 @@ def left_behind(folder: Path, read: Collection[str]) -> list[str]:
             names += [name for name in inside if name not in carried]
     listed = [shown(name) for name in names[:_MOST_LISTED]]
     return listed + ([f"and {len(names) - _MOST_LISTED:,} more"] if len(names) > _MOST_LISTED else [])
+
+
+def _lists(name: str, read: Collection[str]) -> bool:
+    """Whether a file is the index by which the weights that were read are found."""
+    whole = name.removesuffix(".index.json")
+    return whole not in (name, *read) and any(file.endswith(Path(whole).suffix) for file in read)
 
 
 def _files(folder: Path, inside: str = "") -> list[str]:

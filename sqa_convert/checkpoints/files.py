@@ -16,6 +16,14 @@ from .dtypes import PIECE
 from .untrusted import LARGEST_CONFIG, parse_json, regular_file
 
 
+def is_folder(path: Path) -> bool:
+    """False also of a name that nothing can have."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def read_config(name: str, folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", f"{name} holds no config.json, so it is no model folder", LARGEST_CONFIG)
 
@@ -92,7 +100,10 @@ def carry_files(source: Path, output: Path, tokenizer_class: str) -> None:
         shutil.copyfile(source / name, output / name)
     if has_tokenizer(output):
         path = output / TOKENIZER_CONFIG
-        settings = read_json(path, "") if path.is_file() else {}
+        try:
+            settings = read_json(path, "") if path.is_file() else {}
+        except CheckpointError:  # it is damaged in the source, too
+            return
         kept = {key: value for key, value in settings.items() if key != "auto_map"}
         kept["tokenizer_class"] = kept.get("tokenizer_class") or tokenizer_class
         if kept != settings:

@@ -19,7 +19,7 @@ from .companions import (
     companions,
     has_tokenizer,
 )
-from .files import read_config, read_json
+from .files import is_folder, read_config, read_json
 from .pickle_check import check_pickle
 from .source import HeadersSource, PickleSource, SafetensorsSource, Source, Stamp, indexed, stamp
 from .subfolders import PIPELINE, assembled, check_kind, part_of, without_config, without_weights
@@ -105,10 +105,10 @@ def open_source(
 
 def _tokenizer_folder(tokenizer: str, name: str, folder: Path, revision: str | None) -> Path:
     """The folder that `tokenizer` means, for the model `name` in `folder`. Raises CheckpointError."""
-    places = [folder.parent / Path(tokenizer).expanduser(), Path(tokenizer).expanduser()]
-    found = next((path for path in places if path.is_dir()), None)
+    beside = folder.absolute().parent / tokenizer
+    found = beside if is_folder(beside) else local_folder(tokenizer)
     if found is None and local_folder(name) is None and _hub_place(name)[1]:
-        beside = _download(f"{_hub_place(name)[0]}/{tokenizer}", revision, *_TOKENIZER_PATTERNS)[0]
+        beside, _ = _download(f"{_hub_place(name)[0]}/{tokenizer}", revision, *_TOKENIZER_PATTERNS)
         found = beside if beside.is_dir() else None
     found = found or _download(tokenizer, None, *_TOKENIZER_PATTERNS)[0]
     if not has_tokenizer(found):

@@ -19,7 +19,10 @@ class ModelSource(Source):
     def __init__(self, model: Any) -> None:
         self.model = model = unwrapped(model)
         self.name = model.config.name_or_path or type(model).__name__
-        self.config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+        own, known = type(model).__name__, _known_class(model)
+        self.config = model.config.to_dict() | {"architectures": [known]}
+        if own != known:
+            self.notes = (f"{own} is none of transformers' classes: taken for the {known} that it is derived from",)
         self.generation_config = getattr(model, "generation_config", None)
         self._tensors = model.state_dict()
         self.twins = twins = dict[str, str]()
@@ -27,6 +30,12 @@ class ModelSource(Source):
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         yield from cut(tensor_bytes(self._tensors[name].detach().cpu()))
+
+
+def _known_class(model: PreTrainedModel) -> str:
+    """The class of transformers that a model's is derived from; its own where that is none of them."""
+    classes = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
+    return next((name for name in classes if not name.endswith("PreTrainedModel")), type(model).__name__)
 
 
 def unwrapped(model: Any) -> PreTrainedModel:

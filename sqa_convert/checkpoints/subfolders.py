@@ -15,7 +15,10 @@ PIPELINE = "model_index.json"
 
 _MOST_PARTS = 50
 
-_MODELS_OWN = re.compile(r"(generation_)?config\.json|.*\.(safetensors|bin|index\.json|py)|README\.md|LICENSE.*")
+_MODELS_OWN = re.compile(
+    r"(generation_)?config\.json|.*\.(safetensors|bin|index\.json|py)|README\.md"
+    r"|(LICEN[CS]E|COPYING|NOTICE|USE_POLICY).*"
+)
 """files that come from the model's folder where the tokenizer's is another"""
 
 _OTHER_WEIGHTS = {

@@ -21,7 +21,7 @@ from ..checkpoints.staging import NOWHERE, here
 from ..errors import RecipeError, SQAError
 from ..report.content import auto_class
 from ..report.page import PAGE
-from ..report.sentences import quality_lines, uptraining_lines
+from ..report.sentences import literal, quality_lines, uptraining_lines
 from ..report.tables import quality_table
 from .streams import forgiving_streams
 
@@ -158,9 +158,7 @@ def push(out: Out, folder: Path, repo_id: str | None, public: bool) -> None:
 def show_loading(out: Out, report: dict[str, Any], folder: Path) -> None:
     """Where to look, and how to go on."""
     show_report(out, folder)
-    plain = str(folder).isprintable() and not set(str(folder)) & set('"\\')
-    literal = f'"{folder}"' if plain else repr(str(folder))
-    out.result(f"next: {auto_class(report)}.from_pretrained({literal}, trust_remote_code=True)")
+    out.result(f"next: {auto_class(report)}.from_pretrained({literal(str(folder))}, trust_remote_code=True)")
 
 
 def run_app(app: Any, name: str) -> NoReturn:

@@ -259,7 +259,7 @@ def convert(
         data=data,
         text_column=column or TEXT_COLUMN,
         device=device,
-        seed=seed or 0,
+        seed=recipe.seed if recipe is not None else seed or 0,
         trust_remote_code=trust_remote_code,
         measure_training=not no_evaluate,
     )

@@ -87,12 +87,12 @@ def evaluate_command(
             f"loads without sqa_convert, largest difference of logits {found['difference']:g}"
         )
         return
+    if max_kl is not None and not 0 <= max_kl < math.inf:
+        raise RecipeError(f"--max-kl {max_kl}: give 0 or more, in nats a token")
     folder, revision = resolve(model), None
     if against is None and (folder / REPORT).is_file():
         source = read_report(folder)["source"]
         against, revision = source["name"], source["revision"]
-    if max_kl is not None and not 0 <= max_kl < math.inf:
-        raise RecipeError(f"--max-kl {max_kl}: give 0 or more, in nats a token")
     if max_kl is not None and against is None:
         raise RecipeError("--max-kl needs a model to compare with: give --against")
     models = ({} if against is None else {"against": resolve(against, revision)}) | {"model": folder}

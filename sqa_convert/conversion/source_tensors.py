@@ -36,7 +36,12 @@ class Stored:
 
 
 def stored_tensors(family: Family, source: Source) -> Stored:
-    """Raises CheckpointError when config and weights disagree."""
+    """What of a source is the model's.
+
+    Raises:
+        CheckpointError: config and weights disagree.
+        UnsupportedModelError: a model in memory computes with more than transformers' class has.
+    """
     required = family.required(source.config)
     names, copies = _without_copies(family, source, _canonical_names(family, source), required)
     for twin, kept in source.twins.items():

@@ -9,6 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UnsupportedModelError, one_line, shown
@@ -116,9 +117,7 @@ class Family(ABC):
         name = self._named(config)
         if name in self.architectures or _OTHER_TASK.search(name):
             return None
-        import transformers
-
-        return None if name in dir(transformers) else name  # which loads none of its classes
+        return None if _in_transformers(name) else name
 
     def _named(self, config: Config) -> str:
         names = config.get("architectures") or [next(iter(self.architectures))]
@@ -219,6 +218,14 @@ class Family(ABC):
             encoder = auto_map["AutoModelForTextEncoding"]
             auto_map = {"AutoConfig": auto_map["AutoConfig"], "AutoModel": encoder, "AutoModelForTextEncoding": encoder}
         return kept | {"model_type": model_type, "architectures": [self.architectures[source]], "auto_map": auto_map}
+
+
+@cache
+def _in_transformers(name: str) -> bool:
+    """Whether transformers has something of that name. Loads none of its classes, and takes half a second."""
+    import transformers
+
+    return name in dir(transformers)
 
 
 def labels(config: Config) -> int:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _STALE = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")  # buffers of old releases
 _LAYER = re.compile(r"h\.\d+\.")
+_NORM = re.compile(r"(h\.\d+\.)?ln_[12f]\.")
 _BASE = re.compile(r"(wte|wpe|ln_f|h\.\d+)\.")  # names without the prefix, as the original hub files have them
 
 
@@ -113,7 +114,7 @@ class GPT2(Family):
         return shapes
 
     def bias_kind(self, name: str) -> str | None:
-        return _LAYER.sub("h.N.", name) if name.endswith(".bias") else None
+        return _LAYER.sub("h.N.", _NORM.sub("ln_*.", name)) if name.endswith(".bias") else None
 
     def hint(self, name: str, stored: Shape, config: Config) -> str:
         old = config.get("n_ctx")

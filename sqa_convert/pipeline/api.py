@@ -134,12 +134,13 @@ def convert(
         calibration = str(calibration)
     if text_column is not None and data is None and uptrain is None and not isinstance(calibration, str):
         raise RecipeError(f"text_column={text_column!r} is of data, or of the text given as calibration: give one")
-    column = text_column or TEXT_COLUMN
+    # With the text of calibration alone it is of that text.
+    column = None if data is None and isinstance(calibration, str) else text_column
     if isinstance(calibration, str):
-        calibration = Calibration(calibration, text_column=column)
+        calibration = Calibration(calibration, text_column=text_column or TEXT_COLUMN)
     if not isinstance(calibration, Calibration | None):
         raise RecipeError(f"calibration={calibration!r}: give a Calibration, its text, or None for none")
-    recipe = _recipe(uptrain, control, output, data=data, text_column=text_column, seed=seed)
+    recipe = _recipe(uptrain, control, output, data=data, text_column=column, seed=seed)
     if recipe is not None and method == AUTO:
         method = recipe.method or AUTO
     request = Request(q_groups, kv_groups, variant, method, calibration, partition, sites, dtype, max_shard_size)
@@ -166,9 +167,9 @@ def convert(
         verify=verify,
         evaluate=evaluate and recipe is None,
         data=None if data is None else str(data),
-        text_column=TEXT_COLUMN if data is None else column,
+        text_column=column or TEXT_COLUMN,
         device=device,
-        seed=seed or 0,
+        seed=recipe.seed if recipe is not None else seed or 0,
         trust_remote_code=trust_remote_code,
     )
     if place is None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..checkpoints.companions import left_behind
-from ..checkpoints.files import REPORT, is_ours, read_json
+from ..checkpoints.files import REPORT, is_folder, is_ours, read_json
 from ..checkpoints.source import Source
 from ..conversion.attention_cost import Cost
 from ..conversion.plan import Plan
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from .source_card import source_card
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ def auto_class(report: dict[str, Any], otherwise: str = "AutoModel") -> str:
 
 def read_report(folder: Path) -> dict[str, Any]:
     """Raises CheckpointError when the folder was not made by sqa-convert."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+    if not is_folder(folder):
+        raise CheckpointError(f"{shown(str(folder), 300)}: no such folder")
     report = read_json(folder / REPORT, f"{folder} holds no {REPORT}: it was not made by sqa-convert")
     if not (is_ours(report) and auto_class(report, "") and isinstance(report.get("sites"), list)):
         raise CheckpointError(f"{folder / REPORT} is no report of sqa-convert")

@@ -14,15 +14,27 @@ from .tables import speed_title
 def presented(report: dict[str, Any]) -> dict[str, Any]:
     """What the card and the page both say of a report."""
     speed = report.get("speed")
+    name = result_name(report)
     return {
         "report": report,
-        "name": Path(report["output"] or report["source"]["name"]).name,
+        "name": name,
+        "literal": literal(name),
         "auto": auto_class(report),
         "how": [*source_lines(report), *calibration_lines(report)],
         "doubts": quality_lines(report),
         "uptraining": uptraining_lines(report),
         "speed_title": speed_title(speed) if speed else "",
     }
+
+
+def result_name(report: dict[str, Any]) -> str:
+    """What the card and the page call the result."""
+    return Path(report["output"] or report["source"]["name"]).name
+
+
+def literal(text: str) -> str:
+    """A name as it stands in a program."""
+    return f'"{text}"' if text.isprintable() and not set(text) & set('"\\') else repr(text)
 
 
 def recovered(quality: dict[str, Any], key: str) -> float | None:
