@@ -12,11 +12,13 @@ from transformers import AutoConfig, GenerationConfig
 
 from sqa_convert import convert
 from sqa_convert.calibration.calibrate import load_source
-from sqa_convert.checkpoints.find import GENERATION_CONFIG, open_source
+from sqa_convert.checkpoints.find import GENERATION_CONFIG, SAMPLES, open_source
 from sqa_convert.checkpoints.in_memory import ModelSource
 from sqa_convert.conversion.model_in_memory import build_model
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Calibration, Request
+from sqa_convert.evaluation import generation
+from sqa_convert.evaluation.held_out import prepare
 from sqa_convert.evaluation.load import load_model
 from sqa_convert.families.special_tokens import SpecialTokens, token_ids
 from sqa_convert.text.plain_generation import generate, refusal, settle
@@ -133,6 +135,15 @@ def test_a_model_in_memory_keeps_settings_that_transformers_refuses_to_save(tmp_
     assert json.loads((tmp_path / "out" / GENERATION_CONFIG).read_text())["temperature"] == 0.7
     assert conversion.model.generation_config.temperature == 0.7
     assert plain_convert(model, 6, 3).model.generation_config.temperature == 0.7
+
+
+def test_a_model_that_cannot_write_has_no_samples_and_loses_nothing_else(monkeypatch):
+    def fails(*arguments, **settings):
+        raise IndexError
+
+    monkeypatch.setattr(generation, "generate", fails)
+    held_out = prepare(SAMPLES / "gpt2", tokens=64)
+    assert generation.continuations({"source": SAMPLES / "gpt2"}, held_out) == []
 
 
 def test_settings_of_a_folder_stay_in_memory_too(tmp_path):

@@ -112,6 +112,8 @@ def test_looking_at_a_text_takes_nothing_of_it_away():
         (Fit(2.7, 2048, 3.0, unknown=0.2), {}, ["unknown"]),
         (Fit(None, 2048, None, unknown=0.2, chosen=False), {}, ["unknown", "built_in_text"]),
         (Fit(8.0, 2048, 7.7), {}, ["guessing"]),  # it has learnt nothing
+        (Fit(4.3, 2048, 3.0, predictions=63), {"converted": 4.2}, []),  # by chance
+        (Fit(5.0, 2048, 3.0, predictions=63), {"converted": 4.8}, ["own_text", "source_beaten"]),
     ],
 )  # fmt: skip
 def test_what_makes_a_measurement_doubtful(fit, converted, found):
@@ -122,8 +124,9 @@ def test_what_makes_a_measurement_doubtful(fit, converted, found):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_the_samples_fit_the_built_in_text(name):
-    found = evaluate(f"sample:{name}", tokens=2048)
+@pytest.mark.parametrize("tokens", [64, 2048])
+def test_the_samples_fit_the_built_in_text(name, tokens):
+    found = evaluate(f"sample:{name}", tokens=tokens)
     assert found["warnings"] == []
 
 

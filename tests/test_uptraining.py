@@ -27,7 +27,7 @@ from sqa_convert.report.sentences import recovered, uptraining_lines
 from sqa_convert.report.tables import quality_table
 from sqa_convert.uptraining import data as training_data
 from sqa_convert.uptraining.other_trainers import HINTS
-from sqa_convert.uptraining.recipe import dump_recipe, recipe_folder, recipe_names, summary
+from sqa_convert.uptraining.recipe import dump_recipe, override, recipe_folder, recipe_names, summary
 from sqa_convert.uptraining.trainable import no_dropout
 from sqa_convert.uptraining.trainer import UptrainingTrainer
 
@@ -426,6 +426,7 @@ def test_flags_win_over_the_recipe(tmp_path):
     path.write_text("tokens: 1_000_000\nlearning_rate: 1.0e-4\nloss: ce\n")
     assert load_recipe(str(path)) == Recipe(tokens=1_000_000, learning_rate=1e-4, loss="ce")
     assert load_recipe(str(path), tokens=2_000_000).tokens == 2_000_000
+    assert override(path, loss=None, seed=3) == dataclasses.replace(load_recipe(str(path)), seed=3)  # a path is one too
 
 
 @pytest.mark.parametrize(

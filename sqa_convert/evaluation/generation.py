@@ -32,7 +32,7 @@ def continuations(
     """Greedy continuations of held-out text; of an encoder-decoder, its answers to gaps or sources.
 
     Returns:
-        For each of `count` texts {"given": the text, and per model its answer}.
+        For each of `count` texts {"given": the text, and per model its answer}; none where a model cannot write.
     """
     rows = list(islice(_inputs(held_out), count))
     texts: list[dict[str, str]] = [{} for _ in rows]
@@ -40,18 +40,27 @@ def continuations(
     tokenizer: Any = load_tokenizer(list(models.values())[-1], trust_remote_code)
     for name, folder in models.items():
         model: Any = load_model(folder, trust_remote_code=trust_remote_code).to(held_out.device)
-        whole = model.config.is_encoder_decoder
-        begin, room = GIVEN, WRITTEN
-        if not whole:
-            begin = min(GIVEN, model.config.n_positions // 2)
-            room = min(WRITTEN, model.config.n_positions - begin)
-        for text, row in zip(texts, rows, strict=True):
-            given = (row if whole else row[:begin])[None].to(held_out.device)
-            inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
-            written = generate(model, inputs, max_new_tokens=room)[0]
-            text["given"] = tokenizer.decode(given[0])
-            text[name] = tokenizer.decode(written if whole else written[given.shape[1] :])
+        try:
+            for text, row in zip(texts, rows, strict=True):
+                text.update(_continued(name, model, tokenizer, row, held_out.device))
+        except Exception:  # one that stock generation does not know how to run: all else of it is done
+            return []
     return texts
+
+
+def _continued(name: str, model: Any, tokenizer: Any, row: torch.Tensor, device: torch.device) -> dict[str, str]:
+    whole = model.config.is_encoder_decoder
+    begin, room = GIVEN, WRITTEN
+    if not whole:
+        begin = min(GIVEN, model.config.n_positions // 2)
+        room = min(WRITTEN, model.config.n_positions - begin)
+    given = (row if whole else row[:begin])[None].to(device)
+    inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+    written = generate(model, inputs, max_new_tokens=room)[0]
+    return {
+        "given": tokenizer.decode(given[0]),
+        name: tokenizer.decode(written if whole else written[given.shape[1] :]),
+    }
 
 
 def _inputs(held_out: HeldOut) -> Iterator[torch.Tensor]:

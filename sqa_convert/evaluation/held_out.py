@@ -60,18 +60,28 @@ class HeldOut:
         """
         if own is None and loss is not None:
             own = own_loss(model, self.batches[0], self.device, torch.Generator().manual_seed(0))
-        counted = self._token_entropy(shifted=not model.config.is_encoder_decoder)
-        return Fit(loss, model.config.vocab_size, own, counted, self.unknown, self.chosen, who)
+        first = 0 if model.config.is_encoder_decoder else 1
+        labels = torch.cat([batch["labels"][:, first:].flatten() for batch in self.batches])
+        predicted = labels[labels != IGNORED]
+        return Fit(
+            loss,
+            model.config.vocab_size,
+            own,
+            _token_entropy(predicted),
+            self.unknown,
+            self.chosen,
+            who,
+            len(predicted),
+        )
 
-    def _token_entropy(self, shifted: bool) -> float | None:
-        """Of what is predicted, as if each token stood alone, nats; None of too few to tell (Miller, 1955)."""
-        labels = torch.cat([batch["labels"][:, int(shifted) :].flatten() for batch in self.batches])
-        counts = labels[labels != IGNORED].unique(return_counts=True)[1].double()
-        total = counts.sum()
-        if total < _FEW_COUNTED:
-            return None
-        share = counts / total
-        return float(-(share * share.log()).sum() + (len(counts) - 1) / (2 * total))
+
+def _token_entropy(tokens: Tensor) -> float | None:
+    """As if each token stood alone, nats; None of too few to tell (Miller, 1955)."""
+    if len(tokens) < _FEW_COUNTED:
+        return None
+    counts = tokens.unique(return_counts=True)[1].double()
+    share = counts / len(tokens)
+    return float(-(share * share.log()).sum() + (len(counts) - 1) / (2 * len(tokens)))
 
 
 def prepare(

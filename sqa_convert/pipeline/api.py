@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from ..errors import RecipeError
 from ..isolation import undisturbed
 from ..progress import Progress, silent
 from ..text.formats import TEXT_COLUMN
-from ..uptraining.recipe import Recipe, load_recipe
+from ..uptraining.recipe import Recipe, override
 from .preflight import check_config
 from .run import Settings, run, run_in_memory
 
@@ -188,7 +188,4 @@ def _recipe(
         return None
     if output is None:
         raise RecipeError("uptrain needs an output folder")
-    changes["control"] = control or None
-    if isinstance(asked, Recipe):
-        return replace(asked, **{name: value for name, value in changes.items() if value is not None})
-    return load_recipe(str(asked), **changes)
+    return override(asked, control=control or None, **changes)

@@ -30,6 +30,9 @@ there to guessing"""
 BEATEN = 0.02
 """nats that a converted model's loss may be below its source's"""
 
+SPREAD, PAIRED = 3.0, 0.5
+"""nats that the loss of a token is away from the mean, and the difference of two models' losses from theirs, about"""
+
 _LOOKED_AT = 20_000  # characters of a text
 
 Item = TypeVar("Item", str, tuple[str, str])
@@ -55,6 +58,13 @@ class Fit:
     """whether the text is another than the built-in one"""
     who: str = "source"
     """what the model is called"""
+    predictions: int | None = None
+    """that the loss is the mean of; None: so many that it is exact"""
+
+    @property
+    def noise(self) -> float:
+        """Two standard errors of a mean over the predictions, of what is spread by 1."""
+        return 2 / math.sqrt(self.predictions) if self.predictions else 0.0
 
 
 def looked_at(texts: Iterator[Item], tokenizer: Any, name: str, flag: str) -> tuple[Iterator[Item], float]:
@@ -145,7 +155,7 @@ def _judge(loss: float, fit: Fit, converted: Mapping[str, float], warn: Callable
         what = f"worse than by how often each token occurs in it: loss {loss:.2f} against {fit.counted:.2f}"
         warn("counting", loss, fit.counted + COUNTED, f"the {fit.who} predicts this text {what}")
     if own is not None and own < guessing:
-        bound = own + min(STRANGE, (guessing - own) / 2)
+        bound = own + min(STRANGE, (guessing - own) / 2) + SPREAD * fit.noise
         if loss > bound:
             what = f"loss {loss:.2f} against {own:.2f}"
             warn(
@@ -155,6 +165,7 @@ def _judge(loss: float, fit: Fit, converted: Mapping[str, float], warn: Callable
                 f"the {fit.who} predicts this text far worse than what it writes itself: {what}",
             )
     name = min(converted, key=converted.__getitem__, default="")
-    if name and converted[name] < loss - BEATEN:
+    bound = loss - BEATEN - PAIRED * fit.noise
+    if name and converted[name] < bound:
         what = f"loss {converted[name]:.2f} against {loss:.2f}"
-        warn("source_beaten", converted[name], loss - BEATEN, f"{name} looks better than its own source: {what}")
+        warn("source_beaten", converted[name], bound, f"{name} looks better than its own source: {what}")

@@ -199,6 +199,15 @@ def load_recipe(name: str, **overrides: Any) -> Recipe:
     return _recipe({**settings, **{k: v for k, v in overrides.items() if v is not None}}, str(path))
 
 
+def override(recipe: str | Path | Recipe, **settings: Any) -> Recipe:
+    """A recipe, or the one of a name or path, with the settings that are not None. Raises RecipeError."""
+    if isinstance(recipe, str | Path):
+        return load_recipe(str(recipe), **settings)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe: {shown(recipe)} is none: give a name, the path of a YAML file, or a Recipe")
+    return dataclasses.replace(recipe, **{key: value for key, value in settings.items() if value is not None})
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """As YAML, every setting named; `load_recipe` reads it back."""
     import yaml

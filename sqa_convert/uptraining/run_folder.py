@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import json
@@ -25,11 +24,10 @@ from ..errors import (
     RecipeError,
     SQAError,
     one_line,
-    shown,
 )
 from ..report.content import read_report
 from . import processes
-from .recipe import Recipe, dump_recipe, load_recipe
+from .recipe import Recipe, dump_recipe, load_recipe, override
 from .train import FINAL, FINISHED, step_of
 from .trainer import COMPLETE, DivergedError
 
@@ -120,15 +118,6 @@ def conversion_id(folder: Path) -> str:
     """Of a conversion: two have not the same report, but for what measuring its speed adds."""
     report = {key: value for key, value in read_report(folder).items() if key != "speed"}
     return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
-
-
-def override(recipe: str | Path | Recipe, **settings: Any) -> Recipe:
-    """A recipe with the settings that are not None. Raises RecipeError."""
-    if isinstance(recipe, str | Path):
-        return load_recipe(str(recipe), **settings)
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(f"recipe: {shown(recipe)} is none: give a name, the path of a YAML file, or a Recipe")
-    return dataclasses.replace(recipe, **{key: value for key, value in settings.items() if value is not None})
 
 
 @contextlib.contextmanager
