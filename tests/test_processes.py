@@ -250,10 +250,10 @@ def test_a_run_is_not_resumed_by_another_engine(was, fsdp, says, tmp_path):
 
 FAULTY = """
 import os, signal, sys, time
-from sqa_convert import run_folder, trainer, uptraining
+from sqa_convert.uptraining import trainer, uptrain
 
 second = os.environ["RANK"] == "1"
-train, measure, clear = trainer.UptrainingTrainer.training_step, trainer.measure, uptraining.empty
+train, measure, clear = trainer.UptrainingTrainer.training_step, trainer.measure, uptrain.empty
 
 def interrupted(self, *arguments, **options):
     if second and self.state.global_step == 2:
@@ -274,7 +274,7 @@ def late(*arguments, **options):
 if "interrupt" in sys.argv[1]:
     trainer.UptrainingTrainer.training_step = interrupted
 else:
-    trainer.measure, uptraining.empty = worse_each_time, late
+    trainer.measure, uptrain.empty = worse_each_time, late
 del sys.argv[1]
 from sqa_convert.cli.uptrain import main
 main()
@@ -305,7 +305,7 @@ def test_a_run_of_several_processes_that_is_killed_goes_on(workplace):
     folder, weights = workplace("t5")
     (folder / "killed.py").write_text(
         "import os, signal\n"
-        "from sqa_convert import trainer\n"
+        "from sqa_convert.uptraining import trainer\n"
         "train = trainer.UptrainingTrainer.training_step\n"
         "def killed(self, *arguments, **options):\n"
         "    if self.state.global_step == 3:\n"

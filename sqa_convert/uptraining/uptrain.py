@@ -31,7 +31,7 @@ from ..report.write import write_report
 from ..text.suitability import misfits
 from . import processes
 from .arguments import check_settings, uses_bfloat16
-from .data import training_data
+from .data import TrainingData, training_data
 from .recipe import Recipe, dump_recipe
 from .run_folder import (
     BECAME,
@@ -143,19 +143,13 @@ def uptrain(
         job = Job(text, held_out, None, chosen, trust_remote_code, keep_anyway)
         results, how_measured = _trained(folder, origin, run, settings, job, progress)
         how_measured["untrained"] = untrained
-        if processes.is_first():
-            spent = {stage: result["seconds"] for stage, result in results.items()}
-            kept = {key: value for key, value in report["seconds"].items() if key not in ("uptrain", "control")}
-            report["seconds"] = kept | spent
-            report["uptraining"] = dataclasses.asdict(settings) | results["uptrain"] | {"device": device_name(chosen)}
-            if text.skipped.rows:
-                report["uptraining"]["skipped_rows"] = text.skipped.rows
-            if settings.control:
-                report["uptraining"]["control_curve"] = results["control"]["curve"]
-            if target != folder:
-                report["output"] = str(target)
-            _publish(folder, run, report, settings, job, origin, progress, how_measured, target)
-        elif processes.apart():
+        with processes.together():  # none says that it is done before it is
+            if processes.is_first():
+                _note(report, settings, results, text, chosen)
+                if target != folder:
+                    report["output"] = str(target)
+                _publish(folder, run, report, settings, job, origin, progress, how_measured, target)
+        if processes.apart():
             report["uptrained_on"] = f"{target} on {processes.first_host()}"
     return report
 
@@ -239,6 +233,24 @@ def _trained(
         job = dataclasses.replace(job, until=done.get("kept_steps", settings.steps))
         results["control"] = train(origin, None, how, job, run / "control", partial(progress, "control"))
     return results, how_measured
+
+
+def _note(
+    report: dict[str, Any],
+    settings: Recipe,
+    results: dict[str, dict[str, Any]],
+    text: TrainingData,
+    device: torch.device,
+) -> None:
+    """Puts into a report what was trained, and how long it took."""
+    spent = {stage: result["seconds"] for stage, result in results.items()}
+    kept = {key: value for key, value in report["seconds"].items() if key not in ("uptrain", "control")}
+    report["seconds"] = kept | spent
+    report["uptraining"] = dataclasses.asdict(settings) | results["uptrain"] | {"device": device_name(device)}
+    if text.skipped.rows:
+        report["uptraining"]["skipped_rows"] = text.skipped.rows
+    if settings.control:
+        report["uptraining"]["control_curve"] = results["control"]["curve"]
 
 
 def _not_better(folder: Path, run: Path, settings: Recipe, start: Any, best: Any) -> NotBetterError:
