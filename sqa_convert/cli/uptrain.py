@@ -139,6 +139,7 @@ def uptrain_command(
     target = target_folder(folder, None if output is None else expanded(output), resume)
     with out.progress() as progress:
         report = uptrain(folder, settings, **asked, progress=progress)
+    processes.leave()
     if not processes.is_first():
         if (where := report.get("uptrained_on")) and processes.is_writer() and not quiet:
             print(f"the result goes to {where}; here {folder} is as it was", file=sys.stderr)

@@ -69,6 +69,16 @@ def join(device: torch.device) -> None:
     _KNOWN["group"] = distributed.new_group(backend="gloo", timeout=_PATIENCE)  # through the CPU: no GPU is waited for
 
 
+def leave() -> None:
+    """Ends the talk of all processes together: one that is torn down while another still speaks would abort."""
+    if not distributed.is_initialized():
+        return
+    if _KNOWN["group"] is not None:
+        distributed.barrier(_KNOWN["group"])
+        _KNOWN["group"] = None
+    distributed.destroy_process_group()
+
+
 def gather(value: _T) -> list[_T]:
     """What each process has, in their order."""
     if _KNOWN["group"] is None:
