@@ -685,8 +685,10 @@ CARRIED = {
     "tokenizer of 200 MB": Case(
         lambda p: [text("tokenizer.json", "{}")(p), os.truncate(p / "source/tokenizer.json", 2 * 10**8)]
     ),
-    "settings of the tokenizer are a list": Case(text("tokenizer_config.json", "[]"), dry=DONE),
-    "settings of the tokenizer nested deeply": Case(text("tokenizer_config.json", '{"a":' * 100_000), dry=DONE),
+    "settings of the tokenizer are a list": Case(text("tokenizer_config.json", "[]"), dry=DONE, full=DONE),
+    "settings of the tokenizer nested deeply": Case(
+        text("tokenizer_config.json", '{"a":' * 100_000), dry=DONE, full=DONE
+    ),
     "settings of generation are a FIFO": Case(within(fifo("generation_config.json"))),
     "tokenizer with code": Tokenizer(tokenizer_code, evaluated=DONE),
     "tokenizer of no JSON": Tokenizer(text("tokenizer.json", "{")),
