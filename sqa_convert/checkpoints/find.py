@@ -146,7 +146,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path | None:
     name = str(name)
     if name.startswith(SAMPLE_PREFIX):
         folder = SAMPLES / name.removeprefix(SAMPLE_PREFIX)
-        if not (folder / "config.json").is_file():
+        if not (folder / CONFIG).is_file():
             known = ", ".join(SAMPLE_PREFIX + p.parent.name for p in sorted(SAMPLES.glob("*/config.json")))
             raise CheckpointError(f"{name}: no such sample; there are {known}")
         return folder
@@ -171,7 +171,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path | None:
 
 def source_config(name: str, folder: Path) -> dict[str, Any]:
     """config.json of a source, as transformers reads it. Raises CheckpointError, UnsupportedModelError."""
-    if regular_file(folder, "config.json", LARGEST_CONFIG) is None:
+    if regular_file(folder, CONFIG, LARGEST_CONFIG) is None:
         raise CheckpointError(without_config(name, folder) + _hides_the_hub(name))
     return dict(completed(read_config(name, folder)))
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from .dtypes import decode
+from .dtypes import FLOATING, decode
 from .source import Source
 
 _TENSORS = 16
 
 _NUMBERS = 2**16  # of each tensor, from its beginning: little is read, however large a model is
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 Fingerprint = dict[str, dict[str, object]]
 """{canonical name: {"shape", "sha256" of the first numbers as float32}}"""
@@ -35,7 +33,7 @@ def fingerprint(source: Source, names: Mapping[str, str]) -> Fingerprint:
         for canonical, name in names.items()
         if any(part.isdigit() for part in canonical.split("."))
         and len(source.index[name].shape) == 2
-        and source.index[name].dtype in _FLOATS
+        and source.index[name].dtype in FLOATING
     )
     chosen = {inside[i * len(inside) // _TENSORS] for i in range(_TENSORS)} if inside else set()
     return {canonical: _of(source, names[canonical]) for canonical in sorted(chosen)}
@@ -45,7 +43,7 @@ def unlike(known: Fingerprint, source: Source, names: Mapping[str, str]) -> str 
     """The first tensor of a fingerprint that a source lacks or holds other numbers in; None where all are the same."""
     for canonical, expected in known.items():
         name = names.get(canonical)
-        if name is None or source.index[name].dtype not in _FLOATS or _of(source, name) != expected:
+        if name is None or source.index[name].dtype not in FLOATING or _of(source, name) != expected:
             return canonical
     return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, RecipeError, SQAError, shown
 from ..families import completed, family_of
-from .untrusted import LARGEST_CONFIG, parse_json, regular_file
+from .companions import CONFIG, read_quietly
 
 PIPELINE = "model_index.json"
 """what a pipeline of diffusers has in the place of a config.json"""
@@ -86,14 +86,10 @@ def check_kind(path: Path) -> None:
 
 def _converts(folder: Path) -> bool:
     try:
-        path = regular_file(folder, "config.json", LARGEST_CONFIG)
-        config = None if path is None else parse_json(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            return False
-        family_of(completed(config))
-    except (SQAError, OSError, ValueError, RecursionError):  # whatever is wrong with it, it is not one to name
+        config = read_quietly(folder, CONFIG)
+        return isinstance(config, dict) and bool(family_of(completed(config)))
+    except SQAError:  # whatever is wrong with it, it is not one to name
         return False
-    return True
 
 
 def part_of(name: str, subfolder: str) -> str:

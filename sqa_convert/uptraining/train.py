@@ -174,11 +174,10 @@ def _kept(trainer: UptrainingTrainer, settings: Recipe) -> dict[str, Any]:
 
 def _write_final(trainer: Any, weights: Any, path: Path, settings: Recipe, job: Job, final: Path) -> None:
     """The trained model as a folder; where its `weights` were shared out, built anew from `path` to hold them."""
-    if weights is not None:
-        model: Any = load_model(path, dtype="float32", trust_remote_code=job.trust_remote_code)
+    if weights is None:
+        model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     else:
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-    if weights is not None:
+        model = load_model(path, dtype="float32", trust_remote_code=job.trust_remote_code)
         choose_trained(model, settings)
         model = with_lora(model, settings.lora_rank) if settings.lora_rank else model
         _fill(model, weights)
