@@ -106,10 +106,10 @@ def uptrain_command(
     if resume and (flags := [f"--{k.replace('_', '-')}" for k, v in given.items() if v is not None]):
         raise RecipeError(f"--resume goes on with the recipe of the stopped run: leave out {', '.join(flags)}")
     folder = expanded(folder, "FOLDER")
-    if keep_anyway and not any(value is not None for value in given.values()):
-        from ..uptraining.run_folder import is_trained
+    if keep_anyway:
+        from ..uptraining.run_folder import goes_on
 
-        resume = resume or is_trained(folder)
+        resume = goes_on(folder, resume, keep_anyway, *given.values())
     settings = None if resume else load_recipe(recipe or "quick", **changes)
     read_report(folder)  # before torch is loaded
     from ..publish import check_push

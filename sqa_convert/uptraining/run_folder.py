@@ -73,6 +73,12 @@ def is_trained(folder: Path) -> bool:
     return (run / OF).is_file() and (run / "uptrain" / FINAL / FINISHED).is_file()
 
 
+def goes_on(folder: Path, resume: bool, keep_anyway: bool, *anew: Any) -> bool:
+    """Whether a run goes on with what lies beside `folder`: told to resume, or to keep what a whole training made,
+    without anything in `anew` that would begin another."""
+    return resume or (keep_anyway and all(value is None for value in anew) and is_trained(folder))
+
+
 def run_settings(
     folder: Path, run: Path, recipe: str | Path | Recipe | None, resume: bool, restart: bool, **overrides: Any
 ) -> Recipe:

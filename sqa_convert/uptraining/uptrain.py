@@ -41,7 +41,7 @@ from .run_folder import (
     alone,
     begin,
     conversion_id,
-    is_trained,
+    goes_on,
     recoverable,
     run_folder,
     run_settings,
@@ -120,8 +120,7 @@ def uptrain(
         check_output(folder, overwrite=True, flag="FOLDER")
         if processes.is_first():
             overrides = {"data": data, "text_column": text_column, "seed": seed, "control": control}
-            if keep_anyway and recipe is None and not restart and all(value is None for value in overrides.values()):
-                resume = resume or is_trained(folder)
+            resume = goes_on(folder, resume, keep_anyway, recipe, restart or None, *overrides.values())
             target = target_folder(folder, None if output is None else target, resume)
             settings = run_settings(folder, run, recipe, resume, restart, **overrides)
             if target != folder:
@@ -177,7 +176,7 @@ def check_uptrain(
     folder = expanded(folder, "FOLDER")
     report = read_report(folder)
     check_output(folder, overwrite=True, flag="FOLDER")
-    resume = resume or (keep_anyway and recipe is None and not restart and is_trained(folder))
+    resume = goes_on(folder, resume, keep_anyway, recipe, restart or None)
     target = target_folder(folder, None if output is None else expanded(output), resume)
     settings = run_settings(folder, run_folder(folder), recipe, resume, restart)
     if target != folder:
