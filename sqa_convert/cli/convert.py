@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..checkpoints.find import open_source
-from ..checkpoints.staging import check_output, expanded
+from ..checkpoints.staging import expanded
 from ..checkpoints.subfolders import part_of
 from ..conversion.convert_site import uses_torch
-from ..conversion.plan import make_plan
 from ..conversion.request import AUTO, DEFAULT_SHARD, REFINE_STEPS, Calibration, Request
 from ..errors import RecipeError
 from ..heads import METHODS, Partition
@@ -230,7 +229,7 @@ def convert(
     The result is a folder that AutoModel…from_pretrained loads. It is written beside its place and appears whole.
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
-    from ..pipeline.preflight import check_config, check_run
+    from ..pipeline.preflight import check_run, prepared
     from ..pipeline.run import Settings, run
 
     if text_column is not None and data is None and calibration is None and uptrain is None:
@@ -252,34 +251,39 @@ def convert(
         dtype,
         max_shard_size,
     )
-    settings = Settings(
+    settings = Settings.with_recipe(
+        recipe,
         overwrite=overwrite,
         verify=not no_verify,
-        evaluate=not no_evaluate and recipe is None,
+        evaluate=not no_evaluate,
         data=data,
-        text_column=column or TEXT_COLUMN,
+        text_column=column,
         device=device,
-        seed=recipe.seed if recipe is not None else seed or 0,
+        seed=seed,
         trust_remote_code=trust_remote_code,
         measure_training=not no_evaluate,
     )
 
     part = model if subfolder is None else part_of(model, subfolder)
 
-    def place(partitions: dict[str, Partition]) -> Path:
+    def place(partitions: Mapping[str, Partition]) -> Path:
         return _default_output(part, partitions) if output is None else expanded(output)
-
-    def accept(config: dict[str, Any]) -> None:
-        check_output(place(request.partitions(config)), overwrite)
-        if recipe is not None:
-            check_config(config, recipe)
 
     if push_to_hub is not None:
         from ..publish import check_push
 
         check_push(push_to_hub)
-    source = open_source(model, revision, subfolder=subfolder, tokenizer=tokenizer, accept=accept, headers_only=dry_run)
-    plan = make_plan(source, request)
+    source, plan = prepared(
+        model,
+        request,
+        place,
+        overwrite=overwrite,
+        recipe=recipe,
+        revision=revision,
+        subfolder=subfolder,
+        tokenizer=tokenizer,
+        headers_only=dry_run,
+    )
     target = place(plan.partitions)
     runs = plan.calibration is not None or not no_evaluate or not no_verify or uses_torch(plan)
     out.quieten_libraries(transformers=recipe is not None or (runs and not dry_run))
@@ -303,7 +307,7 @@ def _calibration(asked: Calibration, none: bool, text_column: str | None) -> Cal
     return None if none else replace(asked, text_column=text_column or TEXT_COLUMN)
 
 
-def _default_output(model: str, partitions: dict[str, Partition]) -> Path:
+def _default_output(model: str, partitions: Mapping[str, Partition]) -> Path:
     """./NAME-sqa-qNkvM, with the counts of the first kind of attention that is converted."""
     partition = next((p for p in partitions.values() if not p.is_identity), next(iter(partitions.values())))
     name = Path(model.removeprefix("sample:")).expanduser().resolve().name or "model"

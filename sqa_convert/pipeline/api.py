@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.find import open_source
-from ..checkpoints.in_memory import ModelSource
-from ..checkpoints.source import Source
-from ..checkpoints.staging import check_output, expanded
-from ..conversion.plan import make_plan
+from ..checkpoints.staging import expanded
 from ..conversion.request import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
 from ..isolation import undisturbed
 from ..progress import Progress, silent
 from ..text.formats import TEXT_COLUMN
 from ..uptraining.recipe import Recipe, override
-from .preflight import check_config
+from .preflight import prepared
 from .run import Settings, run, run_in_memory
 
 if TYPE_CHECKING:
@@ -145,31 +141,27 @@ def convert(
         method = recipe.method or AUTO
     request = Request(q_groups, kv_groups, variant, method, calibration, partition, sites, dtype, max_shard_size)
     place = None if output is None else expanded(output)
-
-    def accept(config: dict[str, Any]) -> None:
-        request.partitions(config)
-        if place is not None:
-            check_output(place, overwrite)
-        if recipe is not None:
-            check_config(config, recipe)
-
-    opened: Source
-    if isinstance(source, str | Path):
-        beside = None if tokenizer is None else str(tokenizer)
-        opened = open_source(str(source), revision, subfolder=subfolder, tokenizer=beside, accept=accept)
-    elif recipe is not None:
+    if recipe is not None and not isinstance(source, str | Path):
         raise RecipeError("uptrain needs a source in a folder or on the hub, not a model in memory: save it first")
-    else:
-        opened = ModelSource(source)
-    plan = make_plan(opened, request)
-    settings = Settings(
+    opened, plan = prepared(
+        source,
+        request,
+        lambda partitions: place,
+        overwrite=overwrite,
+        recipe=recipe,
+        revision=revision,
+        subfolder=subfolder,
+        tokenizer=None if tokenizer is None else str(tokenizer),
+    )
+    settings = Settings.with_recipe(
+        recipe,
         overwrite=overwrite,
         verify=verify,
-        evaluate=evaluate and recipe is None,
+        evaluate=evaluate,
         data=None if data is None else str(data),
-        text_column=column or TEXT_COLUMN,
+        text_column=column,
         device=device,
-        seed=recipe.seed if recipe is not None else seed or 0,
+        seed=seed,
         trust_remote_code=trust_remote_code,
     )
     if place is None:

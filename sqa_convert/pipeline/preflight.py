@@ -5,19 +5,26 @@ Needs torch only where something is asked of a device, or is going to be trained
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..amounts import check_seed
+from ..checkpoints.find import open_source
+from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import HeadersSource, Source
 from ..checkpoints.staging import check_output
-from ..conversion.plan import Plan
+from ..conversion.plan import Plan, make_plan
+from ..conversion.request import Request
 from ..errors import OutputError, RecipeError
 from ..families import Config, family_of
+from ..heads import Partition
 from ..text.documents import check_data
 from ..uptraining.recipe import Recipe
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .run import Settings
 
 
@@ -28,6 +35,39 @@ def check_config(config: Config, recipe: Recipe) -> None:
         raise RecipeError(f"--uptrain: a {family.source_architecture(config)} has no language model head to train")
     decoder_only = all(site.kind == "decoder" for site in family.sites(config))
     recipe.check_fits(family.dimensions(config).context if decoder_only else None)
+
+
+def prepared(
+    given: str | Path | PreTrainedModel,
+    request: Request,
+    place: Callable[[Mapping[str, Partition]], Path | None],
+    *,
+    overwrite: bool = False,
+    recipe: Recipe | None = None,
+    **where: Any,
+) -> tuple[Source, Plan]:
+    """A source opened, and its conversion planned. No weight is read.
+
+    Args:
+        given: a hub id, a folder, a sample, or a model in memory.
+        place: where the result of such a partition goes; None: it stays in memory.
+        overwrite: whether something may be there.
+        recipe: by which the result is trained afterwards.
+        where: the source is, as `open_source` takes it.
+
+    Raises:
+        RecipeError, UnsupportedModelError, OutputError, CheckpointError: before anything is fetched that can wait.
+    """
+
+    def accept(config: dict[str, Any]) -> None:
+        output = place(request.partitions(config))
+        if output is not None:
+            check_output(output, overwrite)
+        if recipe is not None:
+            check_config(config, recipe)
+
+    source = open_source(str(given), accept=accept, **where) if isinstance(given, str | Path) else ModelSource(given)
+    return source, make_plan(source, request)
 
 
 def check_run(

@@ -49,6 +49,18 @@ class Settings:
     measure_training: bool = True
     """of an uptraining that follows"""
 
+    @classmethod
+    def with_recipe(
+        cls, recipe: Recipe | None, *, evaluate: bool, text_column: str | None, seed: int | None, **others: Any
+    ) -> Settings:
+        """With what a recipe decides: its seed, and that the models are measured after it, on its text."""
+        return cls(
+            evaluate=evaluate and recipe is None,
+            text_column=text_column or TEXT_COLUMN,
+            seed=recipe.seed if recipe is not None else seed or 0,
+            **others,
+        )
+
 
 def run(
     plan: Plan,
