@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,6 +31,21 @@ def blank_pictures(request, monkeypatch):
 
 
 BLANK = {"svg": b"<svg><path/></svg>", "page": b"<svg><path/></svg>", "png": b"\x89PNG"}
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Runs a command's entry point with arguments; returns exit code, stdout, stderr."""
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        output = capsys.readouterr()
+        return stop.value.code, output.out, output.err
+
+    return call
 
 
 def pytest_configure():

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,21 +32,13 @@ QUIET = ["--no-evaluate"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, called, tmp_path):
     """Runs the command inside an empty folder; returns exit code, stdout, stderr."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sqa-convert", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        output = capsys.readouterr()
-        return stop.value.code, output.out, output.err
-
-    return run
+    return partial(called, main)
 
 
 @pytest.fixture

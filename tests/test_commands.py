@@ -21,20 +21,12 @@ RECIPE = (
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, called, tmp_path):
     """Runs a command inside a folder with a recipe; returns exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     Path("few.yaml").write_text(RECIPE)
 
-    def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            module.main()
-        output = capsys.readouterr()
-        return stop.value.code, output.out, output.err
-
-    return run
+    return lambda module, *arguments: called(module.main, *arguments)
 
 
 @pytest.fixture

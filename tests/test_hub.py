@@ -4,7 +4,6 @@ import ast
 import base64
 import hashlib
 import json
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -110,16 +109,13 @@ def hub(monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, called, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(command, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            command()
-        output = capsys.readouterr()
-        assert TOKEN not in output.out + output.err
-        return stop.value.code, output.out, output.err
+        code, out, err = called(command, *arguments)
+        assert TOKEN not in out + err
+        return code, out, err
 
     return run
 

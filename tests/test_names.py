@@ -22,18 +22,9 @@ RECIPE = "tokens: 512\nsequence_length: 32\nbatch_size: 8\nevaluations: 1\nheld_
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, called, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-    def run(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        output = capsys.readouterr()
-        return stop.value.code, output.out, output.err
-
-    return run
+    return called
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,8 +1,8 @@
 """What sqa-bench says: its counts, its ratios, and what it refuses to compare."""
 
 import json
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,19 +44,10 @@ def folders(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, called, tmp_path):
     """Runs sqa-bench inside a folder; returns exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sqa-bench", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            command.main()
-        output = capsys.readouterr()
-        return stop.value.code, output.out, output.err
-
-    return run
+    return partial(called, command.main)
 
 
 @pytest.mark.parametrize("mode", MODES)
