@@ -15,6 +15,9 @@ from .companions import TOKENIZER_CONFIG, companions, has_tokenizer
 from .dtypes import PIECE
 from .untrusted import LARGEST_CONFIG, parse_json, regular_file
 
+REPORT = "report.json"
+"""in every output; a folder without it was not made here"""
+
 
 def is_folder(path: Path) -> bool:
     """False also of a name that nothing can have."""
@@ -39,10 +42,6 @@ def read_json(path: Path, missing: str, largest: int | None = None) -> dict[str,
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return content
-
-
-REPORT = "report.json"
-"""in every output; a folder without it was not made here"""
 
 
 def is_ours(report: Any) -> bool:

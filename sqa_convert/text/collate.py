@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from .spans import Denoising
 
+IGNORED = -100
+"""label of a position that is not predicted: padding, or the first of a sequence"""
+
 
 class Rows(torch.utils.data.Dataset):
     """A number of rows: what there is, from the beginning again when that is fewer, each with a number of its own."""
@@ -82,7 +85,3 @@ class PairCollator:
             "attention_mask": pad([torch.ones_like(source) for source, _ in pairs], batch_first=True),
             "labels": pad([target for _, target in pairs], batch_first=True, padding_value=IGNORED),
         }
-
-
-IGNORED = -100
-"""label of a position that is not predicted: padding, or the first of a sequence"""

@@ -1,4 +1,4 @@
-"""T5's span corruption."""
+"""What an encoder-decoder is asked about a text: T5's span corruption, or the second half from the first."""
 
 from __future__ import annotations
 
