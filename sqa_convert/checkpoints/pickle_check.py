@@ -9,7 +9,7 @@ import struct
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import CheckpointError, one_line, shown
 from .untrusted import LARGEST_HEADER, MOST_TENSORS, is_zip
@@ -22,13 +22,11 @@ _MOST_ENTRIES = 2 * MOST_TENSORS  # of a zip file
 
 _NUMBERS = re.compile(r"[^/]+/data/\d+")  # of a zip file's names, those of what is not read whole
 
-_OPERATIONS = {
-    "PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE",
-    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "NONE", "NEWTRUE", "NEWFALSE",
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINGET", "LONG_BINGET",
-    "BINPUT", "LONG_BINPUT",
+_CONSTANTS = {
+    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING",
+    "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE",
 }  # fmt: skip
-"""of a pickle: what torch.save writes for a table of tensors"""
+"""operations of a pickle that put one value on the stack and need none"""
 
 _GLOBALS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
@@ -37,9 +35,6 @@ _GLOBALS = re.compile(
 
 _ONCE = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "EMPTY_DICT"}
 """what torch.save never writes a second reference to, and bombs are made of"""
-
-_FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
-"""operations that leave on the stack what they change"""
 
 
 def check_pickle(path: Path) -> None:
@@ -57,15 +52,19 @@ def check_pickle(path: Path) -> None:
         raise
     except Exception as error:  # a damaged archive fails in any way it likes
         raise CheckpointError(f"{path} is damaged or truncated: {one_line(error)}") from error
-    try:
-        tarfile.TarInfo.frombuf(start[:512], "utf-8", "surrogateescape")
-    except tarfile.TarError:
-        pass
-    else:
+    if _is_tar(start):
         raise CheckpointError(f"{path} is a tar file, which is not supported; save the model as safetensors")
     rest = memoryview(start)
     for _ in range(5):  # a magic number, a version, the system's sizes, the table, the order of what follows
         rest = rest[_check_operations(bytes(rest), path) :]
+
+
+def _is_tar(start: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(start[:512], "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return True
 
 
 def _check_archive(path: Path) -> None:
@@ -113,61 +112,112 @@ def _directory_size(file: BinaryIO) -> int:
 
 def _check_operations(data: bytes, path: Path) -> int:
     """Follows one pickle without building anything; returns its length. Raises CheckpointError."""
-    stack: list[tuple[str, int]] = []  # what made it, and how deeply tuples are nested in it
-    below: list[list[tuple[str, int]]] = []  # stacks under the marks
-    memo: dict[Any, tuple[str, int]] = {}
-
-    def refuse(why: str) -> CheckpointError:
-        return CheckpointError(f"{path} is refused: {why} (pickled code is never run); save the model as safetensors")
-
+    machine = _Machine()
     try:
         for count, (operation, argument, position) in enumerate(pickletools.genops(data)):
-            name = operation.name
             if count == _MOST_OPERATIONS:
-                raise refuse(f"it takes more than {count:,} steps to read")
-            if name not in _OPERATIONS:
-                raise refuse(f"it holds more than weights: {name}")
-            if name == "MARK":
-                below.append(stack)
-                stack = []
-                continue
-            if name == "STOP":
+                raise _NotWeightsError(f"it takes more than {count:,} steps to read")
+            if operation.name == "STOP":
                 return (position or 0) + 1
-            if name.endswith("PUT"):
-                memo[argument] = stack[-1]
-                continue
-            if name.endswith("GET"):
-                if memo[argument][0] in _ONCE:
-                    raise refuse("it refers to one list, table or tuple twice")
-                stack.append(memo[argument])
-                continue
-            if pickletools.markobject in operation.stack_before:
-                taken, stack = stack, below.pop()  # all above the mark
-                kept = operation.stack_before.index(pickletools.markobject)
-            else:
-                taken, kept = [], len(operation.stack_before)
-            if kept > len(stack):
-                raise ValueError(f"{name} without its arguments")
-            if kept:
-                taken = stack[-kept:] + taken
-                del stack[-kept:]
-            if name == "REDUCE" and " " not in taken[0][0]:
-                raise refuse("it calls what is no function")
-            if name == "GLOBAL":
-                name = str(argument)
-                if not _GLOBALS.fullmatch(name):
-                    raise refuse(f"{shown(name.replace(' ', '.', 1))} makes no dense tensor")
-            if name.startswith("TUPLE"):
-                depth = 1 + max((depth for _, depth in taken), default=0)
-                if depth > _DEEPEST:
-                    raise refuse("its tuples are nested too deeply")
-                stack.append((name, depth))
-            elif name in _FILLS:
-                stack.append(taken[0])
-            elif operation.stack_after:
-                stack.append((name, 0))
-    except CheckpointError:
-        raise
+            machine.step(operation.name, argument)
+    except _NotWeightsError as error:
+        raise _refusal(path, str(error)) from None
     except Exception as error:  # a damaged pickle fails in any way it likes
-        raise refuse(f"it is damaged ({one_line(error, 100)})") from error
-    raise refuse("it has no end")
+        raise _refusal(path, f"it is damaged ({one_line(error, 100)})") from error
+    raise _refusal(path, "it has no end")
+
+
+def _refusal(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} is refused: {why} (pickled code is never run); save the model as safetensors")
+
+
+class _NotWeightsError(Exception):
+    """A pickle does what no table of tensors needs."""
+
+
+class _Value(NamedTuple):
+    """What is known of a value on the stack."""
+
+    origin: str
+    """the operation that put it there; of a GLOBAL its module and name, with a blank between"""
+    depth: int = 0
+    """of tuples nested in it"""
+
+
+class _Machine:
+    """The unpickler's stack and memo, with values that are never built."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Value] = []
+        self.below: list[list[_Value]] = []  # the stacks under the marks
+        self.memo: dict[Any, _Value] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        """Raises _NotWeightsError for what torch.save never writes, ValueError or LookupError for damage."""
+        match name:
+            case "PROTO":
+                pass
+            case "MARK":
+                self.below.append(self.stack)
+                self.stack = []
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self._refer(self.memo[argument])
+            case "GLOBAL":
+                self._look_up(argument)
+            case "TUPLE":
+                self._nest(name, self._above_mark())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self._nest(name, self._take(name, int(name[-1])))
+            case "BINPERSID":
+                self._take(name, 1)
+                self.stack.append(_Value(name))
+            case "REDUCE":
+                function, _ = self._take(name, 2)
+                self._call(function)
+            case "APPEND" | "BUILD":  # into the value below, which stays
+                self.stack.append(self._take(name, 2)[0])
+            case "SETITEM":
+                self.stack.append(self._take(name, 3)[0])
+            case "APPENDS" | "SETITEMS":
+                self._above_mark()
+                self.stack.append(*self._take(name, 1))
+            case _ if name in _CONSTANTS:
+                self.stack.append(_Value(name))
+            case _:
+                raise _NotWeightsError(f"it holds more than weights: {name}")
+
+    def _take(self, name: str, count: int) -> list[_Value]:
+        """The operands of an operation, off the stack. Raises ValueError where there are fewer."""
+        if count > len(self.stack):
+            raise ValueError(f"{name} without its arguments")
+        operands = self.stack[-count:]
+        del self.stack[-count:]
+        return operands
+
+    def _above_mark(self) -> list[_Value]:
+        """All that was put on the stack since the last mark, off it. Raises IndexError without a mark."""
+        operands, self.stack = self.stack, self.below.pop()
+        return operands
+
+    def _refer(self, value: _Value) -> None:
+        if value.origin in _ONCE:
+            raise _NotWeightsError("it refers to one list, table or tuple twice")
+        self.stack.append(value)
+
+    def _look_up(self, module_and_name: str) -> None:
+        if not _GLOBALS.fullmatch(module_and_name):
+            raise _NotWeightsError(f"{shown(module_and_name.replace(' ', '.', 1))} makes no dense tensor")
+        self.stack.append(_Value(module_and_name))
+
+    def _nest(self, name: str, members: list[_Value]) -> None:
+        depth = 1 + max((member.depth for member in members), default=0)
+        if depth > _DEEPEST:
+            raise _NotWeightsError("its tuples are nested too deeply")
+        self.stack.append(_Value(name, depth))
+
+    def _call(self, function: _Value) -> None:
+        if " " not in function.origin:
+            raise _NotWeightsError("it calls what is no function")
+        self.stack.append(_Value("REDUCE"))
