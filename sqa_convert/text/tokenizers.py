@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from ..checkpoints.companions import has_tokenizer
 from ..checkpoints.files import read_config, sha256_of
 from ..checkpoints.find import check_folder
 from ..checkpoints.source import stamp
 from ..errors import CheckpointError, DataError, one_line
-
-_MOST_TOKENIZERS = 8
-
-_TOKENIZERS: dict[tuple[object, ...], Any] = {}  # one that has encoded keeps 0.4 MB for ever, even when it is gone
 
 _LARGE_TOKENIZER = 2**26  # bytes
 
@@ -26,6 +25,14 @@ _MAY_BE_A_TOKENIZERS = (
 _NEVER_A_TOKENIZERS = ("config.json", "generation_config.json", "model.safetensors.index.json", "report.json")
 
 
+@dataclass(frozen=True)
+class _Files:
+    """A tokenizer's files; those of two folders are equal where their content is."""
+
+    content: tuple[object, ...]
+    folder: Path = field(compare=False)
+
+
 def load_tokenizer(
     folder: str | Path, trust_remote_code: bool = False, without: str = "copy the source's there"
 ) -> Any:
@@ -34,32 +41,29 @@ def load_tokenizer(
     Raises CheckpointError when there is none, saying what to do `without` one.
     """
     way_out = without and f"; {without}"
-    from transformers import AutoTokenizer
-
     check_folder(Path(folder))
     if not has_tokenizer(Path(folder)):
         raise CheckpointError(f"{folder} holds no tokenizer{way_out}")
     try:
-        content = _tokenizer_content(Path(folder))
-        if content in _TOKENIZERS and not trust_remote_code:
-            return _TOKENIZERS[content]
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if trust_remote_code:  # there may be more to it than its files
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        return _load(_files(Path(folder)))
     except Exception as error:  # every tokenizer library fails in its own way
         raise CheckpointError(f"{folder}: its tokenizer does not load ({one_line(error, 200)}){way_out}") from error
-    if not trust_remote_code:  # else there may be more to it than these files
-        if len(_TOKENIZERS) == _MOST_TOKENIZERS:
-            _TOKENIZERS.pop(next(iter(_TOKENIZERS)), None)
-        _TOKENIZERS[content] = tokenizer
-    return tokenizer
 
 
-def _tokenizer_content(folder: Path) -> tuple[object, ...]:
+@lru_cache(maxsize=8)  # a tokenizer that has encoded keeps 0.4 MB for ever, even when it is gone
+def _load(files: _Files) -> Any:
+    return AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
+
+
+def _files(folder: Path) -> _Files:
     """All that a tokenizer may be made of: what the config says of it, the folder's small files."""
     config = read_config(str(folder), folder)
     paths = sorted((*folder.iterdir(), *folder.glob("additional_chat_templates/*")))
     files = [p for p in paths if p.suffix in _MAY_BE_A_TOKENIZERS and p.name not in _NEVER_A_TOKENIZERS and p.is_file()]
     contents = ((str(path.relative_to(folder)), _content(path)) for path in files)
-    return (str(config.get("model_type")), str(config.get("tokenizer_class")), *contents)
+    return _Files((str(config.get("model_type")), str(config.get("tokenizer_class")), *contents), folder)
 
 
 def _content(path: Path) -> object:
