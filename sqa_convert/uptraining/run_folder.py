@@ -39,6 +39,13 @@ BECAME = "became"  # what it was replaced by, if that was the last thing done
 
 _OUTPUT = "output"  # where the result goes, if not in the model's place
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_FULL_IN_WORDS = ("No space left", "Disk quota exceeded", "File too large")
+
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""in the errors of torch.save, which hide why a file could not be written"""
+
 
 class NotBetterError(QualityError):
     """Uptraining is done and made the model worse: nothing was replaced, and what was trained is kept beside it."""
@@ -74,15 +81,18 @@ def is_trained(folder: Path) -> bool:
 
 
 def goes_on(folder: Path, resume: bool, keep_anyway: bool, *anew: Any) -> bool:
-    """Whether a run goes on with what lies beside `folder`: told to resume, or to keep what a whole training made,
-    without anything in `anew` that would begin another."""
+    """Whether a run goes on with what lies beside `folder`.
+
+    It does when told to resume; and when told to keep what a whole training left there, unless anything in `anew` asks
+    for another training.
+    """
     return resume or (keep_anyway and all(value is None for value in anew) and is_trained(folder))
 
 
 def run_settings(
     folder: Path, run: Path, recipe: str | Path | Recipe | None, resume: bool, restart: bool, **overrides: Any
 ) -> Recipe:
-    """The recipe of a run: of one to go on with its own. The first process knows. Raises RecipeError."""
+    """The recipe of a run; one that goes on has its own. Asked in the first process only. Raises RecipeError."""
     if _is_done(run, folder):
         _discard(run)  # all that was left to do
     if resume:
@@ -114,14 +124,14 @@ def _is_done(run: Path, folder: Path) -> bool:
 
 
 def _discard(run: Path) -> None:
-    """Removes a run that is done; what tells that it is goes last."""
+    """Removes a run that is done. The file that says so goes last."""
     with contextlib.suppress(OSError):
         empty(run, last=BECAME)
         run.rmdir()
 
 
 def conversion_id(folder: Path) -> str:
-    """Of a conversion: two have not the same report, but for what measuring its speed adds."""
+    """Tells a conversion from every other: a hash of its report, without what measuring its speed adds."""
     report = {key: value for key, value in read_report(folder).items() if key != "speed"}
     return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
 
@@ -129,24 +139,24 @@ def conversion_id(folder: Path) -> str:
 @contextlib.contextmanager
 def alone(run: Path, folder: Path) -> Iterator[None]:
     """One uptraining of a folder at a time, which leaves nothing behind when it is done. Raises OutputError."""
-    held = None
+    lock = None
     try:
         with processes.together():
             if processes.is_first():
-                held = _hold(run, folder)
+                lock = _lock(run, folder)
         processes.look(run)
         with processes.together():
             if processes.is_writer() and not processes.is_first():
-                held = _hold(run, folder)
+                lock = _lock(run, folder)
         yield
         if processes.is_writer():
             _discard(run)
     finally:
-        if held is not None:
-            os.close(held)
+        if lock is not None:
+            os.close(lock)
 
 
-def _hold(run: Path, folder: Path) -> int | None:
+def _lock(run: Path, folder: Path) -> int | None:
     try:
         return hold(run)
     except BlockingIOError as error:
@@ -157,62 +167,79 @@ def _hold(run: Path, folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def recoverable(run: Path, folder: Path) -> Iterator[None]:
-    """What stops a training is said in one line, with what was kept of it."""
+    """What stops a training is said in one line, with what is left of it."""
     try:
         yield
-    except KeyboardInterrupt as error:
-        raise InterruptedByUserError(f"interrupted; {_kept(run, folder)}") from error
-    except NotBetterError:
+    except NotBetterError:  # says itself what is left
         raise
-    except DivergedError as error:
-        _kept(run, folder)
-        raise DivergedError(f"{one_line(error)}; {folder} is still the converted model") from error
-    except QualityError as error:
-        raise QualityError(f"{one_line(error)}; {_kept(run, folder)}") from error
-    except torch.OutOfMemoryError as error:
-        raise RecipeError(
-            "out of memory on the device: lower micro_batch or set gradient_checkpointing, "
-            f"in {run / RECIPE} if the run is to go on; {_kept(run, folder)}"
-        ) from error
-    except OutputError as error:
-        raise OutputError(f"{one_line(error)}; {_kept(run, folder)}") from error
-    except (SQAError, SystemExit):
-        _kept(run, folder)
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        texts = ("No space left", "File too large", "Disk quota exceeded")
-        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(text in str(error) for text in texts)
-        # torch.save and safetensors have errors of their own for a file that could not be written; the first hides why.
-        unsaid = any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "iostream error"))
-        if not full and not unsaid and not isinstance(error, OSError) and "(os error " not in str(error):
-            if processes.is_lost(error):
-                raise SQAError(f"another process of this run has ended; {_kept(run, folder)}") from error
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        fault = _fault(error, run)
+        if fault is None:  # a mistake in a program: nothing is cleared away
             raise
-        what = "the disk is full" if full else "the disk is full or failing" if unsaid else one_line(error)
-        raise OutputError(f"{run} cannot be written: {what}; {_kept(run, folder)}") from error
+        left = _what_is_left(run, folder)
+        if fault is error:
+            raise
+        if isinstance(error, DivergedError):  # nobody should go on with that
+            left = _unchanged(folder)
+        raise type(fault)(f"{fault}; {left}") from error
 
 
-def _kept(run: Path, folder: Path) -> str:
-    """What is left of a run that stops here; one with nothing to go on from is cleared away."""
+def _fault(error: BaseException, run: Path) -> BaseException | None:
+    """An error as users are told of it: one they can mend, `error` itself where that says enough, or None."""
+    match error:
+        case KeyboardInterrupt():
+            return InterruptedByUserError("interrupted")
+        case torch.OutOfMemoryError():
+            return RecipeError(
+                "out of memory on the device: lower micro_batch or set gradient_checkpointing, "
+                f"in {run / RECIPE} if the run is to go on"
+            )
+        case QualityError() | OutputError():
+            return type(error)(one_line(error))
+        case SQAError() | SystemExit():
+            return error
+        case OSError() | RuntimeError() | SafetensorError():
+            if why := _unwritten(error):
+                return OutputError(f"{run} cannot be written: {why}")
+            if processes.is_lost(error):
+                return SQAError("another process of this run has ended")
+    return None
+
+
+def _unwritten(error: Exception) -> str:
+    """Why a file could not be written; "" where an error is about something else."""
+    text = str(error)
+    if getattr(error, "errno", None) in _FULL or any(words in text for words in _FULL_IN_WORDS):
+        return "the disk is full"
+    if any(words in text for words in _TORCH_SAVE):
+        return "the disk is full or failing"
+    return one_line(error) if isinstance(error, OSError) or "(os error " in text else ""  # Rust's, of safetensors
+
+
+def _what_is_left(run: Path, folder: Path) -> str:
+    """Of a run that stops here; one with nothing to go on from is cleared away."""
     target = target_folder(folder, resume=True)
     if processes.is_first() and _is_done(run, folder):
         _discard(run)
         return f"{target} is uptrained"
-    stages: dict[str, int] = {}
+    steps: dict[str, int] = {}
     for path in run.glob(f"*/checkpoint-*/{COMPLETE}"):
         stage = path.parent.parent.name
-        stages[stage] = max(stages.get(stage, 0), step_of(path))
-    if not stages:
+        steps[stage] = max(steps.get(stage, 0), step_of(path))
+    if not steps:
         if processes.is_writer():
             shutil.rmtree(run, ignore_errors=True)
-        return f"{folder} is still the converted model"
-    last = " and ".join(f"step {step} of {stage}" for stage, step in sorted(stages.items(), reverse=True))
-    return f"{folder} is still the converted model; go on from {last} with: sqa-uptrain {folder} --resume"
+        return _unchanged(folder)
+    last = " and ".join(f"step {step} of {stage}" for stage, step in sorted(steps.items(), reverse=True))
+    return f"{_unchanged(folder)}; go on from {last} with: sqa-uptrain {folder} --resume"
+
+
+def _unchanged(folder: Path) -> str:
+    return f"{folder} is still the converted model"
 
 
 def begin(run: Path, folder: Path, settings: Recipe, target: Path) -> None:
-    """Notes what a run does; one that goes on has most of it."""
+    """Writes down what a run does, as far as a run that goes on has not done so."""
     if not processes.is_writer():
         return
     if target != folder:
