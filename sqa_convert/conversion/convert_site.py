@@ -1,4 +1,4 @@
-"""One attention site: read, converted from the weights alone, and made the tensors of the result."""
+"""One attention site: read, converted from the weights alone, and written as tensors of the result."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class SiteRecord:
 
     @property
     def kept(self) -> str:
-        """The stage whose heads were kept: the first of the least error."""
+        """The stage whose heads the result has: the first of the least error."""
         return min(self.errors, key=lambda stage: order(self.errors[stage]))
 
     @property
     def error(self) -> float:
-        """Of what was kept."""
+        """Of that stage."""
         return self.errors[self.kept]
 
 
 def order(error: float) -> float:
-    """To choose the least error by: what is no number comes last."""
+    """A key to sort errors by: one that is no number comes last."""
     return error if math.isfinite(error) else math.inf
 
 
@@ -68,7 +68,7 @@ class Calibrated:
 
 
 def uses_torch(plan: Plan) -> bool:
-    """Whether converting the sites of a plan does."""
+    """Whether the sites of a plan are converted by torch."""
     if all(partition.is_identity for partition in plan.partitions.values()):
         return False
     return plan.calibration is not None or plan.searched or get_method(plan.method).needs_statistics
@@ -96,14 +96,14 @@ def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
             counts = len(partition.clusters), len(partition.groups)
             partition = search(heads, statistics, *counts, torch.Generator().manual_seed(0))
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused when it is stored
-        made = method.convert(heads, partition, statistics)
-    return ConvertedSite(made, SiteRecord(method.name, partition))
+        result = method.convert(heads, partition, statistics)
+    return ConvertedSite(result, SiteRecord(method.name, partition))
 
 
 def site_bytes(
     plan: Plan, site: Site, heads: AttentionHeads[Any], tensors: list[OutputTensor], where: str
 ) -> Iterator[Iterator[memoryview]]:
-    """What the result holds of a converted site, of each of its `tensors` in pieces. Raises CheckpointError."""
+    """The bytes of each of a site's `tensors`, in pieces. Raises CheckpointError."""
 
     def pieces(array: Array, tensor: OutputTensor) -> Iterator[memoryview]:
         for piece in encoded(array, tensor.dtype):

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from itertools import takewhile
 from typing import TypeVar
 
 from ..checkpoints.dtypes import check_finite, decode, encode
@@ -21,23 +22,21 @@ from .plan import OutputTensor, Plan
 T = TypeVar("T")
 
 Store = Callable[[OutputTensor, Iterable[memoryview]], None]
-"""is given a tensor of the result, and its bytes in pieces that are good until the next; by several threads"""
+"""takes a tensor of the result and its bytes, in pieces of which each is good until the next; called by any thread"""
 
-_SITE_ARRAYS = 12  # of (H d, H d) in float64, that converting one site from the weights alone holds at most
+_SITE_ARRAYS = 12  # at most, of (H d, H d) in float64, while one site is converted from the weights alone
 
-_SITE_BUDGET = 2**31  # bytes for all sites at a time, as long as it is one
+_SITE_BUDGET = 2**31  # bytes for all sites at a time; one site may take more
 
-_LOOKED_AT = 0.2  # seconds between two looks at how far the work is
+_LOOK_EVERY = 0.2  # seconds, to see how far the work is
 
 
 def convert_all(
     plan: Plan, source: Source, calibrated: Sites, store: Store, progress: Progress = silent
 ) -> dict[Site, SiteRecord]:
-    """Gives every tensor of the result to `store`.
+    """Gives every tensor of the result to `store`, by several threads.
 
-    One thread begins with what only changes its name, the others with attention sites; who is done with the one helps
-    with the other, as far as memory allows. Each site is converted by one thread, so that the result does not depend on
-    their number.
+    Each site is converted by one thread, so that the result does not depend on their number.
 
     Args:
         plan: what to do.
@@ -52,82 +51,100 @@ def convert_all(
     Raises:
         CheckpointError: a weight cannot be read, or is not finite.
     """
-    copies = deque(tensor for tensor in plan.tensors if isinstance(tensor.origin, str))
-    copies.reverse()  # the last first: the threads shall write to different files, as far as there are several
-    of_site: dict[Site, list[OutputTensor]] = {}
-    for tensor in plan.tensors:
-        if isinstance(tensor.origin, Site):
-            of_site.setdefault(tensor.origin, []).append(tensor)
-    sites = deque(of_site.items())
-    records: dict[Site, SiteRecord] = {}
-    done: list[int] = []  # bytes
-    stop = threading.Event()
+    work = _Work(plan, source, calibrated, store)
+    with _sites_at_a_time(plan) as at_a_time:
+        workers = work.workers(at_a_time)
+        with ThreadPoolExecutor(len(workers)) as pool:
+            try:
+                running = {pool.submit(worker) for worker in workers}
+                while running:
+                    ended, running = wait(running, _LOOK_EVERY, FIRST_EXCEPTION)
+                    for future in ended:
+                        future.result()  # raises what went wrong there
+                    progress("convert", sum(work.bytes_stored), plan.nbytes)
+            finally:
+                work.stop.set()
+    return work.records
 
-    def taken(queue: deque[T]) -> Iterator[T]:
-        while not stop.is_set():
+
+class _Work:
+    """What is left to do of a plan, as two queues that all threads take from: attention sites, and tensors to copy."""
+
+    def __init__(self, plan: Plan, source: Source, calibrated: Sites, store: Store) -> None:
+        self.plan, self.source, self.calibrated, self.store = plan, source, calibrated, store
+        self.copies = deque(tensor for tensor in plan.tensors if isinstance(tensor.origin, str))
+        self.copies.reverse()  # the last first: the threads shall write to different files, as far as there are several
+        tensors: dict[Site, list[OutputTensor]] = {}
+        for tensor in plan.tensors:
+            if isinstance(tensor.origin, Site):
+                tensors.setdefault(tensor.origin, []).append(tensor)
+        self.sites = deque(tensors.items())
+        self.records: dict[Site, SiteRecord] = {}
+        self.bytes_stored: list[int] = []  # of each tensor
+        self.stop = threading.Event()
+
+    def workers(self, at_a_time: int) -> list[Callable[[], None]]:
+        """What each thread does, where memory allows to convert so many sites at a time.
+
+        All but one begin with sites, which take longer; who is done with the one helps with the other.
+        """
+        if not self.source.concurrent:
+            return [self.sites_then_copies]
+        if at_a_time == 1:  # the second thread must not convert a site beside the first
+            return [self.sites_then_copies, self.copy_tensors]
+        return [*[self.sites_then_copies] * (at_a_time - 1), self.copies_then_sites]
+
+    def sites_then_copies(self) -> None:
+        self.convert_sites()
+        self.copy_tensors()
+
+    def copies_then_sites(self) -> None:
+        self.copy_tensors()
+        self.convert_sites()
+
+    def convert_sites(self) -> None:
+        for site, tensors in self._take(self.sites):
+            converted = self.calibrated.get(site) or convert_site(self.plan, self.source, site)
+            self.records[site] = converted.record
+            pieces_of_each = site_bytes(self.plan, site, converted.heads, tensors, self.source.name)
+            for tensor, pieces in zip(tensors, pieces_of_each, strict=True):
+                self.store(tensor, pieces)
+                self.bytes_stored.append(tensor.nbytes)
+
+    def copy_tensors(self) -> None:
+        for tensor in self._take(self.copies):
+            pieces = copied_bytes(self.plan, self.source, tensor)
+            self.store(tensor, takewhile(lambda _: not self.stop.is_set(), pieces))
+            self.bytes_stored.append(tensor.nbytes)
+
+    def _take(self, queue: deque[T]) -> Iterator[T]:
+        """One entry after another, until none is left or another thread has failed."""
+        while not self.stop.is_set():
             try:
                 yield queue.popleft()
             except IndexError:
                 return
 
-    def pieces(tensor: OutputTensor) -> Iterator[memoryview]:
-        for piece in carried(plan, source, tensor):
-            if stop.is_set():
-                return
-            yield piece
-
-    def copy_rest() -> None:
-        for tensor in taken(copies):
-            store(tensor, pieces(tensor))
-            done.append(tensor.nbytes)
-
-    def convert_sites() -> None:
-        for site, tensors in taken(sites):
-            made = calibrated.get(site) or convert_site(plan, source, site)
-            records[site] = made.record
-            for tensor, data in zip(tensors, site_bytes(plan, site, made.heads, tensors, source.name), strict=True):
-                store(tensor, data)
-                done.append(tensor.nbytes)
-
-    def work(*stages: Callable[[], None]) -> None:
-        for stage in stages:
-            stage()
-
-    with _sites_at_a_time(plan) as count:
-        works: list[tuple[Callable[[], None], ...]] = [(convert_sites, copy_rest)]
-        if source.concurrent:
-            works = works * max(count - 1, 1) + [(copy_rest, convert_sites) if count > 1 else (copy_rest,)]
-        with ThreadPoolExecutor(len(works)) as pool:
-            try:
-                running = {pool.submit(work, *stages) for stages in works}
-                while running:
-                    ended, running = wait(running, _LOOKED_AT, FIRST_EXCEPTION)
-                    for future in ended:
-                        future.result()  # raises what went wrong there
-                    progress("convert", sum(done), plan.nbytes)
-            finally:
-                stop.set()
-    return records
-
 
 @contextlib.contextmanager
 def _sites_at_a_time(plan: Plan) -> Iterator[int]:
-    """As many as there are cores and memory for; where torch converts them, its number of threads is kept to."""
-    count, threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, None
+    """As many as there are cores and memory for, and no more than torch has threads where it converts them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = None
     if uses_torch(plan):
         import torch
 
         threads = torch.get_num_threads()
-        count = min(count, threads)
+        cores = min(cores, threads)
     needed = _SITE_ARRAYS * 8 * (plan.dimensions.heads * plan.dimensions.head_dim) ** 2
     try:
-        yield max(1, min(count, _SITE_BUDGET // needed))
+        yield max(1, min(cores, _SITE_BUDGET // needed))
     finally:
-        if threads is not None:
+        if threads is not None:  # converting sites changed it
             torch.set_num_threads(threads)
 
 
-def carried(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[memoryview]:
+def copied_bytes(plan: Plan, source: Source, tensor: OutputTensor) -> Iterator[memoryview]:
     """The bytes of a tensor that only changes its name, and perhaps its dtype. Raises CheckpointError."""
     assert isinstance(tensor.origin, str)
     if tensor.origin in plan.zeros:

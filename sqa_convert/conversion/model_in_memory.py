@@ -25,17 +25,17 @@ def build_model(
     """The converted model in memory, in eval mode, and a record of each site; arguments as `convert_all`."""
     import torch
 
-    made: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
 
     def store(tensor: OutputTensor, pieces: Iterable[memoryview]) -> None:
         data, at = torch.empty(tensor.nbytes, dtype=torch.uint8), 0
         for piece in pieces:
             data.numpy()[at : at + len(piece)] = piece
             at += len(piece)
-        made[tensor.name] = data.view(torch_dtype(tensor.dtype)).view(tensor.shape)
+        stored[tensor.name] = data.view(torch_dtype(tensor.dtype)).view(tensor.shape)
 
     records = convert_all(plan, source, calibrated, store, progress)
-    tensors = {tensor.name: made[tensor.name] for tensor in plan.tensors}  # "auto" takes the dtype of the first
+    tensors = {tensor.name: stored[tensor.name] for tensor in plan.tensors}  # "auto" takes the dtype of the first
     config = config_class(plan).from_dict(result_config(plan, records))
     model = model_class(plan).from_pretrained(None, config=config, state_dict=tensors, dtype="auto")
     return model.eval(), records
