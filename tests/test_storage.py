@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sqa_convert.checkpoints import dtypes as storage
-from sqa_convert.checkpoints.dtypes import FLOATING, decode, encode, encoded, tensor_bytes, torch_dtype
+from sqa_convert.checkpoints.dtypes import FLOATING, check_finite, decode, encode, encoded, tensor_bytes, torch_dtype
+from sqa_convert.errors import CheckpointError
 from sqa_convert.heads import METHODS, AttentionHeads, Partition
 
 HALVES = torch.arange(-(2**15), 2**15, dtype=torch.int16)
@@ -59,6 +60,15 @@ def test_numbers_are_read_as_torch_reads_them(dtype):
     decode(tensor_bytes(values), dtype, into[1:-1])
     same(torch.from_numpy(into[1:-1]), expected)
     assert into[0] == into[-1] == 7
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_every_pattern_of_a_narrow_dtype_is_a_number_to_both_or_to_neither(dtype):
+    values = patterns(dtype)
+    check_finite(tensor_bytes(values[values.isfinite()]), dtype, "a", "b")
+    for wrong in values[~values.isfinite()].split(1):
+        with pytest.raises(CheckpointError, match="NaN or infinite"):
+            check_finite(tensor_bytes(wrong), dtype, "a", "b")
 
 
 @pytest.mark.parametrize("dtype", FLOATING)

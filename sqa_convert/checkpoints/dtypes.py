@@ -30,9 +30,7 @@ DTYPES = {
 FLOATING = ("F64", "F32", "F16", "BF16")
 
 _INFINITE = {"F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
-"""the bits of infinity; those of NaN are larger"""
-
-_NAN = 0x7FC0  # in bfloat16
+"""the bits of infinity: an exponent of ones, which every NaN has too and no number"""
 
 _ENCODED = 2**18  # numbers at a time: few enough for the processor's cache
 
@@ -64,12 +62,10 @@ def check_finite(data: memoryview, dtype: str, name: str, where: str) -> None:
         return
     import numpy as np
 
-    size, infinite = DTYPES[dtype][1], _INFINITE[dtype]
-    negative = infinite | 1 << 8 * size - 1
+    exponent = _INFINITE[dtype]
     for start in range(0, len(data), PIECE):
-        piece = data[start : start + PIECE]
-        # The largest is found without making another array: of the positive as signed integers, of the negative not so.
-        if np.frombuffer(piece, f"i{size}").max() >= infinite or np.frombuffer(piece, f"u{size}").max() >= negative:
+        bits = np.frombuffer(data[start : start + PIECE], f"u{DTYPES[dtype][1]}")
+        if (bits & exponent).max() == exponent:
             raise CheckpointError(f"{where}: {name} holds NaN or infinite values (in {DTYPES[dtype][0]})")
 
 
@@ -82,14 +78,11 @@ def decode(data: memoryview, dtype: str, into: Array | None = None) -> Array:
     """Stored floating-point numbers as a flat array of `decoded_dtype`: a new one, or `into`."""
     import numpy as np
 
-    made = np.empty(len(data) // DTYPES[dtype][1], decoded_dtype(dtype)) if into is None else into
-    if dtype == "BF16":  # the upper half of a float32
-        bits = made.view("u4")
-        bits[:] = np.frombuffer(data, "u2")
-        bits <<= 16
-    else:
-        made[:] = np.frombuffer(data, DTYPES[dtype][0])
-    return made
+    numbers = np.frombuffer(data, _numpy_dtype(dtype))
+    if into is None:
+        return numbers.astype(decoded_dtype(dtype))
+    into[:] = numbers
+    return into
 
 
 def encode(array: Array, dtype: str) -> memoryview:
@@ -102,8 +95,7 @@ def encode(array: Array, dtype: str) -> memoryview:
 
     array = _contiguous(array).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
-        array = array.astype("float32" if dtype == "BF16" else DTYPES[dtype][0], copy=False)
-        return (_upper_halves(array) if dtype == "BF16" else array).view("u1").data
+        return array.astype(_numpy_dtype(dtype), copy=False).view("u1").data
 
 
 def encoded(array: Array, dtype: str) -> Iterator[memoryview]:
@@ -118,22 +110,14 @@ def _contiguous(array: Array) -> Array:
 
     if array.flags.c_contiguous or array.ndim != 2:
         return np.ascontiguousarray(array)
-    made = np.empty(array.shape, array.dtype)
+    copy = np.empty(array.shape, array.dtype)
     for start in range(0, array.shape[1], _COLUMNS):  # as a whole, transposing takes three times as long
-        made[:, start : start + _COLUMNS] = array[:, start : start + _COLUMNS]
-    return made
+        copy[:, start : start + _COLUMNS] = array[:, start : start + _COLUMNS]
+    return copy
 
 
-def _upper_halves(array: Array) -> Array:
-    """float32 rounded to bfloat16, as its bits."""
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    import ml_dtypes
     import numpy as np
 
-    bits = array.view("u4")
-    rounded = bits >> 16
-    rounded &= 1  # of two as near the even one
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    if np.isnan(array.max(initial=0)):
-        np.copyto(rounded, _NAN, where=np.isnan(array))  # of which some would be rounded to zero
-    return rounded.astype("u2")
+    return np.dtype(ml_dtypes.bfloat16 if name == "BF16" else DTYPES[name][0])
