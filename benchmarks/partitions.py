@@ -19,6 +19,7 @@ from sqa_convert.conversion.convert_site import read_norm, read_site
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Request
 from sqa_convert.heads import Partition
+from sqa_convert.heads.group_cost import GroupCost
 from sqa_convert.heads.statistics import from_norms
 
 RESULTS = Path(__file__).resolve().parent / "results" / "partitions.json"
@@ -38,7 +39,7 @@ def main() -> None:
                 norms = [read_norm(plan, source, prefix) for prefix in plan.family.norms(site)]
                 known = from_norms(heads, plan.family.attention(site, plan.source_config), *norms)
                 generator = torch.Generator().manual_seed(0)
-                cost = how.GroupCost(heads, known, q // kv, generator)
+                cost = GroupCost(heads, known, q // kv, generator)
                 partitions = {"cheapest": how.search(heads, known, q, kv, generator)}
                 how._MOST_COSTS = 0  # as with many heads
                 partitions["by pairs"] = how.search(heads, known, q, kv, generator)

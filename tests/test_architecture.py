@@ -32,7 +32,8 @@ LIGHT = {
     "uptraining/recipe.py",
     "uptraining/other_trainers.py",
 }
-MATHEMATICS = {"attend", "circuits", "refine", "refit", "search", "statistics"}  # loaded when a site is computed
+MATHEMATICS = {"arrange", "attend", "circuits", "group_cost", "refine", "refit", "search", "statistics"}
+"""modules of heads/ that are loaded when a site is computed"""
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -15,10 +15,12 @@ from sqa_convert.conversion.convert_site import read_norm, read_site
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Request
 from sqa_convert.heads import AttentionHeads, Partition, get_method
+from sqa_convert.heads.arrange import arrange
 from sqa_convert.heads.attend import Attention
+from sqa_convert.heads.group_cost import GroupCost
 from sqa_convert.heads.refine import refine
 from sqa_convert.heads.refit import output_error, refit
-from sqa_convert.heads.search import GroupCost, arrange, search
+from sqa_convert.heads.search import search
 from sqa_convert.heads.statistics import collect, from_norms, similarity
 
 
@@ -152,8 +154,8 @@ def test_few_heads_are_arranged_at_the_least_cost_there_is(size, parts, seed):
 
 
 @pytest.mark.parametrize(("counts", "way"), [
-    ((12, 8, 4), "_exact"), ((12, 6, 3), "_swapped"), ((16, 8, 8), "_exact"), ((16, 8, 4), "_swapped"),
-    ((25, 5, 5), "_swapped"),
+    ((12, 8, 4), "exact"), ((12, 6, 3), "swapped"), ((16, 8, 8), "exact"), ((16, 8, 4), "swapped"),
+    ((25, 5, 5), "swapped"),
 ])  # fmt: skip
 def test_what_is_searched_exactly(counts, way, monkeypatch):
     """At 64 dimensions a head: the work grows with the number of possible groups and the cube of their width."""

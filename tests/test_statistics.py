@@ -9,13 +9,14 @@ from test_methods import ATTENTION, D, T, attend, converted, d, inputs, random_h
 
 import sqa_convert.heads.refine as refine_module
 from sqa_convert.heads import Partition
+from sqa_convert.heads.arrange import improved
 from sqa_convert.heads.attend import Attention
 from sqa_convert.heads.circuits import balance, shared_factor
+from sqa_convert.heads.group_cost import GroupCost, PairCost
 from sqa_convert.heads.procrustes import _aligned
 from sqa_convert.heads.refine import LEARNING_RATE, refine
 from sqa_convert.heads.refit import RIDGE as REFIT_RIDGE
 from sqa_convert.heads.refit import output_error, refit
-from sqa_convert.heads.search import GroupCost, PairCost, _swap
 from sqa_convert.heads.statistics import RIDGE, collect, from_norms, similarity, with_ridge
 
 BLIND_SPREAD = 0.1
@@ -261,7 +262,7 @@ def test_swaps_end_where_no_swap_is_better():
     def cost(group):
         return sum(weights[i][j] for i, j in combinations(group, 2))
 
-    found = _swap(((0, 1, 2), (3, 4, 5), (6, 7, 8)), cost)
+    found = improved(((0, 1, 2), (3, 4, 5), (6, 7, 8)), cost)
     assert sorted(h for group in found for h in group) == list(range(9))
     for one, two in combinations(found, 2):
         for i in one:
