@@ -35,10 +35,11 @@ def amount(given: int | str, flag: str, *, thousand: int = 1000) -> int:
     raise RecipeError(f"{what}: give a whole number such as 512, 4k or 5M (k = {thousand:,}, M = {thousand**2:,})")
 
 
-def check_seed(seed: int) -> None:
-    """Raises RecipeError unless everything that is random takes it."""
+def check_seed(seed: int) -> int:
+    """The seed. Raises RecipeError unless everything that is random takes it."""
     if not hasattr(seed, "__index__") or not 0 <= seed < 2**32:
         raise RecipeError(f"--seed {str(seed)[:100]}: give a whole number between 0 and 2**32 - 1")
+    return seed
 
 
 def parse_size(text: str, flag: str = "--max-shard-size") -> int:

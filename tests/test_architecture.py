@@ -30,6 +30,7 @@ LIGHT = {
     "pipeline/run.py",
     "pipeline/preflight.py",
     "uptraining/recipe.py",
+    "uptraining/settings.py",
     "uptraining/other_trainers.py",
 }
 MATHEMATICS = {"arrange", "attend", "circuits", "group_cost", "refine", "refit", "search", "statistics"}

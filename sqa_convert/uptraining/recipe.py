@@ -2,130 +2,109 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import operator
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-from ..amounts import amount
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.dataclasses import dataclass
+
 from ..errors import DataError, RecipeError, one_line, shown
-from .other_trainers import HINTS
+from .settings import Count, Number, Seed, Switch, Text, in_one_line, must_be, sentence
 
-LOSSES = ("kl", "ce", "mix")
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
-
-TRAINED = ("all", "attention")
-
-PRECISIONS = ("auto", "float32", "bfloat16")
+SCHEDULES = get_args(Schedule)
 
 
-@dataclass(frozen=True)
+@in_one_line
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", validate_default=True))
 class Recipe:
     """How a converted model is uptrained."""
 
-    data: str = "stdlib"
+    data: Text = "stdlib"
     """Text to train on: "stdlib", a file, folder or glob, or a data set on the hub (ID[:CONFIG])."""
-    text_column: str = "text"
+    text_column: Text = "text"
     """Of `data`, where it is a table: the column that holds the text."""
-    source_column: str = ""
+    source_column: Text = ""
     """Of `data`: with target_column, train on pairs instead of plain text (T5 only)."""
-    target_column: str = ""
+    target_column: Text = ""
     """Of `data`: what the model shall answer to source_column."""
-    prefix: str = ""
+    prefix: Text = ""
     """Put before each source of a pair, such as "summarize: "."""
-    tokens: int = 400_000
+    tokens: Count = 400_000
     """Tokens of text to train on, repeated when the data hold fewer; a pair counts as sequence_length."""
-    sequence_length: int = 256
+    sequence_length: Annotated[Count, Field(ge=8)] = 256
     """Tokens in one sequence; sources and targets of pairs are cut to it."""
-    batch_size: int = 8
+    batch_size: Annotated[Count, Field(ge=1)] = 8
     """Sequences in one optimizer step, over all devices."""
-    micro_batch: int = 0
+    micro_batch: Count = 0
     """Sequences a device computes at once; gradients are accumulated. 0: all of a step."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-3
     """AdamW's peak rate."""
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     """"cosine", "linear": decay to zero; "constant"; "wsd": constant, then linear to zero in the last fifth."""
-    warmup: float = 0.05
+    warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from zero."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     """AdamW's decoupled decay."""
-    loss: str = "kl"
+    loss: Literal["kl", "ce", "mix"] = "kl"
     """"kl": divergence from the source's predictions (arXiv 2407.14679); "ce": cross-entropy on the text; "mix"."""
-    ce_weight: float = 0.5
+    ce_weight: Annotated[Number, Field(ge=0, le=1)] = 0.5
     """Share of the cross-entropy in "mix"."""
-    train: str = "all"
+    train: Literal["all", "attention"] = "all"
     """"all" weights, or only those of "attention"."""
-    lora_rank: int = 0
+    lora_rank: Count = 0
     """Rank of LoRA on the attention's projections (needs the extra `lora`); 0: whole weights."""
-    separate_documents: bool = True
+    separate_documents: Switch = True
     """Whether documents packed into one sequence are kept from attending to each other, where the model allows it."""
-    precision: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the arithmetic; weights are trained in float32. "auto": bfloat16 on GPUs that have it."""
-    compile: bool = False
+    compile: Switch = False
     """Whether the model is compiled, by torch.compile."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Switch = False
     """Recompute activations in the backward pass: less memory, more time."""
-    fsdp: bool = False
+    fsdp: Switch = False
     """Shard weights, gradients and optimizer over the processes of a torchrun."""
-    evaluations: int = 8
+    evaluations: Annotated[Count, Field(ge=1)] = 8
     """Measurements on held-out text during the run; a checkpoint to resume from goes with each."""
-    held_out_tokens: int = 16_384
+    held_out_tokens: Annotated[Count, Field(ge=64)] = 16_384
     """Tokens of held-out text that are measured on; of pairs, 256 of them."""
-    patience: int = 0
+    patience: Count = 0
     """Stop after so many measurements without a better held-out KL, and keep the best; 0: never."""
-    report_to: str = "none"
+    report_to: Text = "none"
     """Trackers, comma-separated: tensorboard, wandb, trackio."""
-    method: str = ""
+    method: Text = ""
     """How sqa-convert merges heads, where --method is not given; sqa-uptrain ignores it."""
-    control: bool = False
+    control: Switch = False
     """Also train the source on the same tokens, by cross-entropy: what the text alone teaches."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order of the data and of span corruption."""
 
-    def __post_init__(self) -> None:
-        faults = []
-        for field in dataclasses.fields(self):
-            try:
-                value = _as(type(field.default), getattr(self, field.name))
-            except ValueError as error:
-                faults.append(f"{field.name}: {error}")
-                value = field.default  # the others are looked at too
-            object.__setattr__(self, field.name, value)
-        faults += [
-            f"{name}: {getattr(self, name)!r} must be {rule}"
-            for name, rule, holds in (
-                ("tokens", "at least sequence_length × batch_size", self.tokens >= self.tokens_per_step),
-                ("sequence_length", "at least 8", self.sequence_length >= 8),
-                ("batch_size", "at least 1", self.batch_size >= 1),
-                ("micro_batch", "0, or a divisor of batch_size", self._divides(self.micro_batch)),
-                ("learning_rate", "above 0", 0 < self.learning_rate < float("inf")),
-                ("schedule", " or ".join(SCHEDULES), self.schedule in SCHEDULES),
-                ("warmup", "between 0 and 1", 0 <= self.warmup < 1),
-                ("weight_decay", "at least 0", 0 <= self.weight_decay < float("inf")),
-                ("loss", " or ".join(LOSSES), self.loss in LOSSES),
-                ("ce_weight", "between 0 and 1", 0 <= self.ce_weight <= 1),
-                ("train", " or ".join(TRAINED), self.train in TRAINED),
-                ("lora_rank", "at least 0", self.lora_rank >= 0),
-                ("precision", " or ".join(PRECISIONS), self.precision in PRECISIONS),
-                ("evaluations", "at least 1", self.evaluations >= 1),
-                ("held_out_tokens", "at least 64", self.held_out_tokens >= 64),
-                ("patience", "at least 0", self.patience >= 0),
-                ("seed", "between 0 and 2**32 - 1", 0 <= self.seed < 2**32),
-                ("target_column", "given with source_column", bool(self.source_column) == bool(self.target_column)),
-            )
-            if not holds
-        ]
-        if faults:
-            raise RecipeError("; ".join(faults))
+    @field_validator("batch_size")
+    @classmethod
+    def _within_tokens(cls, batch_size: int, others: ValidationInfo) -> int:
+        step = batch_size * others.data.get("sequence_length", 0)
+        tokens = others.data.get("tokens", step)
+        if tokens < step:
+            raise sentence(f"tokens: {tokens} must be at least sequence_length × batch_size")
+        return batch_size
 
-    def _divides(self, micro_batch: int) -> bool:
-        return micro_batch == 0 or (0 < micro_batch <= self.batch_size and self.batch_size % micro_batch == 0)
+    @field_validator("micro_batch")
+    @classmethod
+    def _divides(cls, micro_batch: int, others: ValidationInfo) -> int:
+        if micro_batch and others.data.get("batch_size", micro_batch) % micro_batch:
+            raise must_be("0, or a divisor of batch_size")
+        return micro_batch
+
+    @field_validator("target_column")
+    @classmethod
+    def _both_columns(cls, target: str, others: ValidationInfo) -> str:
+        if bool(target) != bool(others.data.get("source_column", target)):
+            raise must_be("given with source_column")
+        return target
 
     @property
     def tokens_per_step(self) -> int:
@@ -193,19 +172,23 @@ def load_recipe(name: str, **overrides: Any) -> Recipe:
         if os.path.lexists(path):
             raise RecipeError(f"{shown(name)} cannot be read: {one_line(error)}") from error
         raise RecipeError(f"{shown(name)}: no such file or recipe ({', '.join(recipe_names())})") from error
-    settings = _parsed(content, path)
-    if not isinstance(settings, Mapping):
+    values = _parsed(content, path)
+    if not isinstance(values, Mapping):
         raise RecipeError(f"{path} must hold a table of settings")
-    return _recipe({**settings, **{k: v for k, v in overrides.items() if v is not None}}, str(path))
+    given = {str(k): v for k, v in values.items()} | {k: v for k, v in overrides.items() if v is not None}
+    try:
+        return Recipe(**given)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
 
 
-def override(recipe: str | Path | Recipe, **settings: Any) -> Recipe:
+def override(recipe: str | Path | Recipe, **changes: Any) -> Recipe:
     """A recipe, or the one of a name or path, with the settings that are not None. Raises RecipeError."""
     if isinstance(recipe, str | Path):
-        return load_recipe(str(recipe), **settings)
+        return load_recipe(str(recipe), **changes)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe: {shown(recipe)} is none: give a name, the path of a YAML file, or a Recipe")
-    return dataclasses.replace(recipe, **{key: value for key, value in settings.items() if value is not None})
+    return dataclasses.replace(recipe, **{key: value for key, value in changes.items() if value is not None})
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -237,47 +220,3 @@ def _parsed(content: bytes, path: Path) -> Any:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise RecipeError(f"{path} is no YAML: {one_line(error)}") from error
-
-
-_KINDS = {
-    int: "a whole number, such as 512, 400k or 5M",
-    float: "a number, such as 0.1 or 2e-4",
-    bool: "true or false",
-    str: "text",
-}
-
-
-def _as(kind: type, value: Any) -> Any:
-    """A value as one of a setting's kind; numbers may be text, such as "5M" or "2e-4". Raises ValueError."""
-    if type(value) is kind:
-        return value
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if kind is str and isinstance(value, os.PathLike):
-            return os.fspath(value)
-        if kind is int and not isinstance(value, bool):
-            return amount(str(value), "") if isinstance(value, str | float) else operator.index(value)
-        if kind is float and not isinstance(value, bool):
-            return float(value)
-    raise ValueError(f"{value!r} must be {_KINDS[kind]}")
-
-
-def _hint(key: str, known: Collection[str]) -> str:
-    """What an unknown setting may have been meant for: by what other trainers call it, or by its letters."""
-    hint = HINTS.get(key.lower().replace("-", "_").replace(" ", "_"))
-    if hint is not None:
-        return f"; here it is {hint}"
-    close = difflib.get_close_matches(key, known, 1)
-    return f", did you mean {close[0]}?" if close else ""
-
-
-def _recipe(content: Mapping[str, Any], where: str) -> Recipe:
-    known = [field.name for field in dataclasses.fields(Recipe)]
-    faults = [f"{key}: no such setting{_hint(str(key), known)}" for key in content if key not in known]
-    recipe = None
-    try:
-        recipe = Recipe(**{key: value for key, value in content.items() if key in known})
-    except RecipeError as error:
-        faults.append(str(error))
-    if faults or recipe is None:
-        raise RecipeError(f"{where}: " + "; ".join(faults))
-    return recipe
