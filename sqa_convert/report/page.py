@@ -10,6 +10,7 @@ from .formatting import nats
 from .pictures import errors_picture, heads_picture, quality_picture, recovery_picture, similarity_colour, speed_picture
 from .sentences import last_quality, presented
 from .tables import ROWS, costs, quality_table, speed_rows
+from .templates import filled
 
 PAGE = "report.html"
 
@@ -22,7 +23,6 @@ def report_page(report: dict[str, Any], similarity: bytes | None = None) -> str:
     Args:
         similarity: the picture of how alike the heads are, SVG.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     def picture(content: bytes | str) -> Markup:
@@ -40,14 +40,8 @@ def report_page(report: dict[str, Any], similarity: bytes | None = None) -> str:
         pictures["errors"] = picture(errors_picture(sites, "page"))
     if report.get("speed"):
         pictures["speed"] = picture(speed_picture(report["speed"], "page"))
-    template = Environment(
-        loader=PackageLoader("sqa_convert"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    ).get_template(PAGE)
-    return template.render(
+    return filled(
+        PAGE,
         **presented(report),
         tiles=_tiles(report),
         cost=costs(report),

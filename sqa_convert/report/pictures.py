@@ -5,16 +5,21 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
+from itertools import count
+from statistics import fmean
 from typing import Any
 
 from .formatting import MOST_NATS, nats
+from .templates import filled
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#64b5cd")
 
 _GREY = "#888888"  # to be seen on white and on black
 
 _SCALE = "viridis"
+
+_BOX = 32  # a head's side in the picture of the heads
 
 _MOST_SHOWN = 12  # sites in the picture of similarities, evenly chosen
 
@@ -32,55 +37,48 @@ def heads_picture(
         alike: instead of the group's colour, source heads get one for how alike the heads merged with them are, 0 to 1;
             those that are not in it grey.
     """
-    step, size, left = 44, 32, 96
-    clusters = [(g, cluster) for g, group in enumerate(groups) for cluster in group]
-    order = [(g, h) for g, cluster in clusters for h in cluster]
-    width, height = left + step * len(order) + 8, 230
-    at = {head: left + step * i + size / 2 for i, (_, head) in enumerate(order)}
-    lines, boxes = [], []
-
-    def box(x: float, y: float, text: str, colour: str, tip: str = "") -> None:
-        title = f"<title>{tip}</title>" if tip else ""
-        ink = "#000" if sum(int(colour[i : i + 2], 16) for i in (1, 3, 5)) > 384 else "#fff"
-        boxes.append(
-            f'<rect x="{x - size / 2:g}" y="{y:g}" width="{size}" height="{size}" rx="6" fill="{colour}">{title}</rect>'
-        )
-        boxes.append(f'<text x="{x:g}" y="{y + 21:g}" fill="{ink}" text-anchor="middle">{text}</text>')
-
-    def source_box(head: int, group: int) -> None:
-        if alike is None:
-            box(at[head], 40, f"{head:d}", _colour(group))
-        elif head in alike:
-            tip = f"head {head}: alike {alike[head]:.2f}"
-            box(at[head], 40, f"{head:d}", similarity_colour(alike[head]), tip)
-        else:
-            box(at[head], 40, f"{head:d}", _GREY, f"head {head}: shares with none")
-
-    def line(x1: float, y1: float, x2: float, y2: float) -> None:
-        lines.append(f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" stroke="#888888" stroke-width="2"/>')
-
-    group_queries: dict[int, list[float]] = {}
-    for i, (g, cluster) in enumerate(clusters):
-        x = sum(at[h] for h in cluster) / len(cluster)
-        for h in cluster:
-            line(at[h], 40 + size, x, 110)
-            source_box(h, g)
-        box(x, 110, f"q{i}", _colour(g))
-        group_queries.setdefault(g, []).append(x)
-    for g, queries in group_queries.items():
-        x = sum(queries) / len(queries)
-        for query in queries:
-            line(query, 110 + size, x, 180)
-        box(x, 180, f"kv{g}", _colour(g))
-    labels = [("source heads", 61), ("query heads", 131), ("key/value", 201)]
-    texts = [f'<text x="4" y="{y}" fill="#777">{text}</text>' for text, y in labels]
-    kind = escape(kind)
-    title = f"{len(order)} heads become {len(clusters)} query and {len(group_queries)} key/value heads ({kind})"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" role="img" aria-label="{title}" '
-        f'font-family="system-ui,sans-serif" font-size="13"><title>{title}</title>'
-        f'<text x="4" y="20" fill="#777">{title}</text>{"".join(texts + lines + boxes)}</svg>\n'
+    step, left, rows = 44, 96, {"source heads": 40, "query heads": 110, "key/value": 180}
+    source_y, query_y, kv_y = rows.values()
+    heads = [head for group in groups for cluster in group for head in cluster]
+    center = {head: left + step * i + _BOX / 2 for i, head in enumerate(heads)}
+    lines, boxes, number = [], [], count()
+    for g, group in enumerate(groups):
+        queries = [fmean(center[head] for head in cluster) for cluster in group]
+        for x, cluster in zip(queries, group, strict=True):
+            lines += [f"M{center[head]:g} {source_y + _BOX}L{x:g} {query_y}" for head in cluster]
+            boxes += [_source_box(head, center[head], source_y, _colour(g), alike) for head in cluster]
+            boxes.append(_Box(x, query_y, f"q{next(number)}", _colour(g)))
+        lines += [f"M{x:g} {query_y + _BOX}L{fmean(queries):g} {kv_y}" for x in queries]
+        boxes.append(_Box(fmean(queries), kv_y, f"kv{g}", _colour(g)))
+    title = f"{len(heads)} heads become {next(number)} query and {len(groups)} key/value heads ({kind})"
+    return filled(
+        "heads.svg", title=title, width=left + step * len(heads) + 8, size=_BOX, rows=rows, lines=lines, boxes=boxes
     )
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A head in a picture."""
+
+    x: float
+    """of its middle"""
+    y: int
+    """of its upper edge"""
+    text: str
+    colour: str
+    tip: str = ""
+
+    @property
+    def ink(self) -> str:
+        return "#000" if sum(int(self.colour[i : i + 2], 16) for i in (1, 3, 5)) > 384 else "#fff"
+
+
+def _source_box(head: int, x: float, y: int, colour: str, alike: Mapping[int, float] | None) -> _Box:
+    if alike is None:
+        return _Box(x, y, str(head), colour)
+    if head in alike:
+        return _Box(x, y, str(head), similarity_colour(alike[head]), f"head {head}: alike {alike[head]:.2f}")
+    return _Box(x, y, str(head), _GREY, f"head {head}: shares with none")
 
 
 def _colour(number: int) -> str:
@@ -253,14 +251,11 @@ def _rendered(figure: Any, kind: str) -> bytes:
 
     content, page = io.BytesIO(), kind == "page"
     settings: dict[Any, Any] = {"svg.hashsalt": "sqa_convert"} | ({"svg.fonttype": "none"} if page else {})
+    metadata = {"svg": {"Date": None}, "page": dict.fromkeys(("Creator", "Date", "Format", "Type"))}.get(kind)
     with rc_context(settings):  # the same picture is the same file
-        metadata = None if kind == "png" else {"Date": None}
         figure.savefig(content, format="svg" if page else kind, dpi=144, metadata=metadata, transparent=page)
     if not page:
         return content.getvalue()
     svg = content.getvalue().decode()
-    svg = re.sub(r' id="[a-zA-Z]+(\.[a-z]+)?_\d+"', "", svg[svg.index("<svg") :])  # names that nothing refers to
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) (width|height)="[^"]*"', r"\1", svg)
-    svg = re.sub(r'(<svg[^>]*?) (width|height)="[^"]*"', r"\1", svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])  # names that nothing refers to
     return svg.replace("#000000", "currentColor").encode()
