@@ -32,7 +32,7 @@ from sqa_convert.speed.flops import training_flops
 from sqa_convert.speed.timing import Spread, alternate
 from sqa_convert.text.collate import CausalCollator, Rows
 from sqa_convert.uptraining.arguments import training_arguments
-from sqa_convert.uptraining.loss import Targets, aligned_labels, distillation_loss, instead_of_logits
+from sqa_convert.uptraining.loss import Targets, aligned_labels, forward_with_loss, hidden_states
 from sqa_convert.uptraining.trainer import UptrainingTrainer
 
 SKIPPED = 3  # steps of a round, while the machine warms up
@@ -60,19 +60,19 @@ def parts_of_a_step(
     """Seconds of what a KL step is made of, each alone and synchronised."""
     collate = CausalCollator()
     batch = collate([(i, blocks[i]) for i in range(rows)])
-    tokens = batch["input_ids"].to(device)
+    inputs = {"input_ids": batch["input_ids"].to(device), "use_cache": False}
     labels = aligned_labels(batch["labels"].to(device), False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def teach() -> Any:
-        with torch.no_grad(), autocast(), instead_of_logits(teacher, lambda hidden, weight: hidden):
-            return teacher(tokens, use_cache=False).logits
+        with torch.no_grad(), autocast():
+            return hidden_states(teacher, inputs)
 
     targets = Targets(labels, teach(), teacher.get_output_embeddings().weight)
 
     def learn() -> Any:
-        with autocast(), instead_of_logits(model, lambda hidden, weight: distillation_loss(hidden, weight, targets)):
-            return model(tokens, use_cache=False).logits / labels.numel()
+        with autocast():
+            return forward_with_loss(model, model, inputs, targets, ce=0.0).loss / labels.numel()
 
     def both() -> None:
         learn().backward()

@@ -1,4 +1,4 @@
-"""The losses of uptraining, from hidden states: no array of size (B, T, V) is ever held.
+"""The losses of uptraining, from hidden states: no array of size (B, T, V) ever exists.
 
 A language model's head stands last and has no bias in the families we know, so the logits of a few positions at a
 time are enough for the loss and for its gradient: both are computed in the forward pass, chunk by chunk.
@@ -7,21 +7,22 @@ time are enough for the loss and for its gradient: both are computed in the forw
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from ..text.collate import IGNORED
 
-_CHUNK_LOGITS = (2**23, 2**26)  # held at once: elsewhere, and on CUDA, where small products are slow
+_CHUNK_LOGITS = (2**23, 2**26)  # at a time: elsewhere, and on CUDA, where small products are slow
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a model's predictions are held to."""
+    """What a model's predictions are compared with."""
 
     labels: Tensor
     """(B, T), the token each position predicts, or IGNORED"""
@@ -82,7 +83,7 @@ class _DistillationLoss(torch.autograd.Function):
 def distillation_loss(hidden: Tensor, head: Tensor, targets: Targets, ce: float = 0.0) -> Tensor:
     """Sum over the predicted positions of (1 - ce) KL(teacher || student) + ce * cross-entropy, in nats.
 
-    Logits are made in the dtype of `hidden`, or the autocast's; the rest is computed in float32 or wider.
+    Logits are computed in the dtype of `hidden`, or the autocast's; the rest is computed in float32 or wider.
 
     Args:
         hidden: (B, T, D), the student's hidden states before its head.
@@ -103,14 +104,46 @@ def aligned_labels(labels: Tensor, is_encoder_decoder: bool) -> Tensor:
     return labels if is_encoder_decoder else nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
+@dataclass
+class LossOutput(ModelOutput):
+    """What a forward pass returns whose head computes the loss, and no logits."""
+
+    loss: Tensor
+    """(), summed over the predictions, in nats"""
+
+
+def forward_with_loss(wrapped: Any, model: Any, inputs: dict[str, Any], targets: Targets, ce: float) -> LossOutput:
+    """A forward pass that ends in `distillation_loss`.
+
+    Args:
+        wrapped: what is called: the model, or what DDP, FSDP, DeepSpeed or torch.compile made of it.
+        model: the model inside of it.
+        inputs: of its forward pass, without labels.
+        targets: as of `distillation_loss`.
+        ce: likewise.
+    """
+    compute = torch.compiler.disable(distillation_loss)
+    with instead_of_logits(model, lambda hidden, weight: compute(hidden, weight, targets, ce)):
+        return LossOutput(loss=wrapped(**inputs).logits)
+
+
+def hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """(B, T, D), what a model's head is given in a forward pass."""
+    with instead_of_logits(model, lambda hidden, weight: hidden):
+        return model(**inputs).logits
+
+
 @contextlib.contextmanager
-def instead_of_logits(model: Any, made: Any) -> Iterator[None]:
-    """Within the block the model's `logits` are what `made(hidden, weight)` gives for its hidden states.
+def instead_of_logits(model: Any, compute: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Within the block the model returns, under the name `logits`, what `compute` makes of hidden states and the head.
 
     That happens inside of the model's forward pass, where DDP, FSDP and DeepSpeed expect its parameters to be used.
+
+    Args:
+        compute: is given the hidden states (B, T, D) and the head's weight (V, D).
     """
     head = model.get_output_embeddings()
-    head.forward = lambda hidden: made(hidden, head.weight)
+    head.forward = lambda hidden: compute(hidden, head.weight)
     try:
         yield
     finally:

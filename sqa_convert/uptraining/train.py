@@ -27,7 +27,7 @@ from .arguments import training_arguments
 from .data import TrainingData
 from .recipe import Recipe
 from .trainable import choose_trained, no_dropout, with_lora
-from .trainer import COMPLETE, Said, UptrainingTrainer
+from .trainer import COMPLETE, StepProgress, UptrainingTrainer
 
 FINAL = "final"
 """folder of a finished training's model"""
@@ -52,30 +52,75 @@ class Job:
     until: int = 0
     """the step to end after, of a schedule made for all; 0: the last"""
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the model is taken that was measured best; else the last."""
+        return self.held_out is not None and not self.until
 
-def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, said: Said) -> dict[str, Any]:
+
+def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, progress: StepProgress) -> dict[str, Any]:
     """One model by one recipe, from its last checkpoint in `output` if there is one.
 
-    The trained model is put into `output`/FINAL, in float32, by the first process; one that is there already is kept.
-    It is the one that was measured best after the start, where measurements are made and `job.until` is not given.
+    The first process writes the trained model to `output`/FINAL, in float32; one that is there already stays. It is the
+    one that was measured best after the start, or the last one (`job.chooses`).
 
     Args:
         path: the model to begin with.
         teacher: the unconverted model, where the loss needs it.
+        settings: the recipe.
+        job: what this training has in common with others of the run.
         output: for checkpoints.
+        progress: called after each step.
 
     Returns:
         Steps, tokens and seconds in all, the curve, what the device did; what was kept ("kept_steps", and "kept" in
         words), and whether that is "better" than the start, or as good.
     """
-    done = output / FINAL / FINISHED
-    result = json.loads(done.read_text()) if processes.is_first() and done.is_file() else None
-    result = processes.from_first(result)
-    if result is not None:
-        return dict(result)
+    finished = output / FINAL / FINISHED
+    earlier = json.loads(finished.read_text()) if processes.is_first() and finished.is_file() else None
+    earlier = processes.from_first(earlier)
+    if earlier is not None:
+        return dict(earlier)
     checkpoint = _last_checkpoint(output)
-    measured = job.held_out is not None
     set_seed(settings.seed)
+    trainer = _trainer(path, teacher, settings, job, output, checkpoint, progress)
+    with processes.together():
+        engines.check_checkpoint(trainer, checkpoint)
+    engines.check_folder(trainer)
+    try:
+        with _logged_beside(output):
+            steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
+    except ValueError as error:
+        if engines.is_contradiction(error):
+            raise RecipeError(f"accelerate's file and the recipe disagree: {one_line(error, 600)}") from error
+        raise
+    finally:
+        trainer.watch.restore()
+    if trainer.watch.interrupted and trainer.state.global_step < (job.until or settings.steps):
+        raise KeyboardInterrupt
+    result = _costs(trainer, settings, steps)
+    result |= _choice(trainer, settings) if job.chooses else {"kept_steps": steps}
+    weights = engines.whole_weights(trainer)  # by all processes
+    with processes.together():  # none leaves, and nothing is cleared away, before they are written
+        if processes.is_first():
+            _write_final(trainer, weights, path, settings, job, output / FINAL)
+            write_json(finished, result)
+    trainer.accelerator.free_memory()
+    del trainer  # it is part of a cycle, and its model would stay beside the next until that is found
+    gc.collect()
+    return result
+
+
+def _trainer(
+    path: Path,
+    teacher: Any,
+    settings: Recipe,
+    job: Job,
+    output: Path,
+    checkpoint: str | None,
+    progress: StepProgress,
+) -> UptrainingTrainer:
+    """The model to train, in a Trainer that is ready to begin, or to go on from `checkpoint`."""
     model = load_model(
         path, dtype="float32", trust_remote_code=job.trust_remote_code, **no_dropout(path, job.trust_remote_code)
     )
@@ -84,9 +129,9 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
     flops = None if settings.pairs else training_flops(model, job.text.example()) / settings.sequence_length
     if settings.lora_rank:
         model = with_lora(model, settings.lora_rank)
-    best = measured and not job.until
-    arguments = training_arguments(settings, output, job.device, measured, best, resumed=checkpoint is not None)
-    trainer = UptrainingTrainer(
+    measured = job.held_out is not None
+    arguments = training_arguments(settings, output, job.device, measured, job.chooses, resumed=checkpoint is not None)
+    return UptrainingTrainer(
         model=model,
         teacher=teacher,
         ce=settings.ce,
@@ -99,54 +144,34 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, sa
         tokens_per_step=settings.tokens_per_step,
         flops=flops,
         peak=peak_flops(job.device, processes.count()) if arguments.bf16 else None,
-        said=said,
+        progress=progress,
         until=job.until or settings.steps,
-        stop_early=best and not job.keep_anyway,
-        before=float((Path(checkpoint) / COMPLETE).read_text()) if checkpoint else 0.0,
-        callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience and best else [],
+        stop_early=job.chooses and not job.keep_anyway,
+        seconds_before=float((Path(checkpoint) / COMPLETE).read_text()) if checkpoint else 0.0,
+        callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience and job.chooses else [],
     )
-    with processes.together():
-        engines.check_checkpoint(trainer, checkpoint)
-    engines.check_folder(trainer)
-    try:
-        with _logged_beside(output):
-            result = trainer.train(resume_from_checkpoint=checkpoint)
-    except ValueError as error:
-        if engines.is_contradiction(error):
-            raise RecipeError(f"accelerate's file and the recipe disagree: {one_line(error, 600)}") from error
-        raise
-    finally:
-        trainer.watch.restore()
-    if trainer.watch.interrupted and trainer.state.global_step < (job.until or settings.steps):
-        raise KeyboardInterrupt
-    tokens = result.global_step * settings.tokens_per_step
-    seconds = trainer.watch.seconds()
-    found = {
-        "steps": result.global_step,
+
+
+def _costs(trainer: UptrainingTrainer, settings: Recipe, steps: int) -> dict[str, Any]:
+    """Steps, tokens and seconds of a run, the curve, and what the device did."""
+    tokens, seconds = steps * settings.tokens_per_step, trainer.watch.seconds()
+    costs: dict[str, Any] = {
+        "steps": steps,
         "tokens": tokens,
         "seconds": round(seconds, 2),
-        "tokens_per_second": round(trainer.watch.tokens_per_second(result.global_step) or tokens / seconds),
+        "tokens_per_second": round(trainer.watch.tokens_per_second(steps) or tokens / seconds),
         "curve": trainer.curve,
     }
-    if flops:
-        found["flops_per_token"] = round(flops)
+    if trainer.flops:
+        costs["flops_per_token"] = round(trainer.flops)
         if trainer.peak:
-            found["mfu"] = round(found["tokens_per_second"] * flops / trainer.peak, 4)
-    found |= _kept(trainer, settings) if best else {"kept_steps": result.global_step}
-    weights = engines.whole_weights(trainer)  # by all processes
-    with processes.together():  # none leaves, and nothing is cleared away, before they are written
-        if processes.is_first():
-            _write_final(trainer, weights, path, settings, job, output / FINAL)
-            write_json(done, found)
-    trainer.accelerator.free_memory()
-    del trainer, model  # they hold each other, and would stay beside the next model until they are looked for
-    gc.collect()
-    return found
+            costs["mfu"] = round(costs["tokens_per_second"] * trainer.flops / trainer.peak, 4)
+    return costs
 
 
 @contextlib.contextmanager
 def _logged_beside(output: Path) -> Iterator[None]:
-    """TensorBoard's files of each stage in a folder that stays; it would write among the checkpoints, which go."""
+    """TensorBoard's files go to a folder that stays; it would write among the checkpoints, which are removed."""
     name, folder = "TENSORBOARD_LOGGING_DIR", output.parent.with_suffix(".runs") / output.name
     if name in os.environ:  # the user's own
         yield
@@ -158,8 +183,8 @@ def _logged_beside(output: Path) -> Iterator[None]:
         os.environ.pop(name, None)
 
 
-def _kept(trainer: UptrainingTrainer, settings: Recipe) -> dict[str, Any]:
-    """Which measurement of a run is taken, and whether the start was better."""
+def _choice(trainer: UptrainingTrainer, settings: Recipe) -> dict[str, Any]:
+    """Which measurement of a run is taken, and whether it is better than the start, or as good."""
     key, steps = settings.judged_by, trainer.state.best_global_step
     points = {round(point["tokens"]) // settings.tokens_per_step: point for point in trainer.curve}
     if not steps or steps not in points:  # gone on from where nothing was measured
@@ -173,7 +198,7 @@ def _kept(trainer: UptrainingTrainer, settings: Recipe) -> dict[str, Any]:
 
 
 def _write_final(trainer: Any, weights: Any, path: Path, settings: Recipe, job: Job, final: Path) -> None:
-    """The trained model as a folder; where its `weights` were shared out, built anew from `path` to hold them."""
+    """The trained model as a folder. Where its `weights` were shared out it is loaded from `path` to take them."""
     if weights is None:
         model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     else:
@@ -194,14 +219,14 @@ def _fill(model: Any, weights: dict[str, Any]) -> None:
 
 
 def _last_checkpoint(output: Path) -> str | None:
-    """The newest that is complete, on every node; what was cut off while being written goes."""
+    """The newest that is complete on every node. One that was cut off while it was written is removed."""
     complete = {}
     for path in output.glob("checkpoint-*"):
         if (path / COMPLETE).is_file():
             complete[step_of(path / COMPLETE)] = path
         elif processes.is_writer():
             shutil.rmtree(path, ignore_errors=True)
-    steps = processes.gather(set(complete))  # and none looks on before what is cut off is gone
+    steps = processes.gather(set(complete))  # waits, too, until all are removed that were cut off
     everywhere = set.intersection(*steps)
     if steps[0] and not everywhere:
         raise RecipeError(

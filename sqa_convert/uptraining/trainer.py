@@ -19,19 +19,19 @@ from ..evaluation.held_out import HeldOut
 from ..evaluation.quality import Predictions, measure, predict
 from ..report.formatting import nats
 from . import engines, processes
-from .loss import Targets, aligned_labels, distillation_loss, instead_of_logits
+from .loss import Targets, aligned_labels, forward_with_loss, hidden_states
 
 COMPLETE = "complete"
-"""a file of each checkpoint, written last, with the seconds it took: one without it is not resumed from"""
+"""a file of each checkpoint, written last, with the seconds spent so far: one without it is not resumed from"""
 
 _FAR = 2.3
-"""nats: a loss so far above the start's, a tenth of the probability for each token, will not come down in time"""
+"""nats above the start, a tenth of the probability for each token: such a loss will not come down in time"""
 
 _EARLY = 0.5  # of the steps
 
-_LOOKED_AT = 10  # steps between two looks at whether the loss is a number; each makes a GPU wait
+_CHECK_EVERY = 10  # steps, whether the loss is a number; each check makes a GPU wait
 
-Said = Callable[[int, int, str], None]
+StepProgress = Callable[[int, int, str], None]
 """(steps done, steps there are, news at an evaluation or "")"""
 
 
@@ -50,10 +50,10 @@ class UptrainingTrainer(Trainer):
         tokens_per_step: of one optimizer step.
         flops: of the model's own work for one token, forward and backward; None leaves MFU out.
         peak: FLOP/s that all devices together can do; None likewise.
-        said: called after each step.
+        progress: called after each step.
         until: the step to end after, of a schedule made for `args.max_steps`; by default the last.
         stop_early: raise DivergedError when a measurement early in the run is far worse than the start.
-        before: seconds that earlier processes spent on the same run.
+        seconds_before: that earlier processes spent on the same run.
     """
 
     def __init__(
@@ -66,21 +66,21 @@ class UptrainingTrainer(Trainer):
         tokens_per_step: int,
         flops: float | None = None,
         peak: float | None = None,
-        said: Said = lambda done, total, news: None,
+        progress: StepProgress = lambda done, total, news: None,
         until: int | None = None,
         stop_early: bool = False,
-        before: float = 0.0,
+        seconds_before: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.teacher: Any = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
         self.ce, self.held_out, self.expected = ce, held_out, expected
-        self.tokens_per_step, self.flops, self.peak, self.said = tokens_per_step, flops, peak, said
+        self.tokens_per_step, self.flops, self.peak, self.progress = tokens_per_step, flops, peak, progress
         self.until, self.stop_early = until or self.args.max_steps, stop_early
-        # Our loss is a sum divided by the predictions of all micro-batches of all processes, which are counted so.
+        # The Trainer then counts the predictions of all micro-batches of all processes, by which our sum is divided.
         self.model_accepts_loss_kwargs = True
-        self.watch = _Watch(self, before)
+        self.watch = _Watch(self, seconds_before)
         self.add_callback(self.watch)
 
     def compute_loss(
@@ -96,21 +96,15 @@ class UptrainingTrainer(Trainer):
         labels = aligned_labels(labels, unwrapped.config.is_encoder_decoder)
         targets = Targets(labels)
         if self.ce < 1:
-            with (
-                torch.no_grad(),
-                self.accelerator.autocast(),
-                instead_of_logits(self.teacher, lambda hidden, weight: hidden),
-            ):
-                hidden = self.teacher(**inputs).logits
+            with torch.no_grad(), self.accelerator.autocast():
+                hidden = hidden_states(self.teacher, inputs)
             targets = Targets(labels, hidden, self.teacher.get_output_embeddings().weight)
-        compute = torch.compiler.disable(distillation_loss)
-        with instead_of_logits(unwrapped, lambda hidden, weight: compute(hidden, weight, targets, self.ce)):
-            outputs = model(**inputs)
+        output = forward_with_loss(model, unwrapped, inputs, targets, self.ce)
         count = (labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = outputs.logits / count
+        loss = output.loss / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
-        return (loss, outputs) if return_outputs else loss
+        return (loss, output) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self.last_loss = super().training_step(*args, **kwargs)
@@ -134,10 +128,10 @@ class UptrainingTrainer(Trainer):
                 quality = measure(predictions, self.expected)
         except QualityError as error:
             if not self.state.global_step:
-                raise  # it was so before
+                raise  # before any training
             raise self._diverged("the held-out loss is not finite") from error
         metrics = {"loss": quality.loss} | ({} if quality.kl is None else {"kl": quality.kl, "top1": quality.top1})
-        metrics = processes.from_first(metrics)  # on which all stop, and keep the best: the last digits may differ
+        metrics = processes.from_first(metrics)  # the last digits may differ, and all must decide alike
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(named)
         self._check_course()
@@ -174,46 +168,48 @@ class UptrainingTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         start = time.perf_counter()
-        kept, self.args.save_total_limit = self.args.save_total_limit, None  # it would go by dates: clocks are set back
+        # The Trainer's own limit goes by dates, and clocks are set back: `_Watch.on_save` rotates by steps.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(*args, **kwargs)
         finally:
-            self.args.save_total_limit = kept
+            self.args.save_total_limit = limit
         self.watch.aside += time.perf_counter() - start
 
 
 class _Watch(TrainerCallback):
-    """Says how it goes, stops on a loss that is no number, and on Ctrl-C after the step, with a checkpoint."""
+    """Tells of progress; stops on a loss that is no number, and on Ctrl-C after the step, with a checkpoint."""
 
-    def __init__(self, trainer: UptrainingTrainer, spent: float) -> None:
-        self.trainer, self.spent = trainer, spent
+    def __init__(self, trainer: UptrainingTrainer, seconds_before: float) -> None:
+        self.trainer, self.seconds_before = trainer, seconds_before
         self.interrupted = False
-        self.start, self.first = time.perf_counter(), 0
+        self.start, self.first_step = time.perf_counter(), 0
         self.aside = 0.0
         """seconds spent on measuring and saving"""
-        self.before: Any = None
+        self.handler: Any = None
+        """of Ctrl-C before the training, None where it was left alone"""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start, self.first, self.aside = time.perf_counter(), state.global_step, 0.0
+        self.start, self.first_step, self.aside = time.perf_counter(), state.global_step, 0.0
 
         def interrupt(number: int, frame: Any) -> None:
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
 
-        self.before = None
+        self.handler = None
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup, in the background of a script
             return
         with contextlib.suppress(ValueError):  # not in the main thread, where no signal arrives
-            self.before = signal.signal(signal.SIGINT, interrupt)
+            self.handler = signal.signal(signal.SIGINT, interrupt)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restore()
 
     def restore(self) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-            self.before = None
+        if self.handler is not None:
+            signal.signal(signal.SIGINT, self.handler)
+            self.handler = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.interrupted = processes.any_says(self.interrupted)  # several must stop after the same step
@@ -222,9 +218,9 @@ class _Watch(TrainerCallback):
         if state.global_step >= self.trainer.until:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = self.trainer.held_out is not None
-        if state.global_step % _LOOKED_AT == 0 or control.should_save or control.should_evaluate:
+        if state.global_step % _CHECK_EVERY == 0 or control.should_save or control.should_evaluate:
             self.trainer.check_finite()
-        self.trainer.said(state.global_step, state.max_steps, "")
+        self.trainer.progress(state.global_step, state.max_steps, "")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -236,16 +232,16 @@ class _Watch(TrainerCallback):
             parts.append(f"{speed:,.0f} tokens/s")
             if trainer.flops and trainer.peak:
                 parts.append(f"MFU {speed * trainer.flops / trainer.peak:.1%}")
-        trainer.said(state.global_step, state.max_steps, " · ".join(parts))
+        trainer.progress(state.global_step, state.max_steps, " · ".join(parts))
 
     def tokens_per_second(self, step: int) -> float:
         """Of training, since this process began; 0 before the first step."""
-        done = (step - self.first) * self.trainer.tokens_per_step
-        return done / (time.perf_counter() - self.start - self.aside) if done else 0.0
+        tokens = (step - self.first_step) * self.trainer.tokens_per_step
+        return tokens / (time.perf_counter() - self.start - self.aside) if tokens else 0.0
 
     def seconds(self) -> float:
         """Spent on this run, by earlier processes too."""
-        return self.spent + time.perf_counter() - self.start
+        return self.seconds_before + time.perf_counter() - self.start
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.accelerator.wait_for_everyone()
