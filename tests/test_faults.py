@@ -26,6 +26,7 @@ from sqa_convert.checkpoints.staging import hold, staged_output
 from sqa_convert.conversion import write as writing
 from sqa_convert.errors import CheckpointError, InterruptedByUserError, OutputError
 from sqa_convert.report.content import read_report
+from sqa_convert.uptraining import result
 from sqa_convert.uptraining import uptrain as uptraining
 from sqa_convert.uptraining.run_folder import run_folder
 from sqa_convert.uptraining.trainer import UptrainingTrainer
@@ -236,7 +237,7 @@ def test_checkpoints_are_kept_by_their_steps_when_the_clock_is_set_back(converte
 
     left = []
     monkeypatch.setattr(UptrainingTrainer, "_save_optimizer_and_scheduler", set_back)
-    monkeypatch.setattr(uptraining, "_publish", lambda folder, run, *rest: left.extend(run.glob("*/checkpoint-*")))
+    monkeypatch.setattr(uptraining, "publish", lambda run, *rest: left.extend(run.checkpoints.glob("*/checkpoint-*")))
     uptrain(converted, recipe, device="cpu", evaluate=False)
     assert sorted(path.name for path in left) == ["checkpoint-3", "checkpoint-4"]
 
@@ -245,9 +246,9 @@ def stand_in(monkeypatch, train):
     """In the place of the training, and of what is made of it."""
     monkeypatch.setattr(uptraining, "train", train)
     monkeypatch.setattr(
-        uptraining, "_save", lambda model, folder, staging: shutil.copytree(folder, staging, dirs_exist_ok=True)
+        result, "_save", lambda model, folder, staging: shutil.copytree(folder, staging, dirs_exist_ok=True)
     )
-    monkeypatch.setattr(uptraining, "load_model", lambda *arguments, **options: None)
+    monkeypatch.setattr(result, "load_model", lambda *arguments, **options: None)
 
 
 def trained(*arguments):
@@ -299,13 +300,13 @@ def test_an_uptraining_killed_while_it_clears_up_is_done(converted, monkeypatch,
 
 def test_an_uptraining_interrupted_after_its_result_was_in_place_does_not_say_otherwise(converted, monkeypatch, recipe):
     stand_in(monkeypatch, trained)
-    publish = uptraining._publish
+    publish = uptraining.publish
 
     def interrupted(*arguments):
         publish(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(uptraining, "_publish", interrupted)
+    monkeypatch.setattr(uptraining, "publish", interrupted)
     with pytest.raises(InterruptedByUserError, match=r"interrupted; .*out is uptrained"):
         uptrain(converted, recipe, device="cpu", evaluate=False)
     assert os.listdir(converted.parent) == ["out"]

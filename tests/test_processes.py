@@ -20,7 +20,7 @@ from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.errors import RecipeError, SQAError
 from sqa_convert.report.content import read_report
 from sqa_convert.uptraining import engines
-from sqa_convert.uptraining.arguments import check_settings
+from sqa_convert.uptraining.arguments import check_recipe
 from sqa_convert.uptraining.recipe import recipe_folder
 from sqa_convert.uptraining.run_folder import recoverable
 
@@ -183,7 +183,7 @@ def test_what_cannot_be_shared_out_is_refused_before_anything_is_read(environmen
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=says):
-        check_settings(Recipe(batch_size=4, fsdp=fsdp), True, torch.device("cpu"))
+        check_recipe(Recipe(batch_size=4, fsdp=fsdp), True, torch.device("cpu"))
 
 
 def test_a_result_that_is_not_complete_is_never_marked_so_and_the_training_not_lost(tmp_path, monkeypatch):

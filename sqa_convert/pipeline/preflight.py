@@ -114,7 +114,7 @@ def _check_output(source: Source, output: Path, overwrite: bool) -> None:
 
 def _check_training(source: Source, output: Path, settings: Settings, recipe: Recipe) -> None:
     from ..devices import choose_device
-    from ..uptraining.arguments import check_settings
+    from ..uptraining.arguments import check_recipe
     from ..uptraining.data import check_text, training_data
     from ..uptraining.processes import count
     from ..uptraining.run_folder import run_folder
@@ -124,7 +124,7 @@ def _check_training(source: Source, output: Path, settings: Settings, recipe: Re
     if run_folder(output).exists() and not settings.overwrite:
         raise OutputError(f"{run_folder(output)} holds a run that was stopped: --overwrite throws it away")
     device = choose_device(settings.device)
-    check_settings(recipe, settings.measure_training, device)
+    check_recipe(recipe, settings.measure_training, device)
     if isinstance(source, HeadersSource):  # its tokenizer is not here
         check_text(recipe)
         return

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,25 @@ _FULL_IN_WORDS = ("No space left", "Disk quota exceeded", "File too large")
 
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
 """in the errors of torch.save, which hide why a file could not be written"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One uptraining: of which model, towards which, by which recipe."""
+
+    folder: Path
+    """of the converted model"""
+    source: Path
+    """the folder of the unconverted model"""
+    target: Path
+    """where the result goes, mostly `folder`"""
+    recipe: Recipe
+    trained_before: bool
+    """whether the model is the result of an earlier run"""
+
+    @property
+    def checkpoints(self) -> Path:
+        return run_folder(self.folder)
 
 
 class NotBetterError(QualityError):
@@ -89,7 +109,7 @@ def goes_on(folder: Path, resume: bool, keep_anyway: bool, *anew: Any) -> bool:
     return resume or (keep_anyway and all(value is None for value in anew) and is_trained(folder))
 
 
-def run_settings(
+def run_recipe(
     folder: Path, run: Path, recipe: str | Path | Recipe | None, resume: bool, restart: bool, **overrides: Any
 ) -> Recipe:
     """The recipe of a run; one that goes on has its own. Asked in the first process only. Raises RecipeError."""
@@ -103,7 +123,7 @@ def run_settings(
         if (run / OF).read_text() != conversion_id(folder):
             raise RecipeError(f"--resume: {folder} was converted anew since the run in {run} began: --restart")
         return load_recipe(str(run / RECIPE))
-    settings = override("quick" if recipe is None else recipe, **overrides)
+    recipe = override("quick" if recipe is None else recipe, **overrides)
     if not restart and is_trained(folder):
         raise RecipeError(
             f"{run} holds what a whole run trained: --resume takes it if it is better than {folder}, --keep-anyway "
@@ -111,7 +131,7 @@ def run_settings(
         )
     if not restart and any(run.glob(f"*/checkpoint-*/{COMPLETE}")):
         raise RecipeError(f"{run} holds a run that was stopped: --resume goes on with it, --restart throws it away")
-    return settings
+    return recipe
 
 
 def _is_done(run: Path, folder: Path) -> bool:
@@ -238,12 +258,12 @@ def _unchanged(folder: Path) -> str:
     return f"{folder} is still the converted model"
 
 
-def begin(run: Path, folder: Path, settings: Recipe, target: Path) -> None:
+def begin(run: Run) -> None:
     """Writes down what a run does, as far as a run that goes on has not done so."""
     if not processes.is_writer():
         return
-    if target != folder:
-        (run / _OUTPUT).write_text(str(target.resolve()), encoding="utf-8")
-    if not (run / OF).is_file():
-        (run / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
-        (run / OF).write_text(conversion_id(folder))
+    if run.target != run.folder:
+        (run.checkpoints / _OUTPUT).write_text(str(run.target.resolve()), encoding="utf-8")
+    if not (run.checkpoints / OF).is_file():
+        (run.checkpoints / RECIPE).write_text(dump_recipe(run.recipe), encoding="utf-8")
+        (run.checkpoints / OF).write_text(conversion_id(run.folder))

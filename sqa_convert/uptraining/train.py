@@ -58,7 +58,7 @@ class Job:
         return self.held_out is not None and not self.until
 
 
-def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, progress: StepProgress) -> dict[str, Any]:
+def train(path: Path, teacher: Any, recipe: Recipe, job: Job, output: Path, progress: StepProgress) -> dict[str, Any]:
     """One model by one recipe, from its last checkpoint in `output` if there is one.
 
     The first process writes the trained model to `output`/FINAL, in float32; one that is there already stays. It is the
@@ -67,7 +67,7 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, pr
     Args:
         path: the model to begin with.
         teacher: the unconverted model, where the loss needs it.
-        settings: the recipe.
+        recipe: the recipe.
         job: what this training has in common with others of the run.
         output: for checkpoints.
         progress: called after each step.
@@ -82,8 +82,8 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, pr
     if earlier is not None:
         return dict(earlier)
     checkpoint = _last_checkpoint(output)
-    set_seed(settings.seed)
-    trainer = _trainer(path, teacher, settings, job, output, checkpoint, progress)
+    set_seed(recipe.seed)
+    trainer = _trainer(path, teacher, recipe, job, output, checkpoint, progress)
     with processes.together():
         engines.check_checkpoint(trainer, checkpoint)
     engines.check_folder(trainer)
@@ -96,14 +96,14 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, pr
         raise
     finally:
         trainer.watch.restore()
-    if trainer.watch.interrupted and trainer.state.global_step < (job.until or settings.steps):
+    if trainer.watch.interrupted and trainer.state.global_step < (job.until or recipe.steps):
         raise KeyboardInterrupt
-    result = _costs(trainer, settings, steps)
-    result |= _choice(trainer, settings) if job.chooses else {"kept_steps": steps}
+    result = _costs(trainer, recipe, steps)
+    result |= _choice(trainer, recipe) if job.chooses else {"kept_steps": steps}
     weights = engines.whole_weights(trainer)  # by all processes
     with processes.together():  # none leaves, and nothing is cleared away, before they are written
         if processes.is_first():
-            _write_final(trainer, weights, path, settings, job, output / FINAL)
+            _write_final(trainer, weights, path, recipe, job, output / FINAL)
             write_json(finished, result)
     trainer.accelerator.free_memory()
     del trainer  # it is part of a cycle, and its model would stay beside the next until that is found
@@ -114,7 +114,7 @@ def train(path: Path, teacher: Any, settings: Recipe, job: Job, output: Path, pr
 def _trainer(
     path: Path,
     teacher: Any,
-    settings: Recipe,
+    recipe: Recipe,
     job: Job,
     output: Path,
     checkpoint: str | None,
@@ -124,37 +124,37 @@ def _trainer(
     model = load_model(
         path, dtype="float32", trust_remote_code=job.trust_remote_code, **no_dropout(path, job.trust_remote_code)
     )
-    choose_trained(model, settings)
+    choose_trained(model, recipe)
     # Pairs are of many lengths, so what one of them needs says nothing.
-    flops = None if settings.pairs else training_flops(model, job.text.example()) / settings.sequence_length
-    if settings.lora_rank:
-        model = with_lora(model, settings.lora_rank)
+    flops = None if recipe.pairs else training_flops(model, job.text.example()) / recipe.sequence_length
+    if recipe.lora_rank:
+        model = with_lora(model, recipe.lora_rank)
     measured = job.held_out is not None
-    arguments = training_arguments(settings, output, job.device, measured, job.chooses, resumed=checkpoint is not None)
+    arguments = training_arguments(recipe, output, job.device, measured, job.chooses, resumed=checkpoint is not None)
     return UptrainingTrainer(
         model=model,
         teacher=teacher,
-        ce=settings.ce,
+        ce=recipe.ce,
         args=arguments,
-        train_dataset=job.text.rows(settings.steps * settings.batch_size),
+        train_dataset=job.text.rows(recipe.steps * recipe.batch_size),
         data_collator=job.text.collate,
         held_out=job.held_out,
         eval_dataset=None if job.held_out is None else job.held_out.batches,  # the Trainer asks for one
         expected=job.expected,
-        tokens_per_step=settings.tokens_per_step,
+        tokens_per_step=recipe.tokens_per_step,
         flops=flops,
         peak=peak_flops(job.device, processes.count()) if arguments.bf16 else None,
         progress=progress,
-        until=job.until or settings.steps,
+        until=job.until or recipe.steps,
         stop_early=job.chooses and not job.keep_anyway,
         seconds_before=float((Path(checkpoint) / COMPLETE).read_text()) if checkpoint else 0.0,
-        callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience and job.chooses else [],
+        callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience and job.chooses else [],
     )
 
 
-def _costs(trainer: UptrainingTrainer, settings: Recipe, steps: int) -> dict[str, Any]:
+def _costs(trainer: UptrainingTrainer, recipe: Recipe, steps: int) -> dict[str, Any]:
     """Steps, tokens and seconds of a run, the curve, and what the device did."""
-    tokens, seconds = steps * settings.tokens_per_step, trainer.watch.seconds()
+    tokens, seconds = steps * recipe.tokens_per_step, trainer.watch.seconds()
     costs: dict[str, Any] = {
         "steps": steps,
         "tokens": tokens,
@@ -183,30 +183,30 @@ def _logged_beside(output: Path) -> Iterator[None]:
         os.environ.pop(name, None)
 
 
-def _choice(trainer: UptrainingTrainer, settings: Recipe) -> dict[str, Any]:
+def _choice(trainer: UptrainingTrainer, recipe: Recipe) -> dict[str, Any]:
     """Which measurement of a run is taken, and whether it is better than the start, or as good."""
-    key, steps = settings.judged_by, trainer.state.best_global_step
-    points = {round(point["tokens"]) // settings.tokens_per_step: point for point in trainer.curve}
+    key, steps = recipe.judged_by, trainer.state.best_global_step
+    points = {round(point["tokens"]) // recipe.tokens_per_step: point for point in trainer.curve}
     if not steps or steps not in points:  # gone on from where nothing was measured
         return {"kept_steps": trainer.state.global_step}
     name = {"kl": "KL", "loss": "loss"}[key]
     return {
         "kept_steps": steps,
-        "kept": f"the best held-out {name}, after {steps * settings.tokens_per_step:,} tokens",
+        "kept": f"the best held-out {name}, after {steps * recipe.tokens_per_step:,} tokens",
         "better": 0 not in points or points[steps][key] <= points[0][key],
     }
 
 
-def _write_final(trainer: Any, weights: Any, path: Path, settings: Recipe, job: Job, final: Path) -> None:
+def _write_final(trainer: Any, weights: Any, path: Path, recipe: Recipe, job: Job, final: Path) -> None:
     """The trained model as a folder. Where its `weights` were shared out it is loaded from `path` to take them."""
     if weights is None:
         model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     else:
         model = load_model(path, dtype="float32", trust_remote_code=job.trust_remote_code)
-        choose_trained(model, settings)
-        model = with_lora(model, settings.lora_rank) if settings.lora_rank else model
+        choose_trained(model, recipe)
+        model = with_lora(model, recipe.lora_rank) if recipe.lora_rank else model
         _fill(model, weights)
-    model = model.merge_and_unload() if settings.lora_rank else model
+    model = model.merge_and_unload() if recipe.lora_rank else model
     model.save_pretrained(final)
 
 

@@ -19,11 +19,11 @@ def no_dropout(path: Path, trust_remote_code: bool = False) -> dict[str, float]:
     return {name: 0.0 for name in vars(config) if name.endswith("_pdrop") or name == "dropout_rate"}
 
 
-def choose_trained(model: Any, settings: Recipe) -> None:
+def choose_trained(model: Any, recipe: Recipe) -> None:
     """What is not trained is frozen; so are key biases: softmax ignores them, their gradient is rounding noise."""
     in_attention = {id(parameter) for _, module in _attentions(model) for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
-        wanted = settings.train == "all" or id(parameter) in in_attention
+        wanted = recipe.train == "all" or id(parameter) in in_attention
         parameter.requires_grad_(wanted and not name.endswith("k_proj.bias"))
 
 

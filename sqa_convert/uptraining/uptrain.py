@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 
-from ..checkpoints.files import sha256_of
-from ..checkpoints.find import local_folder, open_source, resolve, source_config
-from ..checkpoints.fingerprint import unlike
-from ..checkpoints.safetensors_writer import write_shard
-from ..checkpoints.staging import check_output, empty, expanded, staged_output
-from ..devices import choose_device, device_name, own_device
-from ..errors import CheckpointError, OutputError, RecipeError, one_line
-from ..evaluation.generation import answer_scores, continuations
+from ..checkpoints.find import local_folder
+from ..checkpoints.staging import check_output, empty, expanded
+from ..devices import choose_device, own_device
+from ..errors import CheckpointError
 from ..evaluation.load import load_model
-from ..evaluation.quality import compare, measure, predict
-from ..families import family_of
+from ..evaluation.quality import measure, predict
 from ..isolation import undisturbed
 from ..progress import Progress, silent
 from ..report.content import read_report
-from ..report.formatting import nats
-from ..report.write import write_report
 from ..text.suitability import misfits
 from . import processes
-from .arguments import check_settings, uses_bfloat16
-from .data import TrainingData, training_data
-from .recipe import Recipe, dump_recipe
-from .run_folder import (
-    BECAME,
-    OF,
-    RECIPE,
-    NotBetterError,
-    alone,
-    begin,
-    conversion_id,
-    goes_on,
-    recoverable,
-    run_folder,
-    run_settings,
-    target_folder,
-)
-from .train import FINAL, Job, train
+from .arguments import check_recipe, uses_bfloat16
+from .data import training_data
+from .recipe import Recipe
+from .result import not_better, note_training, publish
+from .run_folder import Run, alone, begin, conversion_id, goes_on, recoverable, run_folder, run_recipe, target_folder
+from .source_model import find_source
+from .train import Job, train
 
 
 @undisturbed
@@ -110,46 +89,39 @@ def uptrain(
     Source: distillation on the source's logits alone as in Minitron, arXiv 2407.14679.
     """
     folder = expanded(folder, "FOLDER")
+    output = None if output is None else expanded(output)
     chosen = own_device(choose_device(device))
     processes.join(chosen)
-    run = run_folder(folder)
-    settings: Any = None
-    target = folder if output is None else expanded(output)
+    changes = {"data": data, "text_column": text_column, "seed": seed, "control": control}
     with processes.together():
         report, conversion = read_report(folder), conversion_id(folder)
         check_output(folder, overwrite=True, flag="FOLDER")
-        if processes.is_first():
-            overrides = {"data": data, "text_column": text_column, "seed": seed, "control": control}
-            resume = goes_on(folder, resume, keep_anyway, recipe, restart or None, *overrides.values())
-            target = target_folder(folder, None if output is None else target, resume)
-            settings = run_settings(folder, run, recipe, resume, restart, **overrides)
-            if target != folder:
-                check_output(target, overwrite=False, way_out="give another")
-    settings, first, target, resume = processes.from_first((settings, conversion, target, resume))
+        first = processes.is_first()
+        decision = _decide(folder, recipe, resume, restart, output, keep_anyway, **changes) if first else None
+    decision = processes.from_first(decision)
+    assert decision is not None
     with processes.together():
-        if conversion != first:
+        if conversion != decision.conversion:
             raise CheckpointError(f"{folder} is another conversion than the one the first process sees under that name")
-        origin = _origin(report, source)
-        check_settings(settings, evaluate, chosen)
-        text = training_data(folder, settings, trust_remote_code=trust_remote_code)
+        run = Run(folder, find_source(report, source), decision.target, decision.recipe, "uptraining" in report)
+        check_recipe(run.recipe, evaluate, chosen)
+        text = training_data(folder, run.recipe, trust_remote_code=trust_remote_code)
         held_out = text.held_out(chosen) if evaluate else None
-    untrained = set() if "uptraining" in report else {"converted"}
-    with alone(run, folder), recoverable(run, folder):
+    job = Job(text, held_out, None, chosen, trust_remote_code, keep_anyway)
+    with alone(run.checkpoints, folder), recoverable(run.checkpoints, folder):
         with processes.together():
-            if not resume and processes.is_writer():
-                empty(run)
-            begin(run, folder, settings, target)
-        job = Job(text, held_out, None, chosen, trust_remote_code, keep_anyway)
-        results, how_measured = _trained(folder, origin, run, settings, job, progress)
-        how_measured["untrained"] = untrained
+            if not decision.resume and processes.is_writer():
+                empty(run.checkpoints)
+            begin(run)
+        results, own_loss = _train_all(run, job, progress)
         with processes.together():  # none says that it is done before it is
             if processes.is_first():
-                _note(report, settings, results, text, chosen)
-                if target != folder:
-                    report["output"] = str(target)
-                _publish(folder, run, report, settings, job, origin, progress, how_measured, target)
+                note_training(report, run.recipe, results, text, chosen)
+                if run.target != folder:
+                    report["output"] = str(run.target)
+                publish(run, report, job, own_loss, progress)
         if processes.apart():
-            report["uptrained_on"] = f"{target} on {processes.first_host()}"
+            report["uptrained_on"] = f"{run.target} on {processes.first_host()}"
     return report
 
 
@@ -176,198 +148,82 @@ def check_uptrain(
     folder = expanded(folder, "FOLDER")
     report = read_report(folder)
     check_output(folder, overwrite=True, flag="FOLDER")
-    resume = goes_on(folder, resume, keep_anyway, recipe, restart or None)
-    target = target_folder(folder, None if output is None else expanded(output), resume)
-    settings = run_settings(folder, run_folder(folder), recipe, resume, restart)
-    if target != folder:
-        check_output(target, overwrite=False, way_out="give another")
+    output = None if output is None else expanded(output)
+    settled = _decide(folder, recipe, resume, restart, output, keep_anyway).recipe
     chosen = own_device(choose_device(device))
-    check_settings(settings, evaluate, chosen)
+    check_recipe(settled, evaluate, chosen)
     if local_folder(source or report["source"]["name"], None if source else report["source"]["revision"]) is not None:
-        _origin(report, source)
-    text = training_data(folder, settings, tokens=settings.sequence_length, trust_remote_code=trust_remote_code)
+        find_source(report, source)
+    text = training_data(folder, settled, tokens=settled.sequence_length, trust_remote_code=trust_remote_code)
     if evaluate:
         text.held_out(chosen)
-    return settings
+    return settled
 
 
-def _trained(
-    folder: Path, origin: Path, run: Path, settings: Recipe, job: Job, progress: Progress
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The trainings of a run: of the model, and of the control for as many tokens as were kept.
+class _Decision(NamedTuple):
+    """What the first process decides for all."""
 
-    Returns what came of each, and how `compare` is to measure.
+    conversion: str
+    """the id of the model to train, which must be the same everywhere"""
+    recipe: Recipe
+    target: Path
+    """where the result goes"""
+    resume: bool
+    """whether the run goes on with one that was stopped"""
 
-    Raises NotBetterError when no measurement of the model was as good as the start.
+
+def _decide(
+    folder: Path,
+    recipe: str | Path | Recipe | None,
+    resume: bool,
+    restart: bool,
+    output: Path | None,
+    keep_anyway: bool,
+    **changes: Any,
+) -> _Decision:
+    """Raises RecipeError, or OutputError when `output` exists."""
+    resume = goes_on(folder, resume, keep_anyway, recipe, restart or None, *changes.values())
+    target = target_folder(folder, output, resume)
+    settled = run_recipe(folder, run_folder(folder), recipe, resume, restart, **changes)
+    if target != folder:
+        check_output(target, overwrite=False, way_out="give another")
+    return _Decision(conversion_id(folder), settled, target, resume)
+
+
+def _train_all(run: Run, job: Job, progress: Progress) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """The trainings of a run: of the model, and of the control for as many tokens as the model's best measurement took.
+
+    Returns:
+        What came of each, as "uptrain" and "control"; and the source's loss on what it writes itself, where measured.
+
+    Raises:
+        NotBetterError: no measurement of the model was as good as the start.
     """
-    teacher, held_out = None, job.held_out
-    how_measured: dict[str, Any] = {}
-    if held_out is not None or settings.ce < 1:
-        teacher = load_model(origin, dtype="float32", trust_remote_code=job.trust_remote_code)
+    recipe, held_out = run.recipe, job.held_out
+    teacher, own_loss = None, None
+    if held_out is not None or recipe.ce < 1:
+        teacher = load_model(run.source, dtype="float32", trust_remote_code=job.trust_remote_code)
     if held_out is not None:
-        # The same arithmetic for both: else a model that is the source would be a little away from it.
-        bfloat16 = uses_bfloat16(settings, job.device)
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=bfloat16):
+        # The same arithmetic as the training's: else a model that is the source would be a little away from it.
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=uses_bfloat16(recipe, job.device)):
             expected = predict(teacher, held_out)
         job = dataclasses.replace(job, expected=expected)
         fit = held_out.fit(teacher, measure(expected).loss)
         for doubt in misfits(fit, "--data"):
-            progress("uptrain", 0, settings.steps, f"warning: {doubt['text']}")
-        how_measured["own"] = fit.own_loss
-    if settings.ce == 1:
+            progress("uptrain", 0, recipe.steps, f"warning: {doubt['text']}")
+        own_loss = fit.own_loss
+    if recipe.ce == 1:
         teacher = None
-    results = {"uptrain": train(folder, teacher, settings, job, run / "uptrain", partial(progress, "uptrain"))}
-    done = results["uptrain"]
-    if job.held_out is None:
-        done["kept"] = "the end: nothing was measured to choose by"
-    if not (done.get("better", True) or job.keep_anyway):
-        start, best = (
-            next(point for point in done["curve"] if point["tokens"] == steps * settings.tokens_per_step)
-            for steps in (0, done["kept_steps"])
-        )
-        raise _not_better(folder, run, settings, start, best)
-    if settings.control:
-        del teacher
-        how = dataclasses.replace(settings, loss="ce", patience=0)
-        job = dataclasses.replace(job, until=done.get("kept_steps", settings.steps))
-        results["control"] = train(origin, None, how, job, run / "control", partial(progress, "control"))
-    return results, how_measured
-
-
-def _note(
-    report: dict[str, Any],
-    settings: Recipe,
-    results: dict[str, dict[str, Any]],
-    text: TrainingData,
-    device: torch.device,
-) -> None:
-    """Puts into a report what was trained, and how long it took."""
-    spent = {stage: result["seconds"] for stage, result in results.items()}
-    kept = {key: value for key, value in report["seconds"].items() if key not in ("uptrain", "control")}
-    report["seconds"] = kept | spent
-    report["uptraining"] = dataclasses.asdict(settings) | results["uptrain"] | {"device": device_name(device)}
-    if text.skipped.rows:
-        report["uptraining"]["skipped_rows"] = text.skipped.rows
-    if settings.control:
-        report["uptraining"]["control_curve"] = results["control"]["curve"]
-
-
-def _not_better(folder: Path, run: Path, settings: Recipe, start: Any, best: Any) -> NotBetterError:
-    """What to say of a run whose best measurement is worse than the start."""
-    name = {"kl": "KL to the source", "loss": "held-out loss"}[settings.judged_by]
-    before, after = start[settings.judged_by], best[settings.judged_by]
-    return NotBetterError(
-        f"uptraining made it worse: {name} {nats(before)} at the start, {nats(after)} at best (loss "
-        f"{nats(start['loss'])}, then {nats(best['loss'])}); {folder} is as it was. Try a learning_rate below "
-        f"{settings.learning_rate:g}, or more tokens (--restart). What was trained is in {run}; to take it: "
-        f"sqa-uptrain {folder} --keep-anyway"
-    )
-
-
-def _publish(
-    folder: Path,
-    run: Path,
-    report: dict[str, Any],
-    settings: Recipe,
-    job: Job,
-    origin: Path,
-    progress: Progress,
-    how_measured: dict[str, Any],
-    target: Path,
-) -> None:
-    """The trained model at `target`, mostly in the place of the converted one, measured beside the others.
-
-    Raises NotBetterError when it is worse.
-    """
-    if conversion_id(folder) != (run / OF).read_text():
-        raise OutputError(f"{folder} was converted anew while it was trained")
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    with staged_output(target, overwrite=target == folder, size=size) as staging:
-        _save(load_model(run / "uptrain" / FINAL, dtype="float32"), folder, staging)
-        (staging / RECIPE).write_text(dump_recipe(settings), encoding="utf-8")
-        report["sha256"] = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
-        report.pop("reloaded", None)  # that was of the old weights
-        if job.held_out is not None:
-            report.pop("not_measured", None)  # it is now, on other text
-        known = report.get("quality", {})
-        if job.held_out is None:
-            report["quality"] = {key: known[key] for key in known if key not in ("uptrained", "control")}
-        else:
-            start = time.perf_counter()
-            rows: dict[str, Any] = {"source": origin, "converted": folder, "uptrained": staging}
-            if settings.control:  # which was saved as it was trained; `compare` measures it in the source's dtype
-                rows["control"] = partial(load_model, run / "control" / FINAL)
-            scores = partial(answer_scores, tokenizer=job.text.tokenizer, held_out=job.held_out)
-            report["quality"] = compare(
-                rows,
-                job.held_out,
-                trust_remote_code=job.trust_remote_code,
-                progress=progress,
-                also=scores if settings.pairs else None,
-                **how_measured,
-            )
-            quality = report["quality"]
-            before, after = quality["converted"], quality["uptrained"]
-            if not job.keep_anyway and after[settings.judged_by] > before[settings.judged_by]:
-                raise _not_better(folder, run, settings, before, after)
-            if all(known.get(key) == quality[key] for key in ("data", "tokens")):
-                if "uptrained" in known:  # the folder was trained before, and this run went on from there
-                    quality |= {"before": quality["converted"], "converted": known["converted"]}
-                if "mean" in known:
-                    quality["mean"] = known["mean"]
-            shown = {name: rows[name] for name in ("source", "converted", "uptrained")}
-            report["samples"] = continuations(shown, job.held_out, trust_remote_code=job.trust_remote_code)
-            report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
-        write_report(staging, report)
-        (run / BECAME).write_text(conversion_id(staging))
-
-
-def _origin(report: dict[str, Any], source: str | Path | None) -> Path:
-    """The folder of the unconverted model. Raises CheckpointError when it is not there, or is not that."""
-    try:
-        origin = resolve(source) if source else resolve(report["source"]["name"], report["source"]["revision"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{one_line(error)} (the unconverted model; --source names it)") from error
-    config = source_config(str(origin), origin)
-    if "sqa" in config:
-        raise CheckpointError(f"--source {origin} is a converted model; it takes the unconverted one")
-    family = family_of(config)
-    architecture = family.source_architecture(config)
-    if architecture != report["source"]["architecture"]:
-        raise CheckpointError(
-            f"--source {origin} is a {architecture}, this model was made from a {report['source']['architecture']}"
-        )
-    if known := report.get("source_weights"):  # older reports have none
-        opened = open_source(str(origin))
-        names = {family.canonical(name): name for name in opened.index}
-        other = unlike(known, opened, {canonical: name for canonical, name in names.items() if canonical})
-        if other is not None:
-            raise CheckpointError(
-                f"--source {origin} holds other weights than this model was made from ({other} differs): give those it "
-                "was made from, in the dtype they had, or convert these"
-            )
-    if not family.has_language_model_head(config):
-        raise RecipeError(f"a {architecture} has no language model head to train")
-    return origin
-
-
-def _save(model: Any, folder: Path, staging: Path) -> None:
-    """New weights in the dtypes, names and files of the old ones; everything else is copied, with weights that are no
-    part of the model."""
-    state = model.state_dict()
-    prefix = f"{model.base_model_prefix}."
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.copytree(path, staging / path.name, symlinks=True)
-        elif path.suffix != ".safetensors":
-            shutil.copyfile(path, staging / path.name)
-        else:
-            tensors: dict[str, Any] = {}
-            with safe_open(path, framework="pt", backend="pread") as old:
-                for name in old.keys():  # noqa: SIM118 - not a dict
-                    before = old.get_tensor(name)
-                    new = state.get(name, state.get(name.removeprefix(prefix), before))
-                    new = new.detach().cpu().to(before.dtype).contiguous()
-                    twice = any(new.data_ptr() == other.data_ptr() for other in tensors.values())  # a tie, stored so
-                    tensors[name] = new.clone() if twice else new
-            write_shard(staging / path.name, tensors)
+    model = train(run.folder, teacher, recipe, job, run.checkpoints / "uptrain", partial(progress, "uptrain"))
+    if held_out is None:
+        model["kept"] = "the end: nothing was measured to choose by"
+    if not (model.get("better", True) or job.keep_anyway):
+        points = {point["tokens"]: point for point in model["curve"]}
+        raise not_better(run, points[0], points[model["kept_steps"] * recipe.tokens_per_step])
+    if not recipe.control:
+        return {"uptrain": model}, own_loss
+    del teacher
+    plain = dataclasses.replace(recipe, loss="ce", patience=0)
+    job = dataclasses.replace(job, until=model.get("kept_steps", recipe.steps))
+    control = train(run.source, None, plain, job, run.checkpoints / "control", partial(progress, "control"))
+    return {"uptrain": model, "control": control}, own_loss
