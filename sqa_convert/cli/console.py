@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -19,10 +18,6 @@ from rich.table import Table
 
 from ..checkpoints.staging import NOWHERE, here
 from ..errors import RecipeError, SQAError
-from ..report.content import auto_class
-from ..report.page import PAGE
-from ..report.sentences import literal, quality_lines, uptraining_lines
-from ..report.tables import quality_table
 from .streams import forgiving_streams
 
 INTERRUPTED = 130
@@ -128,37 +123,6 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def show_quality(out: Out, report: dict[str, Any]) -> None:
-    """What was measured, and what uptraining did."""
-    for line in quality_lines(report):
-        out.result(line)
-    quality = report.get("quality")
-    if quality and quality_table(report)[1]:
-        out.table(f"on {quality['tokens']:,} tokens of {quality['data']}", *quality_table(report))
-    for line in uptraining_lines(report):
-        out.result(line)
-    out.result(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in report['seconds'].items())}")
-
-
-def show_report(out: Out, folder: Path) -> None:
-    """Where all of it can be looked at."""
-    out.result(f"report: {folder / PAGE}")
-
-
-def push(out: Out, folder: Path, repo_id: str | None, public: bool) -> None:
-    """Uploads a complete output folder, where that is wanted."""
-    if repo_id is not None:
-        from ..publish import push_to_hub
-
-        out.result(f"pushed: {push_to_hub(folder, repo_id, private=not public)}")
-
-
-def show_loading(out: Out, report: dict[str, Any], folder: Path) -> None:
-    """Where to look, and how to go on."""
-    show_report(out, folder)
-    out.result(f"next: {auto_class(report)}.from_pretrained({literal(str(folder))}, trust_remote_code=True)")
 
 
 def run_app(app: Any, name: str) -> NoReturn:

@@ -22,6 +22,7 @@ from .options import (
     count,
     make_app,
 )  # fmt: skip
+from .show import show_evaluation
 
 app = make_app()
 
@@ -71,21 +72,11 @@ def evaluate_command(
     from ..evaluation.held_out import prepare
     from ..evaluation.quality import compare, untrained
     from ..report.content import read_report
-    from ..report.sentences import quality_lines
-    from ..report.tables import quality_rows
     from ..text.formats import TEXT_COLUMN
 
     out.quieten_libraries()
     if verify:
-        from ..pipeline.verify import verify as check
-
-        found = check(model, trust_remote_code)
-        out.json({"schema": 1, "verified": found})
-        sums = f"{found['files']} with the checksums of report.json" if found["files"] else "no checksums recorded"
-        out.result(
-            f"{model}: {found['tensors']} tensors as the model calls for them, finite; files: {sums}; "
-            f"loads without sqa_convert, largest difference of logits {found['difference']:g}"
-        )
+        _verify(out, model, trust_remote_code)
         return
     if max_kl is not None and not 0 <= max_kl < math.inf:
         raise RecipeError(f"--max-kl {max_kl}: give 0 or more, in nats a token")
@@ -114,37 +105,32 @@ def evaluate_command(
             progress=progress,
             untrained=untrained(folder, against or ""),
         )
-        texts = []
+        result = {"schema": 1, "models": {key: names[key] for key in models}, "quality": quality, "samples": []}
         if samples:
             from ..evaluation.generation import continuations
 
-            texts = continuations(models, held_out, samples, trust_remote_code=trust_remote_code)
-        scores = None
+            result["samples"] = continuations(models, held_out, samples, trust_remote_code=trust_remote_code)
         if tasks is not None:
             from ..evaluation.harness import run_tasks
 
-            scores = {
-                name: run_tasks(path, tasks, held_out.device, limit, trust_remote_code) for name, path in models.items()
+            result["tasks"] = {
+                key: run_tasks(path, tasks, held_out.device, limit, trust_remote_code) for key, path in models.items()
             }
-    result = {"schema": 1, "models": {k: names[k] for k in models}, "quality": quality, "samples": texts}
-    out.json(result if scores is None else result | {"tasks": scores})
-    for line in quality_lines(result):
-        out.result(line)
-    out.table(
-        f"on {quality['tokens']:,} tokens of {quality['data']}",
-        *quality_rows({names[k]: quality[k] for k in models}),
-    )
-    for text in texts:
-        out.result(f"\n[given] {text['given']}")
-        for name in models:
-            out.result(f"[{names[name]}] {text[name]}")
-    if scores is not None:
-        rows = sorted({key for found in scores.values() for key in found})
-        out.table(
-            "tasks", ["", *(names[k] for k in models)], [(r, *(f"{scores[k][r]:.4f}" for k in models)) for r in rows]
-        )
+    show_evaluation(out, result)
     if max_kl is not None and quality["model"]["kl"] > max_kl:
         raise QualityError(f"KL {quality['model']['kl']:.4f} to {against} is more than --max-kl {max_kl:g}")
+
+
+def _verify(out: Out, model: str, trust_remote_code: bool) -> None:
+    from ..pipeline.verify import verify
+
+    verified = verify(model, trust_remote_code)
+    out.json({"schema": 1, "verified": verified})
+    sums = f"{verified['files']} with the checksums of report.json" if verified["files"] else "no checksums recorded"
+    out.result(
+        f"{model}: {verified['tensors']} tensors as the model calls for them, finite; files: {sums}; "
+        f"loads without sqa_convert, largest difference of logits {verified['difference']:g}"
+    )
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from ..checkpoints.staging import expanded
 from ..errors import RecipeError
 from ..report.content import read_report
 from ..uptraining.recipe import dump_recipe, load_recipe, recipe_names, summary
-from .console import Out, push, run_app, show_loading, show_quality
+from .console import Out, run_app
 from .options import (
     EXIT_CODES,
     TEXT,
@@ -30,6 +30,7 @@ from .options import (
     listing,
     make_app,
 )  # fmt: skip
+from .show import push, show_loading, show_quality
 
 app = make_app()
 

@@ -1,0 +1,217 @@
+"""The flags of sqa-convert: their types, and what --help says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..conversion.request import AUTO, REFINE_STEPS
+from ..heads import METHODS
+from .options import TEXT, count, listing
+
+HEADS, CALIBRATE, SOURCE, OUTPUT, MEASURE = "Heads", "Calibrate", "Source", "Output", "Measure and uptrain"
+
+
+def _list_methods() -> None:
+    print(f"{AUTO:10} try the best of these on calibration text, take what leaves the model nearest to the source")
+    for method in METHODS.values():
+        print(f"{method.name:10} {method.summary}\n{'':10} {method.source}")
+
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A hub id (gpt2, google-t5/t5-small), a folder, sample:gpt2 or sample:t5."),
+]
+
+QGroups = Annotated[
+    int | None,
+    typer.Option(
+        "--q-groups",
+        metavar="N",
+        rich_help_panel=HEADS,
+        help="Query heads to keep. (Elsewhere 'query groups' counts key/value heads; here it is query heads.)",
+    ),
+]
+
+KvGroups = Annotated[
+    int | None,
+    typer.Option("--kv-groups", metavar="M", rich_help_panel=HEADS, help="Key/value heads to keep; M must divide N."),
+]
+
+Variant = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=HEADS, help="Instead of the two numbers: gqa, mqa, sqa, ssqa, xsqa, xsmqa, lsqa."),
+]
+
+Method = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=HEADS, help="How heads are merged. Default: auto, the best on text; or see --list-methods."
+    ),
+]
+
+Partition = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=HEADS, help="Which heads go together: searched or contiguous. Default: as suits the method."
+    ),
+]
+
+Sites = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=HEADS, help="Attentions to convert, as encoder,decoder,cross. Default: all."),
+]
+
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        rich_help_panel=CALIBRATE,
+        help="Text to fit the heads on, as --data. Default: GPT-2 samples its own, T5 reads the built-in corpus.",
+    ),
+]
+
+CalibrationTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        parser=count(),
+        rich_help_panel=CALIBRATE,
+        help="Also as 400k or 5M. Default: 20 for each unknown of a fit, at least 65536.",
+    ),
+]
+
+Refit = Annotated[
+    bool | None,
+    typer.Option(
+        "--refit/--no-refit",
+        rich_help_panel=CALIBRATE,
+        help="Output projections by least squares. Default: for auto, svd and procrustes.",
+    ),
+]
+
+RefineSteps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=CALIBRATE,
+        help=f"Steps of layer-wise training. Default: {REFINE_STEPS} for auto, svd and procrustes, else 0.",
+    ),
+]
+
+NoCalibration = Annotated[
+    bool,
+    typer.Option("--no-calibration", rich_help_panel=CALIBRATE, help="From the weights alone; the model is not run."),
+]
+
+Revision = Annotated[str | None, typer.Option(rich_help_panel=SOURCE, help="Branch, tag or commit on the hub.")]
+
+Subfolder = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", rich_help_panel=SOURCE, help="Of a pipeline of several models, here or on the hub."),
+]
+
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        rich_help_panel=SOURCE,
+        help="Of a tokenizer elsewhere: beside the model's folder, anywhere, or a hub id.",
+    ),
+]
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", rich_help_panel=SOURCE, help="Let code that MODEL brings along run. Default: never."
+    ),
+]
+
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", rich_help_panel=OUTPUT, help="Default: ./NAME-sqa-qNkvM.")
+]
+
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the output folder if it exists.")
+]
+
+Dtype = Annotated[
+    str,
+    typer.Option(rich_help_panel=OUTPUT, help="auto keeps the source's; float32, bfloat16, float16."),
+]
+
+MaxShardSize = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=OUTPUT,
+        help="Largest weight file, such as 300MB; at least 1MB.",
+    ),
+]
+
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", rich_help_panel=OUTPUT, help="Do not read the written weights again.")
+]
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", rich_help_panel=OUTPUT, help="Show the plan and stop; reads no weights.")
+]
+
+Uptrain = Annotated[
+    str | None,
+    typer.Option(metavar="RECIPE", rich_help_panel=MEASURE, help="Then train: a recipe's name (quick) or a YAML file."),
+]
+
+Control = Annotated[
+    bool,
+    typer.Option(
+        "--control", rich_help_panel=MEASURE, help="Also train the source on the same tokens, for comparison."
+    ),
+]
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=MEASURE,
+        help=TEXT,
+    ),
+]
+
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=MEASURE,
+        help="Of --data and --calibration, where they are tables: the column that holds the text. Default: text.",
+    ),
+]
+
+NoEvaluate = Annotated[
+    bool,
+    typer.Option(
+        "--no-evaluate",
+        rich_help_panel=MEASURE,
+        help="Do not measure loss and KL (for models that do not fit, with --no-calibration).",
+    ),
+]
+
+Device = Annotated[
+    str,
+    typer.Option(rich_help_panel=MEASURE, help="To calibrate, measure and train on: auto, cpu, cuda, cuda:1, mps."),
+]
+
+Seed = Annotated[
+    int | None, typer.Option(rich_help_panel=MEASURE, help="Of everything random. Default: the recipe's, or 0.")
+]
+
+ListMethods = Annotated[
+    bool,
+    typer.Option(
+        "--list-methods",
+        callback=listing(_list_methods),
+        is_eager=True,
+        rich_help_panel=HEADS,
+        help="Show the methods.",
+    ),
+]

@@ -1,0 +1,105 @@
+"""What the commands show of a report: tables, sentences, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..conversion.plan import Plan
+from ..report.content import auto_class
+from ..report.page import PAGE
+from ..report.sentences import (
+    calibration_lines,
+    left_lines,
+    literal,
+    quality_lines,
+    source_lines,
+    uptraining_lines,
+)
+from ..report.tables import costs, quality_rows, quality_table
+from .console import Out
+
+
+def show_plan(out: Out, plan: Plan, report: dict[str, Any]) -> None:
+    """What a conversion would write."""
+    shards = {
+        file: [
+            {"name": t.name, "shape": t.shape, "dtype": t.dtype, "from": getattr(t.origin, "prefix", t.origin)}
+            for t in tensors
+        ]
+        for file, tensors in plan.shards.items()
+    }
+    out.json(report | {"shards": shards})
+    out.table(f"{report['source']['name']} → {report['output']} (not written)", *costs(report))
+    for line in (*source_lines(report), *left_lines(report)):
+        out.result(line)
+    for file, tensors in plan.shards.items():
+        out.result(f"{file}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:,.1f} MB")
+        if out.verbose:
+            for t in tensors:
+                out.result(f"  {t.name} {list(t.shape)} {t.dtype} ← {getattr(t.origin, 'prefix', t.origin)}")
+
+
+def show_conversion(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> None:
+    """What a conversion did, what its result is worth, and what to do with it."""
+    out.json(report)
+    out.table(f"{report['source']['name']} → {target}", *costs(report))
+    for line in (*source_lines(report), *left_lines(report), *calibration_lines(report)):
+        out.result(line)
+    show_quality(out, report)
+    if not uptrained and report["architecture"].endswith(("ForCausalLM", "ForConditionalGeneration")):
+        show_report(out, target)
+        out.result(f"next: sqa-uptrain {shlex.quote(str(target))}")
+    else:
+        show_loading(out, report, target)
+
+
+def show_quality(out: Out, report: dict[str, Any]) -> None:
+    """What was measured, and what uptraining did."""
+    for line in quality_lines(report):
+        out.result(line)
+    quality = report.get("quality")
+    if quality and quality_table(report)[1]:
+        out.table(f"on {quality['tokens']:,} tokens of {quality['data']}", *quality_table(report))
+    for line in uptraining_lines(report):
+        out.result(line)
+    out.result(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in report['seconds'].items())}")
+
+
+def show_evaluation(out: Out, result: dict[str, Any]) -> None:
+    """What was measured of one model or two, what they write, and their scores on tasks."""
+    models: dict[str, str] = result["models"]  # names by the keys of the rest
+    quality = result["quality"]
+    out.json(result)
+    for line in quality_lines(result):
+        out.result(line)
+    title = f"on {quality['tokens']:,} tokens of {quality['data']}"
+    out.table(title, *quality_rows({name: quality[key] for key, name in models.items()}))
+    for text in result["samples"]:
+        out.result(f"\n[given] {text['given']}")
+        for key, name in models.items():
+            out.result(f"[{name}] {text[key]}")
+    if scores := result.get("tasks"):
+        tasks = sorted({task for of_model in scores.values() for task in of_model})
+        rows = [(task, *(f"{scores[key][task]:.4f}" for key in models)) for task in tasks]
+        out.table("tasks", ["", *models.values()], rows)
+
+
+def show_report(out: Out, folder: Path) -> None:
+    """Where the report lies as a page."""
+    out.result(f"report: {folder / PAGE}")
+
+
+def show_loading(out: Out, report: dict[str, Any], folder: Path) -> None:
+    """Where to look, and how to go on."""
+    show_report(out, folder)
+    out.result(f"next: {auto_class(report)}.from_pretrained({literal(str(folder))}, trust_remote_code=True)")
+
+
+def push(out: Out, folder: Path, repo_id: str | None, public: bool) -> None:
+    """Uploads a complete output folder, where that is wanted."""
+    if repo_id is not None:
+        from ..publish import push_to_hub
+
+        out.result(f"pushed: {push_to_hub(folder, repo_id, private=not public)}")
