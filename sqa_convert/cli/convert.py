@@ -70,7 +70,7 @@ def convert(
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
     from ..pipeline.preflight import check_run, prepared
-    from ..pipeline.run import Settings, run
+    from ..pipeline.run import RunOptions, run
 
     if text_column is not None and data is None and calibration is None and uptrain is None:
         raise RecipeError("--text-column names a column of --data or --calibration: give one of them")
@@ -92,7 +92,7 @@ def convert(
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
-    settings = Settings.with_recipe(
+    options = RunOptions.with_recipe(
         recipe,
         overwrite=overwrite,
         verify=not no_verify,
@@ -128,11 +128,11 @@ def convert(
     runs = plan.calibration is not None or not no_evaluate or not no_verify or uses_torch(plan)
     out.quieten_libraries(transformers=recipe is not None or (runs and not dry_run))
     if dry_run:
-        check_run(plan, source, target, settings, recipe)
-        show_plan(out, plan, conversion_report(plan, source, target, seed=settings.seed))
+        check_run(plan, source, target, options, recipe)
+        show_plan(out, plan, conversion_report(plan, source, target, seed=options.seed))
         return
     with out.progress() as progress:
-        report = run(plan, source, target, settings, recipe, progress)
+        report = run(plan, source, target, options, recipe, progress)
     show_conversion(out, report, target, uptrained=recipe is not None)
     push(out, target, push_to_hub, public)
 

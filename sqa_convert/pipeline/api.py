@@ -15,7 +15,7 @@ from ..progress import Progress, silent
 from ..text.formats import TEXT_COLUMN
 from ..uptraining.recipe import Recipe, override
 from .preflight import prepared
-from .run import Settings, run, run_in_memory
+from .run import RunOptions, run, run_in_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,8 +101,7 @@ def convert(
         evaluate: measure source and result on held-out text, one after the other, where the model has a language model
             head and its tokenizer loads; else the report says why not. Needs `output`.
         data: that text, as `sqa_convert.text.documents.documents` takes it; by default the built-in corpus.
-        text_column: of `data`, and of `calibration` where that is the text alone: the column that holds the text, where
-            they are tables; by default "text".
+        text_column: of a table given as `data`, or as `calibration`, the column that holds text; by default "text".
         uptrain: then train the result towards the source: a packaged recipe's name, a YAML file or a `Recipe`; `data`,
             `text_column` and `seed` win over what it says, and where `method` is left at "auto" its method is taken.
             The models are measured after it, on its own text. Needs `output`.
@@ -126,23 +125,13 @@ def convert(
 
     Source: Filipek, Sparse Query Attention, arXiv 2510.01817, for the architecture; of a method `METHODS[name].source`.
     """
-    if isinstance(calibration, Path):
-        calibration = str(calibration)
-    if text_column is not None and data is None and uptrain is None and not isinstance(calibration, str):
-        raise RecipeError(f"text_column={text_column!r} is of data, or of the text given as calibration: give one")
-    # With the text of calibration alone it is of that text.
-    column = None if data is None and isinstance(calibration, str) else text_column
-    if isinstance(calibration, str):
-        calibration = Calibration(calibration, text_column=text_column or TEXT_COLUMN)
-    if not isinstance(calibration, Calibration | None):
-        raise RecipeError(f"calibration={calibration!r}: give a Calibration, its text, or None for none")
-    recipe = _recipe(uptrain, control, output, data=data, text_column=column, seed=seed)
+    fitting = _calibration(calibration, text_column)
+    column = _column_of_data(text_column, data, calibration, uptrain)
+    recipe = _recipe(uptrain, control, source, output, data=data, text_column=column, seed=seed)
     if recipe is not None and method == AUTO:
         method = recipe.method or AUTO
-    request = Request(q_groups, kv_groups, variant, method, calibration, partition, sites, dtype, max_shard_size)
+    request = Request(q_groups, kv_groups, variant, method, fitting, partition, sites, dtype, max_shard_size)
     place = None if output is None else expanded(output)
-    if recipe is not None and not isinstance(source, str | Path):
-        raise RecipeError("uptrain needs a source in a folder or on the hub, not a model in memory: save it first")
     opened, plan = prepared(
         source,
         request,
@@ -153,7 +142,7 @@ def convert(
         subfolder=subfolder,
         tokenizer=None if tokenizer is None else str(tokenizer),
     )
-    settings = Settings.with_recipe(
+    options = RunOptions.with_recipe(
         recipe,
         overwrite=overwrite,
         verify=verify,
@@ -165,13 +154,30 @@ def convert(
         trust_remote_code=trust_remote_code,
     )
     if place is None:
-        model, report = run_in_memory(plan, opened, settings, progress)
+        model, report = run_in_memory(plan, opened, options, progress)
         return Conversion(report, None, model)
-    return Conversion(run(plan, opened, place, settings, recipe, progress), place)
+    return Conversion(run(plan, opened, place, options, recipe, progress), place)
+
+
+def _column_of_data(text_column: str | None, data: Any, calibration: Any, uptrain: Any) -> str | None:
+    """`text_column` where it is of `data`; with the text of calibration alone it is of that. Raises RecipeError."""
+    of_calibration = isinstance(calibration, str | Path)
+    if text_column is not None and data is None and uptrain is None and not of_calibration:
+        raise RecipeError(f"text_column={text_column!r} is of data, or of the text given as calibration: give one")
+    return None if data is None and of_calibration else text_column
+
+
+def _calibration(asked: Any, text_column: str | None) -> Calibration | None:
+    """What is asked of calibration, where that may be its text alone. Raises RecipeError."""
+    if isinstance(asked, str | Path):
+        return Calibration(str(asked), text_column=text_column or TEXT_COLUMN)
+    if not isinstance(asked, Calibration | None):
+        raise RecipeError(f"calibration={asked!r}: give a Calibration, its text, or None for none")
+    return asked
 
 
 def _recipe(
-    asked: str | Path | Recipe | None, control: bool, output: str | Path | None, **changes: Any
+    asked: str | Path | Recipe | None, control: bool, source: Any, output: str | Path | None, **changes: Any
 ) -> Recipe | None:
     """The recipe to train by, with what the other arguments say of it. Raises RecipeError."""
     if asked is None:
@@ -180,4 +186,7 @@ def _recipe(
         return None
     if output is None:
         raise RecipeError("uptrain needs an output folder")
-    return override(asked, control=control or None, **changes)
+    recipe = override(asked, control=control or None, **changes)
+    if not isinstance(source, str | Path):
+        raise RecipeError("uptrain needs a source in a folder or on the hub, not a model in memory: save it first")
+    return recipe

@@ -25,7 +25,7 @@ from ..uptraining.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .run import Settings
+    from .run import RunOptions
 
 
 def check_config(config: Config, recipe: Recipe) -> None:
@@ -71,13 +71,13 @@ def prepared(
 
 
 def check_run(
-    plan: Plan, source: Source, output: Path | None, settings: Settings, recipe: Recipe | None = None
+    plan: Plan, source: Source, output: Path | None, options: RunOptions, recipe: Recipe | None = None
 ) -> None:
     """Raises what the conversion would raise later, for reasons that are there before it begins.
 
     Args:
         output: where the result goes; None: it stays in memory.
-        settings: how it is carried out.
+        options: how it is carried out.
         recipe: by which it is trained afterwards, and measured unless its text is.
 
     Raises:
@@ -86,22 +86,22 @@ def check_run(
         DataError: there is no text under a name.
     """
     if output is not None:
-        _check_output(source, output, settings.overwrite)
-    if settings.evaluate and output is None:
+        _check_output(source, output, options.overwrite)
+    if options.evaluate and output is None:
         raise RecipeError("evaluate=True needs an output folder")
-    if settings.evaluate and source.folder is None:
+    if options.evaluate and source.folder is None:
         raise RecipeError("evaluate=True needs a source with a tokenizer: a folder or a hub id, not a model in memory")
-    check_seed(settings.seed)
-    if settings.device not in ("auto", "cpu"):
+    check_seed(options.seed)
+    if options.device not in ("auto", "cpu"):
         from ..devices import choose_device
 
-        choose_device(settings.device)
-    if settings.evaluate and settings.data is not None:
-        check_data(settings.data, column=settings.text_column)
+        choose_device(options.device)
+    if options.evaluate and options.data is not None:
+        check_data(options.data, column=options.text_column)
     if plan.calibration is not None and plan.calibration.text is not None:
         check_data(plan.calibration.text, "--calibration", plan.calibration.text_column)
     if recipe is not None and output is not None:
-        _check_training(source, output, settings, recipe)
+        _check_training(source, output, options, recipe)
 
 
 def _check_output(source: Source, output: Path, overwrite: bool) -> None:
@@ -112,7 +112,7 @@ def _check_output(source: Source, output: Path, overwrite: bool) -> None:
     check_output(output, overwrite)
 
 
-def _check_training(source: Source, output: Path, settings: Settings, recipe: Recipe) -> None:
+def _check_training(source: Source, output: Path, options: RunOptions, recipe: Recipe) -> None:
     from ..devices import choose_device
     from ..uptraining.arguments import check_recipe
     from ..uptraining.data import check_text, training_data
@@ -121,14 +121,14 @@ def _check_training(source: Source, output: Path, settings: Settings, recipe: Re
 
     if count() > 1:
         raise RecipeError("--uptrain works in one process: convert without it, then start sqa-uptrain in several")
-    if run_folder(output).exists() and not settings.overwrite:
+    if run_folder(output).exists() and not options.overwrite:
         raise OutputError(f"{run_folder(output)} holds a run that was stopped: --overwrite throws it away")
-    device = choose_device(settings.device)
-    check_recipe(recipe, settings.measure_training, device)
+    device = choose_device(options.device)
+    check_recipe(recipe, options.measure_training, device)
     if isinstance(source, HeadersSource):  # its tokenizer is not here
         check_text(recipe)
         return
-    trust = settings.trust_remote_code
+    trust = options.trust_remote_code
     first = training_data(str(source.folder), recipe, tokens=recipe.sequence_length, trust_remote_code=trust)
-    if settings.measure_training:
+    if options.measure_training:
         first.held_out(device)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunOptions:
     """How a conversion is carried out, beside what is asked of it (`Request`)."""
 
     overwrite: bool = False
@@ -52,7 +52,7 @@ class Settings:
     @classmethod
     def with_recipe(
         cls, recipe: Recipe | None, *, evaluate: bool, text_column: str | None, seed: int | None, **others: Any
-    ) -> Settings:
+    ) -> RunOptions:
         """With what a recipe decides: its seed, and that the models are measured after it, on its text."""
         return cls(
             evaluate=evaluate and recipe is None,
@@ -66,13 +66,13 @@ def run(
     plan: Plan,
     source: Source,
     output: Path,
-    settings: Settings,
+    options: RunOptions,
     recipe: Recipe | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Carries out a plan: a folder that appears whole, trained by a recipe where there is one; returns its report."""
-    check_run(plan, source, output, settings, recipe)
-    report = _to_folder(plan, source, output, settings, progress)
+    check_run(plan, source, output, options, recipe)
+    report = _to_folder(plan, source, output, options, progress)
     if recipe is None:
         return report
     from ..uptraining.uptrain import uptrain
@@ -81,26 +81,26 @@ def run(
         output,
         recipe,
         source=str(source.folder),
-        device=settings.device,
-        evaluate=settings.measure_training,
+        device=options.device,
+        evaluate=options.measure_training,
         restart=True,
-        trust_remote_code=settings.trust_remote_code,
+        trust_remote_code=options.trust_remote_code,
         progress=progress,
     )
 
 
 def run_in_memory(
-    plan: Plan, source: Source, settings: Settings, progress: Progress = silent
+    plan: Plan, source: Source, options: RunOptions, progress: Progress = silent
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Carries out a plan without a folder; returns the model and the report."""
-    check_run(plan, source, None, settings)
+    check_run(plan, source, None, options)
     start = time.perf_counter()
     check_loads(plan)
     check_copies(plan, source)
-    calibrated = _calibrated(plan, source, settings, progress)
+    calibrated = _calibrated(plan, source, options, progress)
     model, records = build_model(plan, source, calibrated.sites, progress)
     _carry_generation(source, model)
-    report = conversion_report(plan, source, None, records, calibrated.report, settings.seed)
+    report = conversion_report(plan, source, None, records, calibrated.report, options.seed)
     report["source_weights"] = fingerprint(source, plan.source_names)
     report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
     return model, report
@@ -120,22 +120,22 @@ def _carry_generation(source: Source, model: PreTrainedModel) -> None:
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
 
 
-def _to_folder(plan: Plan, source: Source, output: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
+def _to_folder(plan: Plan, source: Source, output: Path, options: RunOptions, progress: Progress) -> dict[str, Any]:
     """Converts. What calibration and evaluation need is made ready before anything is written."""
-    held_out, not_measured = _held_out(plan, source, settings) if settings.evaluate else (None, "")
-    with staged_output(output, settings.overwrite, plan.nbytes) as folder, source.unchanged():
+    held_out, not_measured = _held_out(plan, source, options) if options.evaluate else (None, "")
+    with staged_output(output, options.overwrite, plan.nbytes) as folder, source.unchanged():
         start = time.perf_counter()
-        if settings.verify:
+        if options.verify:
             check_loads(plan)
         check_copies(plan, source)
-        calibrated = _calibrated(plan, source, settings, progress)
+        calibrated = _calibrated(plan, source, options, progress)
         calibrating, start = time.perf_counter() - start, time.perf_counter()
-        records, sums = write_model(plan, source, folder, calibrated.sites, settings.verify, progress)
-        report = conversion_report(plan, source, output, records, calibrated.report, settings.seed)
+        records, sums = write_model(plan, source, folder, calibrated.sites, options.verify, progress)
+        report = conversion_report(plan, source, output, records, calibrated.report, options.seed)
         report["source_weights"] = fingerprint(source, plan.source_names)
         if sums:
             report["sha256"] = sums
-        if settings.verify and source.folder is not None:
+        if options.verify and source.folder is not None:
             from .verify import check_tokenizer
 
             check_tokenizer(source.folder, folder)
@@ -144,17 +144,17 @@ def _to_folder(plan: Plan, source: Source, output: Path, settings: Settings, pro
         report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
         if not_measured:
             report["not_measured"] = not_measured
-        with _reloaded(folder, report, settings):
+        with _reloaded(folder, report, options):
             if held_out is not None:
                 start = time.perf_counter()
                 own = report.get("calibration", {}).get("own_loss")
-                report |= _measured(plan, source, folder, held_out, settings, progress, own)
+                report |= _measured(plan, source, folder, held_out, options, progress, own)
                 report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(folder, report)
     return report
 
 
-def _held_out(plan: Plan, source: Source, settings: Settings) -> tuple[HeldOut | None, str]:
+def _held_out(plan: Plan, source: Source, options: RunOptions) -> tuple[HeldOut | None, str]:
     """What to measure on; or nothing, and why the model cannot be measured on what is taken where nothing was named."""
     from ..evaluation.held_out import prepare
 
@@ -162,19 +162,19 @@ def _held_out(plan: Plan, source: Source, settings: Settings) -> tuple[HeldOut |
     if not plan.has_language_model_head:
         return None, ""
     names = ("text_column", "device", "seed", "trust_remote_code")
-    how: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    without = "leave out --data" if settings.data else ""
+    how: dict[str, Any] = {name: getattr(options, name) for name in names}
+    without = "leave out --data" if options.data else ""
     try:
-        return prepare(source.folder, settings.data, **how, without=without), ""
+        return prepare(source.folder, options.data, **how, without=without), ""
     except (CheckpointError, DataError) as error:
-        if settings.data is not None:
+        if options.data is not None:
             raise
         return None, one_line(error).replace(str(source.folder), source.name)
 
 
-def _reloaded(folder: Path, report: dict[str, Any], settings: Settings) -> AbstractContextManager[None]:
+def _reloaded(folder: Path, report: dict[str, Any], options: RunOptions) -> AbstractContextManager[None]:
     """Beside the measuring the folder is loaded as strangers load it, where it is measured and verified at all."""
-    if not (settings.verify and settings.evaluate):
+    if not (options.verify and options.evaluate):
         return nullcontext()
     from .verify import reloaded
 
@@ -186,7 +186,7 @@ def _measured(
     source: Source,
     folder: Path,
     held_out: HeldOut,
-    settings: Settings,
+    options: RunOptions,
     progress: Progress,
     own: float | None,
 ) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _measured(
     assert source.folder is not None
     models = {"source": source.folder, "converted": folder}
     compared: dict[str, Any] = models if plan.method == "mean" else models | {"mean": averaged}
-    trust = settings.trust_remote_code
+    trust = options.trust_remote_code
     return {
         "quality": compare(
             compared,
@@ -216,7 +216,7 @@ def _measured(
     }
 
 
-def _calibrated(plan: Plan, source: Source, settings: Settings, progress: Progress) -> Calibrated:
+def _calibrated(plan: Plan, source: Source, options: RunOptions, progress: Progress) -> Calibrated:
     if plan.calibration is None:
         return Calibrated({}, None)
     import torch
@@ -224,10 +224,10 @@ def _calibrated(plan: Plan, source: Source, settings: Settings, progress: Progre
     from ..calibration.calibrate import calibrate, load_source
     from ..devices import choose_device
 
-    device = choose_device(settings.device)
+    device = choose_device(options.device)
     try:
-        model = load_source(plan, source, settings.trust_remote_code)
-        return calibrate(model, plan, source, device, settings.seed, settings.trust_remote_code, progress)
+        model = load_source(plan, source, options.trust_remote_code)
+        return calibrate(model, plan, source, device, options.seed, options.trust_remote_code, progress)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RecipeError(
             f"calibration does not fit on {device}: --device cpu, fewer --calibration-tokens, or --no-calibration"
