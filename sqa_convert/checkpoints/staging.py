@@ -1,4 +1,4 @@
-"""Writing a folder so that it appears whole or not at all, and never in place of what is not ours."""
+"""Writing a folder so that it appears whole or not at all, and never replaces what is not ours."""
 
 from __future__ import annotations
 
@@ -108,7 +108,10 @@ def hold(folder: Path) -> int | None:
 
 
 def empty(folder: Path, last: str = "") -> None:
-    """Removes what is in a folder, one file after all else, and not the folder, which may be held. Raises OSError."""
+    """Removes what is in a folder, the file named `last` after all else. The folder stays, with its lock.
+
+    Raises OSError.
+    """
     for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -153,50 +156,77 @@ def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Itera
     """
     check_output(output, overwrite)
     path = output.resolve()
-    made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
-    staging, held = path.with_name(f".{path.name}{_STAGED}"), None
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held = hold(staging)
-            if held is None:
-                with contextlib.suppress(OSError):
-                    staging.rmdir()
-                staging = Path(tempfile.mkdtemp(prefix=f"{staging.name}-", dir=path.parent))
-            empty(staging)
-            _settle(path)
-        except BlockingIOError as error:
-            raise OutputError(f"--output {output}: another run is writing it") from error
-        except OSError as error:
-            raise OutputError(f"--output {output} cannot be made: {one_line(error)}") from error
-        check_output(output, overwrite)
+    with _writing(output), _folder_above(path, output), _staging_folder(path, output) as staging:
+        check_output(output, overwrite)  # another run may have ended meanwhile
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise OutputError(f"--output {output}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
         staging.chmod(0o777 & ~umask())
         yield staging
         _publish(staging, path, overwrite)
-        _clear(staging)  # what was replaced
-    except BaseException as error:
-        if held is not None:
-            os.close(held)
-            held = None
-        _clear(staging)
-        for folder in made:  # deepest first
+
+
+@contextlib.contextmanager
+def _folder_above(path: Path, output: Path) -> Iterator[None]:
+    """Makes the folder that `path` shall lie in. If the block fails, all that were made go again."""
+    missing = [folder for folder in path.parents if not folder.exists()]  # the deepest first
+    try:
+        with _making(output):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(f"--output {output}: the disk is full; nothing was kept") from error
-        if isinstance(error, OSError) and not isinstance(error, SQAError):
-            raise OutputError(f"--output {output} cannot be written: {one_line(error)}") from error
         raise
+
+
+@contextlib.contextmanager
+def _staging_folder(path: Path, output: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that no other run writes to. What lies in its place after the block is removed."""
+    staging, lock = path.with_name(f".{path.name}{_STAGED}"), None
+    try:
+        with _making(output):
+            lock = hold(staging)
+            if lock is None:  # no locks here: under a name of its own no other run finds it
+                with contextlib.suppress(OSError):
+                    staging.rmdir()
+                staging = Path(tempfile.mkdtemp(prefix=f"{staging.name}-", dir=path.parent))
+            empty(staging)
+            _settle(path)
+        yield staging
     finally:
-        if held is not None:
-            os.close(held)
+        if lock is not None:
+            os.close(lock)
+        _clear(staging)
+
+
+@contextlib.contextmanager
+def _making(output: Path) -> Iterator[None]:
+    """Raises OutputError where the file system does not let us begin."""
+    try:
+        yield
+    except BlockingIOError as error:
+        raise OutputError(f"--output {output}: another run is writing it") from error
+    except OSError as error:
+        raise OutputError(f"--output {output} cannot be made: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Raises OutputError where the file system does not let us go on."""
+    try:
+        yield
+    except SQAError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(f"--output {output}: the disk is full; nothing was kept") from error
+        raise OutputError(f"--output {output} cannot be written: {one_line(error)}") from error
 
 
 def umask() -> int:
-    """The permissions that new files and folders are made without."""
+    """The permissions that new files and folders do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -218,7 +248,7 @@ def _clear(folder: Path) -> None:
 
 
 def _settle(output: Path) -> None:
-    """Ends what a run that was killed while it replaced `output` left undone."""
+    """Finishes the replacing of `output` where a run was killed amid it."""
     aside = output.with_name(f".{output.name}{_REPLACED}")
     if not output.exists() and aside.exists():
         aside.rename(output)
@@ -242,7 +272,7 @@ def _publish(staging: Path, output: Path, overwrite: bool) -> None:
                 aside.rename(output)  # else the next run does it
             raise
         shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):  # it is there, if perhaps not after a power cut
+    with contextlib.suppress(OSError):  # it is in place, if perhaps not after a power cut
         sync(output.parent)
 
 
