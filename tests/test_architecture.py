@@ -35,6 +35,8 @@ LIGHT = {
 }
 MATHEMATICS = {"arrange", "attend", "circuits", "group_cost", "refine", "refit", "search", "statistics"}
 """modules of heads/ that are loaded when a site is computed"""
+MOST_LINES = 300  # of a module
+MOST_BODY = 80  # lines of a function, its docstring too; its signature, which may be a list of options, apart
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -143,6 +145,15 @@ def test_shipped_model_files_stand_alone(path):
 def test_only_the_commands_print_or_exit(path):
     calls = {getattr(n.func, "id", "") for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)}
     assert place(path) == "cli" or not calls & {"print", "exit", "quit", "input"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_modules_and_functions_fit_on_a_few_screens(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.body[0].lineno < MOST_BODY, node.name
 
 
 def test_public_names_resolve():
