@@ -179,8 +179,8 @@ def _sentence_layers(folder: Path) -> list[str] | None:
     whole = all(_FOLDER.fullmatch(layer) and (folder / layer).is_dir() for layer in layers)
     if not whole or not all(kind.startswith(_OWN_LAYERS) for kind in kinds) or len(layers) > _MOST_LAYERS:
         return None
-    settings = (read_quietly(folder, f"{layer}/{CONFIG}") for layer in layers)
-    if any(not name.startswith(_KNOWN_CODE) for content in settings for name in _named_code(content)):
+    configs = (read_quietly(folder, f"{layer}/{CONFIG}") for layer in layers)
+    if any(not name.startswith(_KNOWN_CODE) for content in configs for name in _named_code(content)):
         return None
     return layers
 

@@ -91,8 +91,8 @@ def carry_files(source: Path, output: Path, tokenizer_class: str) -> None:
     """Copies what a model needs beside its weights (`companions`), as far as the source has it.
 
     Args:
-        tokenizer_class: the oldest hub folders do not name theirs, for the model type told it all; the result has a
-            model type that transformers does not know.
+        tokenizer_class: for the oldest hub folders, which do not name theirs: transformers knew it by the model type,
+            and does not know the result's.
     """
     for name in companions(source):
         (output / name).parent.mkdir(exist_ok=True)
@@ -100,10 +100,10 @@ def carry_files(source: Path, output: Path, tokenizer_class: str) -> None:
     if has_tokenizer(output):
         path = output / TOKENIZER_CONFIG
         try:
-            settings = read_json(path, "") if path.is_file() else {}
+            config = read_json(path, "") if path.is_file() else {}
         except CheckpointError:  # it is damaged in the source, too
             return
-        kept = {key: value for key, value in settings.items() if key != "auto_map"}
-        kept["tokenizer_class"] = kept.get("tokenizer_class") or tokenizer_class
-        if kept != settings:
-            write_json(path, kept)
+        carried = {key: value for key, value in config.items() if key != "auto_map"}
+        carried["tokenizer_class"] = carried.get("tokenizer_class") or tokenizer_class
+        if carried != config:
+            write_json(path, carried)

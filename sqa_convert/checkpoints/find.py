@@ -35,7 +35,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""where a folder's weights may stand, in the order in which transformers looks: all that read a folder read the same"""
+"""where a folder's weights may stand, in the order in which transformers looks for them"""
 
 _TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.jinja", *TOKENIZER_FILES)
 
@@ -60,7 +60,7 @@ def open_source(
         subfolder: of a pipeline of several models, the one meant.
         tokenizer: where it lies if not beside the weights: a folder beside the model's, any folder, or a hub id.
         accept: called with config.json before weights are looked for, or downloaded.
-        headers_only: of a model on the hub fetch shapes and dtypes alone, where it has safetensors; `read` fails then.
+        headers_only: of a model on the hub that has safetensors, fetch only shapes and dtypes; then `read` fails.
 
     Raises:
         CheckpointError: it is not there, cannot be fetched, or is damaged.
@@ -106,15 +106,15 @@ def open_source(
 def _tokenizer_folder(tokenizer: str, name: str, folder: Path, revision: str | None) -> Path:
     """The folder that `tokenizer` means, for the model `name` in `folder`. Raises CheckpointError."""
     beside = folder.absolute().parent / tokenizer
-    found = beside if is_folder(beside) else local_folder(tokenizer)
-    if found is None and local_folder(name) is None and _hub_place(name)[1]:
+    place = beside if is_folder(beside) else local_folder(tokenizer)
+    if place is None and local_folder(name) is None and _hub_place(name)[1]:
         beside, _ = _download(f"{_hub_place(name)[0]}/{tokenizer}", revision, *_TOKENIZER_PATTERNS)
-        found = beside if beside.is_dir() else None
-    found = found or _download(tokenizer, None, *_TOKENIZER_PATTERNS)[0]
-    if not has_tokenizer(found):
-        raise CheckpointError(f"--tokenizer {tokenizer}: {found} holds no tokenizer")
-    check_folder(found)
-    return found
+        place = beside if beside.is_dir() else None
+    place = place or _download(tokenizer, None, *_TOKENIZER_PATTERNS)[0]
+    if not has_tokenizer(place):
+        raise CheckpointError(f"--tokenizer {tokenizer}: {place} holds no tokenizer")
+    check_folder(place)
+    return place
 
 
 def _stamps(folder: Path) -> dict[Path, Stamp]:
@@ -132,7 +132,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Whether a model folder's files may be left to a library. Raises CheckpointError."""
+    """Raises CheckpointError unless a model folder's files are fit for the libraries that read them."""
     regular_file(folder, CONFIG, LARGEST_CONFIG)
     check_companions(folder)
     if any((folder / candidate).is_file() for candidate in _WEIGHTS):
@@ -177,14 +177,14 @@ def source_config(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _hides_the_hub(name: str) -> str:
-    """What to say besides of a folder that holds no model and is called like one on the hub."""
+    """What to add about a folder without a model that is called like a model on the hub; else ""."""
     if not _HUB_ID.fullmatch(name) or not Path(name).is_dir():
         return ""
     return f"; the folder {name} here was taken: for {name} on the hub work in another folder, or rename this one"
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Empty where there is none that can be read: transformers goes on without one, too."""
+    """generation_config.json; empty where it cannot be read, since transformers goes on without it, too."""
     try:
         return read_json(folder / GENERATION_CONFIG, "")
     except CheckpointError:
@@ -251,16 +251,16 @@ def _hub_headers(name: str, revision: str | None) -> Source | None:
 
 
 def _passed_over(folder: Path, files: list[str]) -> tuple[str, ...]:
-    """A sentence where the folder holds other weights of the same format, which may be of another state."""
-    kind = Path(files[0]).suffix
-    others = [name for name in _WEIGHTS if kind in Path(name).suffixes and (folder / name).is_file()]
+    """A sentence where the folder holds other weights of the same format, which may differ."""
+    suffix = Path(files[0]).suffix
+    others = [name for name in _WEIGHTS if suffix in Path(name).suffixes and (folder / name).is_file()]
     if len(others) < 2:
         return ()
     return (f"weights read from {files[0]}, as transformers does; {others[1]} beside it was not looked at",)
 
 
 def _weight_files(name: str, folder: Path) -> list[str]:
-    """The files that hold a folder's weights. What its index says of single tensors is not believed."""
+    """The files that hold a folder's weights. An index names them; what else it says is not used."""
     for candidate in _WEIGHTS:
         if regular_file(folder, candidate) is None:
             continue

@@ -90,14 +90,14 @@ class ShardWriter:
         self.sums[name] = checksum
 
     def flush(self) -> None:
-        """Has what was written since the last time put on the disk. Raises OSError."""
+        """Puts on the disk what was written since the last time. Raises OSError."""
         if self._fresh:
             self._fresh = False
             sync(self.path)
 
     def verify(self) -> str:
         """Reads the whole file again; returns its SHA-256. Raises CheckpointError where it is not what was written."""
-        digest, found = hashlib.sha256(), dict.fromkeys(self._places, 0)
+        digest, checksums = hashlib.sha256(), dict.fromkeys(self._places, 0)
         ends = iter(sorted((end, name) for name, (start, end) in self._places.items() if start < end))
         with self.path.open("rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != self._size:
@@ -114,9 +114,9 @@ class ShardWriter:
                     if at == end:
                         end, name = next(ends)
                     part = left[: end - at]
-                    found[name] = zlib.crc32(part, found[name])
+                    checksums[name] = zlib.crc32(part, checksums[name])
                     at, left = at + len(part), left[len(part) :]
-        for name, checksum in found.items():
+        for name, checksum in checksums.items():
             if self.sums.get(name) != checksum:
                 raise CheckpointError(f"{self.path.name}: {name} was not written as computed; is the disk sound?")
         return digest.hexdigest()
@@ -124,10 +124,10 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def flushing(writers: Iterable[ShardWriter], every: float = 0.2) -> Iterator[None]:
-    """What they write in the block is put on the disk meanwhile, every so many seconds: less is left for the end.
+    """Every so many seconds puts on the disk what they write in the block, so that less is left for the end.
 
     Raises:
-        OSError: it could not be. Whoever asks the system later would not be told of it again.
+        OSError: that failed. The system tells of it once only.
     """
     done = threading.Event()
 

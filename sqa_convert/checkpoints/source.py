@@ -45,10 +45,10 @@ Stamp = tuple[int, int, int, int] | None
 
 def stamp(path: Path) -> Stamp:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class Source(ABC):
@@ -84,7 +84,7 @@ class Source(ABC):
         """One tensor's bytes, in order; each piece is good until the next is asked for. Raises CheckpointError."""
 
     def read(self, name: str) -> Array:
-        """One tensor's numbers, as float32 or, where they are stored so, float64, in memory of their own.
+        """One tensor's numbers, in memory of their own: float32, or float64 where they are stored so.
 
         Raises:
             CheckpointError: they cannot be read, or are not finite.
@@ -92,13 +92,13 @@ class Source(ABC):
         import numpy as np
 
         info = self.index[name]
-        made, at = np.empty(math.prod(info.shape), decoded_dtype(info.dtype)), 0
+        numbers, at = np.empty(math.prod(info.shape), decoded_dtype(info.dtype)), 0
         for piece in self.pieces(name):
             check_finite(piece, info.dtype, name, self.name)
             count = len(piece) // DTYPES[info.dtype][1]
-            decode(piece, info.dtype, made[at : at + count])
+            decode(piece, info.dtype, numbers[at : at + count])
             at += count
-        return made.reshape(info.shape)
+        return numbers.reshape(info.shape)
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors of one shape hold the same numbers. Raises CheckpointError."""
@@ -111,10 +111,10 @@ class Source(ABC):
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
-        """What is read in the block is all of one state of the files.
+        """The files stay as they are while the block reads them.
 
         Raises:
-            CheckpointError: a file has changed since the source was opened, whatever else that led to.
+            CheckpointError: a file has changed since the source was opened; even if the block fails in another way.
         """
         try:
             yield
@@ -125,16 +125,16 @@ class Source(ABC):
 
     def _check_unchanged(self, consequence: Exception | None = None) -> None:
         for path, known in self.stamps.items():
-            if (found := stamp(path)) != known:
-                what = "was removed" if found is None else "was changed"
+            if (now := stamp(path)) != known:
+                what = "was removed" if now is None else "was changed"
                 raise CheckpointError(f"{path} {what} while it was read") from consequence
 
 
 def indexed(entries: Iterable[tuple[Any, Any, Any, str]], where: str) -> dict[str, TensorInfo]:
-    """The index of tensors whose names, shapes, dtypes and files a source tells.
+    """The index of a source's tensors, from their names, shapes, dtypes and files.
 
     Raises:
-        CheckpointError: a name stands there twice or cannot be shown, a shape is none, or there are too many.
+        CheckpointError: a name is no tensor's or stands there twice, a shape is none, or there are too many tensors.
     """
     index: dict[str, TensorInfo] = {}
     for name, shape, dtype, file in entries:
@@ -189,8 +189,10 @@ class SafetensorsSource(Source):
                 self._places[name] = begin + start, begin + end
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """Through one small buffer, which stays in the processor's cache: a tensor's own memory would have to be made
-        first, which takes longer than reading."""
+        """Through one small buffer, which stays in the processor's cache.
+
+        To allocate memory for a whole tensor takes longer than to read it.
+        """
         file = self.index[name].file
         path = self._files[file]
         view = memoryview(bytearray(PIECE))
@@ -276,8 +278,10 @@ def cut(data: memoryview) -> Iterator[memoryview]:
 def described(
     tensors: Mapping[str, Tensor], file: str, where: str, twins: dict[str, str]
 ) -> Iterator[tuple[str, Any, str, str]]:
-    """What `indexed` takes, of tensors in memory. Of several that are one and the same only the first, ties are stored
-    once; the others go to `twins`."""
+    """What `indexed` takes, of tensors in memory.
+
+    Of names that share one tensor only the first: ties are stored once. The others go to `twins`.
+    """
     import torch
 
     seen: dict[object, str] = {}

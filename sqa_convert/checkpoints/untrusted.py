@@ -40,8 +40,8 @@ def regular_file(folder: Path, name: str, largest: int | None = None) -> Path | 
     """
     path = folder / name
     try:
-        found, home = path.resolve(strict=True), folder.resolve()
-        status = found.stat()
+        target, home = path.resolve(strict=True), folder.resolve()
+        status = target.stat()
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise CheckpointError(
@@ -56,9 +56,9 @@ def regular_file(folder: Path, name: str, largest: int | None = None) -> Path | 
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is no regular file")
     linked = path.parent.resolve().is_relative_to(home)  # the file, not the folder that it is in
-    if not found.is_relative_to(home) and not (linked and _may_lie_elsewhere(name, found)):
+    if not target.is_relative_to(home) and not (linked and _may_lie_elsewhere(name, target)):
         raise CheckpointError(
-            f"{path} is a link to {shown(str(found), 300)}, which is not the model's own; put the file itself there "
+            f"{path} is a link to {shown(str(target), 300)}, which is not the model's own; put the file itself there "
             f"(cp -rL copies a folder with what its links lead to)"
         )
     if largest is not None and status.st_size > largest:
@@ -67,10 +67,10 @@ def regular_file(folder: Path, name: str, largest: int | None = None) -> Path | 
 
 
 def _may_lie_elsewhere(name: str, target: Path) -> bool:
-    """Whether a link out of the folder can be left to lead there.
+    """Whether a link out of the folder is followed.
 
-    Weights can: of what is no table of tensors nothing gets into the result. Text that is copied, and perhaps
-    published, must be the model's own: a blob of the hub's cache, or a file of the same name.
+    Weights may lie anywhere: of a file that is no table of tensors nothing gets into the result. Text is copied, and
+    perhaps published, so it must be the model's own: a blob of the hub's cache, or a file of the same name.
     """
     return name.endswith((".safetensors", ".bin")) or "blobs" in target.parent.parts or target.name == Path(name).name
 

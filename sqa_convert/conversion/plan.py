@@ -23,7 +23,7 @@ from .attention_cost import Cost, attention_cost, count_parameters
 from .request import CASTS, Fitting, Request
 from .source_tensors import Stored, stored_tensors
 
-_TEXT_PER_TARGET = 5  # tokens of span-corrupted text for each that a decoder predicts
+_TEXT_PER_TARGET = 5  # tokens of text for each token that a decoder predicts, under span corruption
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def unknowns(self) -> int:
-        """Of a fit of the output projection, an output: Hq d of the largest converted site."""
+        """Numbers that a fit of the output projection finds for each output: Hq d of the largest converted site."""
         return _unknowns(self.partitions, self.dimensions)
 
     @property
@@ -155,15 +155,15 @@ def _unknowns(partitions: Mapping[str, Partition], dimensions: Dimensions) -> in
 def _output_tensors(
     family: Family, source: Source, stored: Stored, counts: Mapping[str, tuple[int, int]], dtype: str | None
 ) -> list[OutputTensor]:
-    """In the source's order; a site's tensors stand where its first one stood."""
+    """The result's tensors in the source's order; a site's stand where its first one stood."""
     site_of = {name: site for site in family.sites(source.config) for name in family.consumed(site)}
     tensors: list[OutputTensor] = []
     done: set[Site] = set()
     for name, info in stored.infos.items():
         site = site_of.get(name)
         if site is None:
-            kept = dtype if dtype and info.dtype in FLOATING else info.dtype
-            tensors.append(OutputTensor(name, info.shape, kept, name))
+            stored_as = dtype if dtype and info.dtype in FLOATING else info.dtype
+            tensors.append(OutputTensor(name, info.shape, stored_as, name))
         elif site not in done:
             done.add(site)
             for new, written in family.written(site, source.config, *counts[site.kind]).items():

@@ -1,4 +1,4 @@
-"""What of a source is the model's: its tensors by the family's names, copies of one told from tensors of their own.
+"""Which tensors of a source are the model's, by the family's names; copies are told from tensors of their own.
 
 Needs no weights. Checkpoints of the same model differ: in the names of tied weights, in biases that are left out, in
 heads that were trained beside the language model's.
@@ -36,7 +36,7 @@ class Stored:
 
 
 def stored_tensors(family: Family, source: Source) -> Stored:
-    """What of a source is the model's.
+    """The model's tensors in a source.
 
     Raises:
         CheckpointError: config and weights disagree.
@@ -44,9 +44,9 @@ def stored_tensors(family: Family, source: Source) -> Stored:
     """
     required = family.required(source.config)
     names, copies = _without_copies(family, source, _canonical_names(family, source), required)
-    for twin, kept in source.twins.items():
+    for twin, name in source.twins.items():
         if (canonical := family.canonical(twin)) in required and canonical is not None:
-            names.setdefault(canonical, kept)
+            names.setdefault(canonical, name)
     zeros = _absent_biases(family, source, names, required)
     own_head = {name: shape for name, shape in family.optional(source.config).items() if name in names}
     for name, shape in (required | own_head).items():
@@ -71,8 +71,10 @@ def stored_tensors(family: Family, source: Source) -> Stored:
 
 
 def _check_layers(source: Source, others: Iterable[str], known: Iterable[str]) -> None:
-    """Raises UnsupportedModelError where a layer of a model in memory has more tensors than transformers' has: they
-    take part in what it computes. A file's are left out by transformers, too."""
+    """Raises UnsupportedModelError where a layer of a model in memory has tensors that transformers' class has not.
+
+    They take part in what it computes. Those of a file do not: transformers leaves them out, too.
+    """
     if not isinstance(source, ModelSource):
         return
     layers = tuple({f"{name.rpartition('.')[0]}." for name in known})
@@ -105,7 +107,7 @@ def _canonical_names(family: Family, source: Source) -> dict[str, str]:
 def _without_copies(
     family: Family, source: Source, names: dict[str, str], required: Container[str]
 ) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
-    """Names with one for each group of tied tensors, whichever the source stores, and the pairs that must be equal."""
+    """One name for each group of tied tensors, whichever the source stores; and the pairs that must be equal."""
     copies = []
     separate = family.separate(source.config)
     for copy, original in family.tied(source.config).items():
@@ -128,7 +130,7 @@ def _without_copies(
 def _absent_biases(
     family: Family, source: Source, names: Mapping[str, str], required: Mapping[str, tuple[int, ...]]
 ) -> dict[str, TensorInfo]:
-    """The biases of kinds that the source has none of, in the dtype of the weights beside them."""
+    """Biases of which the source has none of a kind, as zeros in the dtype of the weights beside them."""
     kinds: dict[str, list[str]] = {}
     for name in required:
         if kind := family.bias_kind(name):

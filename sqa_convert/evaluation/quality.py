@@ -77,9 +77,9 @@ def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] 
             states, targets = caught.pop(), batch["labels"]
             if shift:
                 states, targets = states[:, :-1], targets[:, 1:]
-            kept = (targets != IGNORED).flatten().to(device)
-            hidden.append(states.flatten(0, 1)[kept].float())
-            labels.append(targets.flatten().to(device)[kept])
+            predicted = (targets != IGNORED).flatten().to(device)
+            hidden.append(states.flatten(0, 1)[predicted].float())
+            labels.append(targets.flatten().to(device)[predicted])
             step()
     finally:
         hook.remove()
@@ -120,11 +120,12 @@ def compare(
     untrained: Collection[str] = (),
     own: float | None = None,
 ) -> dict[str, Any]:
-    """Measures models one after the other on the same text; the first is what the others are held against.
+    """Measures models one after the other on the same text, and compares the others with the first.
 
     Args:
-        models: folders, models, or functions that make one when its turn comes, to be measured in the first's dtype.
-        also: what else to find out about each, for its row.
+        models: folders, models, or functions that return a model when its turn comes, to be measured in the first's
+            dtype.
+        also: what else to measure of each, for its row.
         optional: those whose row is left out where they fail.
         untrained: those that cannot rightly predict better than the first: converted from it, and not trained.
         own: the first one's loss on what it writes itself, nats a token; None finds out.
@@ -158,9 +159,9 @@ def compare(
                 model = folder if isinstance(folder, torch.nn.Module) else folder()
                 if model is not folder and first:
                     model.to(first["dtype"])
-            kind = (model.config.is_encoder_decoder, model.config.vocab_size)
+            outline = (model.config.is_encoder_decoder, model.config.vocab_size)
             first.setdefault("dtype", model.dtype)
-            if kind != first.setdefault("kind", kind):
+            if outline != first.setdefault("outline", outline):
                 raise RecipeError(
                     f"{folder} cannot be held against {next(iter(models.values()))}: other kind or vocabulary"
                 )

@@ -211,13 +211,13 @@ class Family(ABC):
 
     def common_config(self, config: Config, model_type: str) -> dict[str, Any]:
         """The entries every result has."""
-        kept = {k: v for k, v in config.items() if k not in _NOT_CARRIED}
+        carried = {k: v for k, v in config.items() if k not in _NOT_CARRIED}
         source = self.source_architecture(config)
         auto_map = dict(self.auto_map)
         if source.endswith("EncoderModel"):
             encoder = auto_map["AutoModelForTextEncoding"]
             auto_map = {"AutoConfig": auto_map["AutoConfig"], "AutoModel": encoder, "AutoModelForTextEncoding": encoder}
-        return kept | {"model_type": model_type, "architectures": [self.architectures[source]], "auto_map": auto_map}
+        return carried | {"model_type": model_type, "architectures": [self.architectures[source]], "auto_map": auto_map}
 
 
 @cache

@@ -93,14 +93,14 @@ def verify(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any
     """
     folder = expanded(folder, "FOLDER")
     report = read_report(folder)
-    found = {path.name for path in folder.glob("*.safetensors")}
+    files = {path.name for path in folder.glob("*.safetensors")}
     recorded = report.get("sha256", {})
-    if recorded and found != recorded.keys():
-        raise CheckpointError(f"{folder} holds {_names(found)}; written were {_names(recorded)}")
+    if recorded and files != recorded.keys():
+        raise CheckpointError(f"{folder} holds {_names(files)}; written were {_names(recorded)}")
     for name, checksum in recorded.items():
         if sha256_of(folder / name) != checksum:
             raise CheckpointError(f"{folder / name} is not the file that was written: its checksum differs")
-    tensors = _check_tensors(folder, report, sorted(found))
+    tensors = _check_tensors(folder, report, sorted(files))
     if not trust_remote_code:
         _check_code(folder)
     with stranger(folder, report) as logits:
@@ -108,7 +108,7 @@ def verify(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any
 
 
 def _check_code(folder: Path) -> None:
-    """The only code that the folder makes a process run is what this version ships."""
+    """Raises CheckpointError where the folder makes a process run other code than this version ships."""
     named = read_config(str(folder), folder).get("auto_map")
     places = named.values() if isinstance(named, dict) else [named]
     files = [f"{str(place).partition('.')[0]}.py" for place in places]
@@ -152,12 +152,10 @@ def _check_tensors(folder: Path, report: dict[str, Any], files: list[str]) -> in
 
 
 def check_tokenizer(source: Path, folder: Path) -> None:
-    """The result's tokenizer makes the tokens that the source's makes.
-
-    Not compared is one of the source's that does not load, or not without code of its own.
+    """Compares the result's tokenizer with the source's, unless that does not load, or only with code of its own.
 
     Raises:
-        CheckpointError: it does not load, or makes others.
+        CheckpointError: the result's does not load, or gives other tokens.
     """
     if not has_tokenizer(source):
         return
@@ -165,8 +163,8 @@ def check_tokenizer(source: Path, folder: Path) -> None:
         expected = _tokens(load_tokenizer(source))
     except Exception:  # what is wrong with it is not the result's fault
         return
-    made = _tokens(load_tokenizer(folder, without="--no-verify leaves it as it is"))
-    for text, theirs, ours in zip(_TEXTS, expected, made, strict=True):
+    result = _tokens(load_tokenizer(folder, without="--no-verify leaves it as it is"))
+    for text, theirs, ours in zip(_TEXTS, expected, result, strict=True):
         if theirs != ours:
             raise CheckpointError(
                 f"{folder}: its tokenizer makes other tokens than {source}'s of {text[:20]!r} ({ours[:8]}, not "

@@ -13,13 +13,13 @@ from ..errors import RecipeError
 from . import engines, processes
 from .recipe import Recipe
 
-_KEPT = 2  # checkpoints of a run
+_CHECKPOINTS = 2  # of a run, that stay
 
 _SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 
 
 def local_batch(recipe: Recipe) -> tuple[int, int]:
-    """Sequences a process computes at once, and how often for one step. Raises RecipeError."""
+    """Sequences that a process computes at once, and how many times for one step. Raises RecipeError."""
     share, rest = divmod(recipe.batch_size, processes.count())
     micro = min(recipe.micro_batch or share, share)
     if rest or not share or share % micro:
@@ -31,7 +31,7 @@ def local_batch(recipe: Recipe) -> tuple[int, int]:
 
 
 def check_recipe(recipe: Recipe, evaluate: bool, device: torch.device) -> None:
-    """Raises RecipeError for what a recipe asks of this machine in vain, before anything is read or written."""
+    """Raises RecipeError where this machine cannot do what a recipe asks. Nothing is read or written."""
     local_batch(recipe)
     engines.check_engine(recipe.fsdp)
     if recipe.fsdp and processes.count() == 1:
@@ -72,8 +72,8 @@ def training_arguments(
     Args:
         output: for checkpoints.
         measured: whether there is held-out text to measure on.
-        best: whether the best measurement is gone back to at the end.
-        resumed: whether a checkpoint is gone on from.
+        best: whether the model that was measured best is loaded at the end.
+        resumed: whether the run goes on from a checkpoint.
     """
     micro, accumulation = local_batch(recipe)
     every = max(1, recipe.steps // recipe.evaluations)
@@ -105,7 +105,7 @@ def training_arguments(
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=_KEPT,
+        save_total_limit=_CHECKPOINTS,
         save_on_each_node=processes.apart(),
         load_best_model_at_end=best,
         restore_callback_states_from_checkpoint=resumed and best and recipe.patience > 0,

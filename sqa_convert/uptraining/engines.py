@@ -24,19 +24,19 @@ def check_engine(fsdp: bool) -> None:
 
 
 def engine(trainer: Any) -> str:
-    """What shares the model out, as far as its checkpoints depend on it; "" where each process holds all of it."""
+    """What shares the model out, and in how many parts if checkpoints depend on that; "" if nothing does."""
     state = trainer.accelerator.state
     if trainer.is_deepspeed_enabled:  # each process has a file of its part of the optimizer
         return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage} in {processes.count()} processes"
     if trainer.is_fsdp_enabled:
         plugin = state.fsdp_plugin
-        kind = "sharded" if "SHARDED" in str(plugin.state_dict_type) else "full"
-        return f"FSDP{plugin.fsdp_version} with {kind} checkpoints"
+        form = "sharded" if "SHARDED" in str(plugin.state_dict_type) else "full"
+        return f"FSDP{plugin.fsdp_version} with {form} checkpoints"
     return ""
 
 
 def mark(trainer: Any, checkpoint: Path) -> None:
-    """Notes in a checkpoint what it was written by."""
+    """Notes in a checkpoint which engine wrote it."""
     (checkpoint / _ENGINE).write_text(engine(trainer))
 
 
@@ -63,7 +63,7 @@ def is_contradiction(error: ValueError) -> bool:
 
 
 def whole_weights(trainer: Any) -> dict[str, Tensor] | None:
-    """What was trained, in float32, by the names of the model; None where each process holds all of it.
+    """The trained weights in float32, by the names of the model; None where each process holds all of them.
 
     Every process must call it; the first one's is complete.
     """

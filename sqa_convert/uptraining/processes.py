@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 _KNOWN: dict[str, Any] = {"group": None, "apart": False, "host": ""}  # to this process, from `join` and `look` on
 
 _PATIENCE = timedelta(hours=3)
-"""to wait for another process, which may write a large model meanwhile; one that ends is noticed at once"""
+"""for another process, which may be writing a large model; one that ends is noticed at once"""
 
 
 def rank() -> int:
@@ -57,7 +57,7 @@ def first_host() -> str:
 
 
 def join(device: torch.device) -> None:
-    """Waits for the other processes, as the Trainer would; it takes over what is begun here. Raises RecipeError."""
+    """Sets up the talk of all processes, which the Trainer takes over. Raises RecipeError."""
     if count() == 1 or _KNOWN["group"] is not None:
         return
     from accelerate import PartialState
@@ -80,7 +80,7 @@ def leave() -> None:
 
 
 def gather(value: _T) -> list[_T]:
-    """What each process has, in their order."""
+    """The value of each process, in their order."""
     if _KNOWN["group"] is None:
         return [value]
     values: list[Any] = [None] * count()
@@ -127,8 +127,8 @@ def together() -> Iterator[None]:
 
 def _told(fault: Exception) -> SQAError:
     """A fault as the other processes hear of it."""
-    kind = type(fault) if isinstance(fault, SQAError) else OutputError
-    return kind(f"{one_line(fault, 1000)} (process {rank()}, on {socket.gethostname()})")
+    error_class = type(fault) if isinstance(fault, SQAError) else OutputError
+    return error_class(f"{one_line(fault, 1000)} (process {rank()}, on {socket.gethostname()})")
 
 
 def is_lost(error: Exception) -> bool:

@@ -20,7 +20,7 @@ def no_dropout(path: Path, trust_remote_code: bool = False) -> dict[str, float]:
 
 
 def choose_trained(model: Any, recipe: Recipe) -> None:
-    """What is not trained is frozen; so are key biases: softmax ignores them, their gradient is rounding noise."""
+    """Freezes what is not trained, and key biases: softmax ignores them, so their gradient is rounding noise."""
     in_attention = {id(parameter) for _, module in _attentions(model) for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
         wanted = recipe.train == "all" or id(parameter) in in_attention
@@ -28,8 +28,10 @@ def choose_trained(model: Any, recipe: Recipe) -> None:
 
 
 def with_lora(model: Any, rank: int) -> Any:
-    """The model with adapters on attention's projections, which are named in full: a GPT-2's feed-forward layer has a
-    `c_proj` too."""
+    """The model with adapters on attention's projections.
+
+    They are named in full, since a GPT-2's feed-forward layer has a `c_proj` too.
+    """
     from peft import LoraConfig, get_peft_model
 
     names = [
