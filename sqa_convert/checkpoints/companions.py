@@ -169,15 +169,17 @@ def _matches(name: str, patterns: Collection[str]) -> bool:
 
 
 def _sentence_layers(folder: Path) -> list[str] | None:
-    """Folders of the layers that sentence-transformers puts after the model. None where it is no such model, or one
-    with code of its own."""
+    """Folders of the layers that sentence-transformers puts after the model.
+
+    None where it is no such model, or one with code of its own.
+    """
     modules = read_quietly(folder, MODULES)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         return None
     layers = [str(module.get("path", "")) for module in modules if module.get("path")]
-    kinds = [str(module.get("type")) for module in modules]
+    classes = [str(module.get("type")) for module in modules]
     whole = all(_FOLDER.fullmatch(layer) and (folder / layer).is_dir() for layer in layers)
-    if not whole or not all(kind.startswith(_OWN_LAYERS) for kind in kinds) or len(layers) > _MOST_LAYERS:
+    if not whole or not all(name.startswith(_OWN_LAYERS) for name in classes) or len(layers) > _MOST_LAYERS:
         return None
     configs = (read_quietly(folder, f"{layer}/{CONFIG}") for layer in layers)
     if any(not name.startswith(_KNOWN_CODE) for content in configs for name in _named_code(content)):

@@ -22,7 +22,7 @@ from .companions import (
 from .files import is_folder, read_config, read_json
 from .pickle_check import check_pickle
 from .source import HeadersSource, PickleSource, SafetensorsSource, Source, Stamp, indexed, stamp
-from .subfolders import PIPELINE, assembled, check_kind, part_of, without_config, without_weights
+from .subfolders import PIPELINE, assembled, check_format, part_of, without_config, without_weights
 from .untrusted import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, regular_file
 
 SAMPLES = Path(__file__).parent.parent / "samples"
@@ -280,7 +280,7 @@ def _weight_files(name: str, folder: Path) -> list[str]:
                 raise CheckpointError(f"{folder / candidate}: {shown(file)} lies outside the folder")
             if regular_file(folder, file) is None:
                 raise CheckpointError(f"{name}: {shown(file)} is missing from {folder}")
-            check_kind(folder / file)
+            check_format(folder / file)
         if len({Path(file).suffix for file in files}) > 1 or Path(files[0]).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(f"{folder / candidate} names other files than .safetensors or .bin")
         return files

@@ -34,7 +34,7 @@ class ModelSource(Source):
 
 def _known_class(model: PreTrainedModel) -> str:
     """The class of transformers that a model's is derived from; its own where that is none of them."""
-    classes = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
+    classes = [base.__name__ for base in type(model).__mro__ if base.__module__.startswith("transformers.models.")]
     return next((name for name in classes if not name.endswith("PreTrainedModel")), type(model).__name__)
 
 
@@ -47,24 +47,24 @@ def unwrapped(model: Any) -> PreTrainedModel:
     import torch
     from transformers import PreTrainedModel
 
-    kind, way_out = type(model).__name__, "save it, and give the folder"
+    class_name, way_out = type(model).__name__, "save it, and give the folder"
     while isinstance(model, torch.nn.Module):
-        kind = type(model).__name__
-        if kind.startswith(("FullyShardedDataParallel", "FSDP")):
-            raise UnsupportedModelError(f"{kind}: the model's weights are shared out among processes; {way_out}")
-        if kind.startswith("Peft") or getattr(model, "_hf_peft_config_loaded", False):
+        class_name = type(model).__name__
+        if class_name.startswith(("FullyShardedDataParallel", "FSDP")):
+            raise UnsupportedModelError(f"{class_name}: the model's weights are shared out among processes; {way_out}")
+        if class_name.startswith("Peft") or getattr(model, "_hf_peft_config_loaded", False):
             raise UnsupportedModelError(
-                f"{kind}: the model has an adapter; merge it first, with the merge_and_unload() of peft's model"
+                f"{class_name}: the model has an adapter; merge it first, with the merge_and_unload() of peft's model"
             )
         inside = model._modules.get("_orig_mod", model._modules.get("module"))  # attributes would be passed on to it
         if inside is None:
             break
         model = inside
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"{kind} is no model of transformers; give one, a folder or a hub id")
+        raise UnsupportedModelError(f"{class_name} is no model of transformers; give one, a folder or a hub id")
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
-            raise UnsupportedModelError(f"{kind}: {name} is not in memory; load the model without offloading")
+            raise UnsupportedModelError(f"{class_name}: {name} is not in memory; load the model without offloading")
         if hasattr(tensor, "to_local"):
-            raise UnsupportedModelError(f"{kind}: {name} is shared out among processes; {way_out}")
+            raise UnsupportedModelError(f"{class_name}: {name} is shared out among processes; {way_out}")
     return model

@@ -60,7 +60,7 @@ def without_config(name: str, folder: Path) -> str:
 
 
 def without_weights(folder: Path) -> str:
-    """What to say besides of a folder with a config.json and no weights by the names that transformers reads."""
+    """What to add about a folder with a config.json and no weights by the names that transformers reads."""
     for pattern, hint in _OTHER_WEIGHTS.items():
         for path in sorted(folder.glob(pattern)):
             if not path.name.startswith(_NO_MODEL):
@@ -68,8 +68,8 @@ def without_weights(folder: Path) -> str:
     return ""
 
 
-def check_kind(path: Path) -> None:
-    """Raises CheckpointError where a file of weights is plainly another kind of file than its name says."""
+def check_format(path: Path) -> None:
+    """Raises CheckpointError where a file of weights is plainly of another format than its name says."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -101,10 +101,10 @@ def part_of(name: str, subfolder: str) -> str:
 
 
 def assembled(model: Path, tokenizer: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder as a library reads it, of links to a model's files and to those of a tokenizer elsewhere."""
+    """A folder of links to a model's files and to those of a tokenizer elsewhere, as libraries want it."""
     folder = tempfile.TemporaryDirectory(prefix="sqa-source-")
-    for origin, models_own in ((model, True), (tokenizer, False)):
-        for path in origin.resolve().iterdir():
+    for place, models_own in ((model, True), (tokenizer, False)):
+        for path in place.resolve().iterdir():
             if bool(_MODELS_OWN.fullmatch(path.name)) != models_own:
                 continue
             target = Path(folder.name) / path.name

@@ -1,4 +1,4 @@
-"""sqa-bench: how fast a converted model is beside its original."""
+"""sqa-bench: how fast a converted model is beside its source."""
 
 from __future__ import annotations
 

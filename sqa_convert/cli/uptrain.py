@@ -111,7 +111,7 @@ def uptrain_command(
         from ..uptraining.run_folder import goes_on
 
         resume = goes_on(folder, resume, keep_anyway, *given.values())
-    settings = None if resume else load_recipe(recipe or "quick", **changes)
+    resolved = None if resume else load_recipe(recipe or "quick", **changes)
     read_report(folder)  # before torch is loaded
     from ..publish import check_push
     from ..uptraining import processes
@@ -133,13 +133,13 @@ def uptrain_command(
         "trust_remote_code": trust_remote_code,
     }
     if dry_run:
-        settings = check_uptrain(folder, settings, **asked)
-        out.json({"schema": 1, "recipe": dataclasses.asdict(settings), "steps": settings.steps})
-        out.result(dump_recipe(settings) + f"# {settings.steps:,} steps of {settings.tokens_per_step:,} tokens")
+        resolved = check_uptrain(folder, resolved, **asked)
+        out.json({"schema": 1, "recipe": dataclasses.asdict(resolved), "steps": resolved.steps})
+        out.result(dump_recipe(resolved) + f"# {resolved.steps:,} steps of {resolved.tokens_per_step:,} tokens")
         return
     target = target_folder(folder, None if output is None else expanded(output), resume)
     with out.progress() as progress:
-        report = uptrain(folder, settings, **asked, progress=progress)
+        report = uptrain(folder, resolved, **asked, progress=progress)
     processes.leave()
     if not processes.is_first():
         if (where := report.get("uptrained_on")) and processes.is_writer() and not quiet:

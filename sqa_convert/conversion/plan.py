@@ -124,7 +124,7 @@ def make_plan(source: Source, request: Request) -> Plan:
     dtype = stored.infos[family.consumed(sites[0])[0]].dtype
     before = {name: info.shape for name, info in stored.infos.items()}
     after = {tensor.name: tensor.shape for tensor in tensors}
-    original = dict.fromkeys(counts, (dimensions.heads, dimensions.heads))
+    source_counts = dict.fromkeys(counts, (dimensions.heads, dimensions.heads))
     return Plan(
         family=family,
         dimensions=dimensions,
@@ -143,7 +143,7 @@ def make_plan(source: Source, request: Request) -> Plan:
         zeros=stored.zeros,
         copies=stored.copies,
         notes=(*source.notes, *stored.notes),
-        before=attention_cost(dimensions, sites, original, count_parameters(before, stored.others), dtype),
+        before=attention_cost(dimensions, sites, source_counts, count_parameters(before, stored.others), dtype),
         after=attention_cost(dimensions, sites, counts, count_parameters(after, stored.others), cast or dtype),
     )
 

@@ -62,8 +62,8 @@ def stored_tensors(family: Family, source: Source) -> Stored:
         taken = family.source_architecture(source.config)
         notes.append(f"{own_class} is none of transformers' classes: taken for the {taken} that its weights are")
     if zeros:
-        kinds = dict.fromkeys(str(family.bias_kind(name)) for name in zeros)
-        notes.append(f"the source has no {_listing(kinds)}: they are zeros, as transformers takes them")
+        biases = dict.fromkeys(str(family.bias_group(name)) for name in zeros)
+        notes.append(f"the source has no {_listing(biases)}: they are zeros, as transformers takes them")
     if others:
         notes.append(f"no part of the model, carried over as they are and never trained: {_listing(sorted(others))}")
     infos = {name: source.index[stored_name] for name, stored_name in names.items()} | zeros
@@ -130,13 +130,13 @@ def _without_copies(
 def _absent_biases(
     family: Family, source: Source, names: Mapping[str, str], required: Mapping[str, tuple[int, ...]]
 ) -> dict[str, TensorInfo]:
-    """Biases of which the source has none of a kind, as zeros in the dtype of the weights beside them."""
-    kinds: dict[str, list[str]] = {}
+    """Biases of a group that the source has none of, as zeros in the dtype of the weights beside them."""
+    groups: dict[str, list[str]] = {}
     for name in required:
-        if kind := family.bias_kind(name):
-            kinds.setdefault(kind, []).append(name)
+        if group := family.bias_group(name):
+            groups.setdefault(group, []).append(name)
     zeros = {}
-    for members in kinds.values():
+    for members in groups.values():
         if not any(name in names for name in members):
             for name in members:
                 weight = names.get(name.removesuffix("bias") + "weight")

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on converted and unconverted models."""
+"""Tasks of lm-evaluation-harness on models, converted or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load the config or the language model of a folder, original or converted."""
+"""Load the config or the language model of a folder, converted or not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
-    """A model's config, original or converted. Raises CheckpointError."""
+    """A model's config, converted or not. Raises CheckpointError."""
     from transformers import AutoConfig
 
     from .. import models  # noqa: F401 - registers the architectures
@@ -31,7 +31,7 @@ def load_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
 def load_model(
     folder: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False, **overrides: Any
 ) -> PreTrainedModel:
-    """A language model, original or converted, in eval mode, which generates plainly. Raises CheckpointError."""
+    """A language model, converted or not, in eval mode, which generates plainly. Raises CheckpointError."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
     config = load_config(folder, trust_remote_code)

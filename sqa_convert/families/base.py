@@ -158,19 +158,21 @@ class Family(ABC):
 
     @abstractmethod
     def required(self, config: Config) -> dict[str, Shape]:
-        """Canonical name and shape of every tensor the model has, but for copies and what `optional` names."""
+        """Canonical name and shape of every tensor of the model, without copies and what `optional` names."""
 
     def optional(self, config: Config) -> dict[str, Shape]:
         """Canonical name and shape of tensors that the model has, and a source need not store."""
         return {}
 
-    def bias_kind(self, name: str) -> str | None:
-        """What the biases of all layers at one place have in common, of a canonical name of one: where a source has
-        none of a kind they are zeros. None for every other tensor."""
+    def bias_group(self, name: str) -> str | None:
+        """The name of a bias without its layer, as users read it; None for every other tensor.
+
+        Where a source has none of a group they are zeros.
+        """
         return None
 
     def hint(self, name: str, stored: Shape, config: Config) -> str:
-        """What to say besides of a tensor whose shape is not what config.json calls for."""
+        """What to add about a tensor whose shape is not what config.json calls for."""
         return ""
 
     @abstractmethod
@@ -247,10 +249,12 @@ def split_heads(weight: Array, head_dim: int) -> Array:
 def integers(
     config: Config, keys: Iterable[str], where: str, *, optional: bool = False, least: int = 1, most: int = 2**31 - 1
 ) -> list[int]:
-    """The whole numbers under `keys`, from `least` to `most`. Raises UnsupportedModelError naming the first that is
-    none.
+    """The whole numbers under `keys`, from `least` to `most`.
 
     With `optional` a key may also be missing or null, and is then left out.
+
+    Raises:
+        UnsupportedModelError: naming the first that is none.
     """
     values = []
     for key in keys:

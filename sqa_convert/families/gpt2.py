@@ -113,7 +113,7 @@ class GPT2(Family):
             shapes["lm_head.weight"] = (config["vocab_size"], width)
         return shapes
 
-    def bias_kind(self, name: str) -> str | None:
+    def bias_group(self, name: str) -> str | None:
         return _LAYER.sub("h.N.", _NORM.sub("ln_*.", name)) if name.endswith(".bias") else None
 
     def hint(self, name: str, stored: Shape, config: Config) -> str:

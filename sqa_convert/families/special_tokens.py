@@ -31,11 +31,11 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, config: Any, generation: Mapping[str, Any] | None = None) -> SpecialTokens:
-        """Of a model's config, and of its generation config where that knows more."""
+        """As a model's config names them, and its generation config where that names more."""
 
-        def known(kind: str) -> tuple[int, ...]:
-            said = (getattr(config, f"{kind}_token_id", None), (generation or {}).get(f"{kind}_token_id"))
-            return tuple(dict.fromkeys(id_ for value in said for id_ in token_ids(value, config.vocab_size)))
+        def known(name: str) -> tuple[int, ...]:
+            values = (getattr(config, f"{name}_token_id", None), (generation or {}).get(f"{name}_token_id"))
+            return tuple(dict.fromkeys(id_ for value in values for id_ in token_ids(value, config.vocab_size)))
 
         begin, end, padding, start = map(known, ("bos", "eos", "pad", "decoder_start"))
         return cls(
@@ -47,6 +47,6 @@ class SpecialTokens:
 
 
 def end_of_text(tokenizer: Any) -> int | None:
-    """What a tokenizer closes a text with: BERT's, which some T5s have, calls it another name."""
+    """The token that a tokenizer closes a text with; BERT's, which some T5s have, has another name for it."""
     end = getattr(tokenizer, "eos_token_id", None)
     return getattr(tokenizer, "sep_token_id", None) if end is None else end

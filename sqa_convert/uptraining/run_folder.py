@@ -55,7 +55,7 @@ class Run:
     folder: Path
     """of the converted model"""
     source: Path
-    """the folder of the unconverted model"""
+    """the folder of its source"""
     target: Path
     """where the result goes, mostly `folder`"""
     recipe: Recipe

@@ -1,4 +1,4 @@
-"""The unconverted model that a converted one is trained towards: found again, and told from others."""
+"""The source of a converted model, which it is trained towards: found again, and told from other models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..families import family_of
 
 
 def find_source(report: dict[str, Any], source: str | Path | None) -> Path:
-    """The folder of the unconverted model.
+    """The folder of a converted model's source.
 
     Args:
         report: of the converted model.

@@ -44,7 +44,7 @@ class Job:
     held_out: HeldOut | None
     """measured on as it goes; None measures nothing"""
     expected: Predictions | None
-    """the unconverted model's, of that text"""
+    """the source's, of that text"""
     device: torch.device
     trust_remote_code: bool
     keep_anyway: bool = False
@@ -66,7 +66,7 @@ def train(path: Path, teacher: Any, recipe: Recipe, job: Job, output: Path, prog
 
     Args:
         path: the model to begin with.
-        teacher: the unconverted model, where the loss needs it.
+        teacher: the source, where the loss needs it.
         recipe: the recipe.
         job: what this training has in common with others of the run.
         output: for checkpoints.

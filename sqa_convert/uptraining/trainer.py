@@ -43,10 +43,10 @@ class UptrainingTrainer(Trainer):
     """Trains towards a frozen teacher, the text, or both; `evaluate` measures on held-out text.
 
     Args:
-        teacher: the unconverted model; None trains on the text alone.
+        teacher: the source; None trains on the text alone.
         ce: weight of the cross-entropy, 0 … 1; the rest is that of KL(teacher || model).
         held_out: what `evaluate` measures on; None never measures.
-        expected: the unconverted model's predictions of that text; without them there is no KL.
+        expected: the source's predictions of that text; without them there is no KL.
         tokens_per_step: of one optimizer step.
         flops: of the model's own work for one token, forward and backward; None leaves MFU out.
         peak: FLOP/s that all devices together can do; None likewise.

@@ -140,7 +140,7 @@ def check_uptrain(
 ) -> Recipe:
     """Raises what `uptrain` would raise before it reads a weight; arguments and errors are its own.
 
-    Whether the unconverted model fits is looked at where it lies here, and nothing is downloaded for it.
+    The source is looked at if it lies here; nothing is downloaded.
 
     Returns:
         The recipe as it would run.
