@@ -88,7 +88,7 @@ def companions(folder: Path) -> list[str]:
 
 
 def check_companions(folder: Path) -> None:
-    """Raises CheckpointError where one is not the folder's own plain file, or not fit for those that read it."""
+    """Raises CheckpointError where a companion is no plain file of the folder, or not fit for those that read it."""
     for name in companions(folder):
         if name.endswith(_WEIGHTS):
             _check_weights(folder, name)
@@ -119,7 +119,10 @@ def _check_weights(folder: Path, name: str) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Of nothing transformers would make up an empty one. ByT5 needs no vocabulary, its config names the class."""
+    """Whether a folder holds a tokenizer; ByT5's is a config without a vocabulary.
+
+    Where there is nothing, transformers would make up an empty one.
+    """
     return any(_matches(name, (TOKENIZER_CONFIG, *TOKENIZER_FILES)) for name in _files(folder))
 
 
@@ -145,14 +148,13 @@ def left_behind(folder: Path, read: Collection[str]) -> list[str]:
 
 
 def _lists(name: str, read: Collection[str]) -> bool:
-    """Whether a file is the index by which the weights that were read are found."""
+    """Whether a file is the index of the weights that were read."""
     whole = name.removesuffix(".index.json")
     return whole not in (name, *read) and any(file.endswith(Path(whole).suffix) for file in read)
 
 
 def _files(folder: Path, inside: str = "") -> list[str]:
-    """Names within `folder`, in order, of all that is no folder: beside the weights and in the folder of templates, or
-    `inside` another one."""
+    """Sorted names, within `folder`, of files in it and in its folder of templates; or of files `inside` another."""
     names = []
     for place in [inside] if inside else ["", _TEMPLATES]:
         try:
@@ -197,7 +199,7 @@ def read_quietly(folder: Path, name: str) -> Any:
 
 
 def _named_code(content: Any) -> Iterator[str]:
-    """All that may be the name of a class."""
+    """All strings in it that may name a class."""
     if isinstance(content, str):
         if _DOTTED.fullmatch(content):
             yield content

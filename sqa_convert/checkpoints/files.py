@@ -20,7 +20,7 @@ REPORT = "report.json"
 
 
 def is_folder(path: Path) -> bool:
-    """False also of a name that nothing can have."""
+    """Whether a path is a folder; False, too, for a name that no file can have."""
     try:
         return path.is_dir()
     except OSError:
@@ -45,7 +45,7 @@ def read_json(path: Path, missing: str, largest: int | None = None) -> dict[str,
 
 
 def is_ours(report: Any) -> bool:
-    """Whether the content of a report.json is of this package's making."""
+    """Whether this package wrote the content of a report.json."""
     return isinstance(report, dict) and isinstance(report.get("schema"), int) and "sqa_convert" in report
 
 
@@ -76,7 +76,7 @@ def _is_unicode(content: Mapping[str, Any]) -> bool:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """In one step: a reader finds the old file or the new one."""
+    """Writes JSON so that a reader finds either the old file or the new one."""
     new = path.with_name(f".{path.name}.new")
     try:
         text = json.dumps(content, indent=2, ensure_ascii=not _is_unicode(content), allow_nan=False) + "\n"

@@ -76,7 +76,7 @@ class Source(ABC):
 
     @property
     def files(self) -> list[str]:
-        """Those that the tensors are in; none of a model in memory."""
+        """The files that hold the tensors; none of a model in memory."""
         return sorted({info.file for info in self.index.values()} - {IN_MEMORY})
 
     @abstractmethod
@@ -172,7 +172,7 @@ class SafetensorsSource(Source):
         self.index = indexed(self._entries(), str(folder))
 
     def _entries(self) -> Iterator[tuple[str, Any, Any, str]]:
-        """What the headers tell, in the order in which the files hold it."""
+        """Entries of the headers, in the order of the files' tensors."""
         from safetensors import SafetensorError, safe_open
 
         for file, path in self._files.items():

@@ -24,7 +24,7 @@ _HERE, _RENAME_EXCHANGE = -100, 2  # as in Linux's headers
 
 
 def expanded(path: str | Path, flag: str = "--output") -> Path:
-    """With `~` as the home folder. Raises OutputError."""
+    """A path with `~` replaced by the home folder. Raises OutputError."""
     try:
         return Path(path).expanduser()
     except (RuntimeError, TypeError) as error:  # no such user, no path
@@ -42,7 +42,7 @@ def here() -> bool:
 def check_output(
     output: Path, overwrite: bool, flag: str = "--output", way_out: str = "give another, or --overwrite"
 ) -> None:
-    """Raises OutputError unless a folder may be put at `output`; where one is, it says the `way_out`."""
+    """Raises OutputError unless a folder may be put at `output`; of one that exists the message ends with `way_out`."""
     try:
         path = output.resolve()
         if path == Path.cwd() or path in Path.cwd().parents or os.path.ismount(path):
@@ -120,7 +120,7 @@ def empty(folder: Path, last: str = "") -> None:
 
 
 def _is(folder: Path, descriptor: int) -> bool:
-    """Whether what was opened is still in its place."""
+    """Whether a folder is still the one that was opened."""
     try:
         return os.path.samestat(os.fstat(descriptor), folder.stat())
     except FileNotFoundError:
@@ -128,7 +128,7 @@ def _is(folder: Path, descriptor: int) -> bool:
 
 
 def _lock(descriptor: int) -> bool:
-    """False where there are no locks. Raises BlockingIOError when another holds it."""
+    """Takes a lock; False where there are none. Raises BlockingIOError when another process has it."""
     import fcntl
 
     try:
@@ -291,5 +291,5 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As UTF-8, for people: a byte of a name that is not is a question mark."""
+    """Writes text as UTF-8. A byte of a file name that is not UTF-8 becomes a question mark."""
     path.write_text(text, encoding="utf-8", errors="replace")

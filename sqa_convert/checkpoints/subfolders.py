@@ -93,7 +93,7 @@ def _converts(folder: Path) -> bool:
 
 
 def part_of(name: str, subfolder: str) -> str:
-    """The name of a part of a model, on the hub or here: as of a folder in a folder. Raises RecipeError."""
+    """The name of a part of a model, on the hub or here: NAME/SUBFOLDER. Raises RecipeError."""
     parts = Path(subfolder).parts
     if not parts or Path(subfolder).is_absolute() or ".." in parts:
         raise RecipeError(f"--subfolder {shown(subfolder)}: give the name of a folder inside {name}")

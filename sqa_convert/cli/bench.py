@@ -130,7 +130,7 @@ def parse_lengths(text: str | None) -> tuple[int, ...]:
 
 
 def _resolve(names: list[str]) -> dict[str, Path]:
-    """What to call each model, and its folder; before a converted one alone stands what it was made from."""
+    """Folders by the names to show. To a converted model alone its source is added, first."""
     from ..checkpoints.find import resolve
     from ..report.content import REPORT, read_report
 

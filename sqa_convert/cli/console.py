@@ -61,7 +61,7 @@ class Out:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[..., None]]:
-        """A callback (stage, done, total, news) behind a bar a stage; where nobody watches, a line for each news."""
+        """A callback (stage, done, total, news) that moves a bar for each stage; without a terminal it prints news."""
         silent = self.quiet or self.as_json
         if not self.stderr.is_terminal or silent:
 
@@ -112,12 +112,12 @@ class Out:
 
 
 def visible(text: str) -> str:
-    """Without what steers a terminal: a model may write anything, and so may who names a folder."""
+    """Text without characters that steer a terminal: a model may write any, and a folder's name may hold them."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
 def _finite(content: Any) -> Any:
-    """JSON knows no number that is not finite: null."""
+    """Content with null for numbers that are not finite, which JSON does not know."""
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -158,7 +158,7 @@ def _run(app: Any, name: str) -> NoReturn:
 
 
 def _stop_after_all(ignored: Any) -> None:
-    """Python ignores what a signal raises while an object is being cleared away: such a signal comes again, later.
+    """Sends a signal again, later, whose exception Python ignored because an object was being cleared away.
 
     `ignored` is what `sys.unraisablehook` is given; of all else Python's own hook tells.
     """

@@ -92,13 +92,13 @@ def show_report(out: Out, folder: Path) -> None:
 
 
 def show_loading(out: Out, report: dict[str, Any], folder: Path) -> None:
-    """Where to look, and how to go on."""
+    """Where the report lies, and how to load the model."""
     show_report(out, folder)
     out.result(f"next: {auto_class(report)}.from_pretrained({literal(str(folder))}, trust_remote_code=True)")
 
 
 def push(out: Out, folder: Path, repo_id: str | None, public: bool) -> None:
-    """Uploads a complete output folder, where that is wanted."""
+    """Uploads a complete output folder if `repo_id` is given."""
     if repo_id is not None:
         from ..publish import push_to_hub
 

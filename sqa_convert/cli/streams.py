@@ -81,7 +81,7 @@ class ForgivingStream:
 
 @contextlib.contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """Within the block printing never fails, and a size of the terminal that cannot be is not believed."""
+    """Within the block printing never fails, and an impossible size of the terminal is ignored."""
     _occupy_closed_descriptors()
     streams, sizes = (sys.stdout, sys.stderr), dict(os.environ)
     stderr = ForgivingStream(sys.stderr)
@@ -103,7 +103,7 @@ def _is_at_least(text: str, least: int) -> bool:
 
 
 def _occupy_closed_descriptors() -> None:
-    """Else the next file that is opened, the weights perhaps, takes the place of a closed stdout."""
+    """Opens the null device in their place, which the next file, perhaps of weights, would take otherwise."""
     with contextlib.suppress(OSError):
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass

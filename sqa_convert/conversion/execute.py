@@ -128,7 +128,7 @@ class _Work:
 
 @contextlib.contextmanager
 def _sites_at_a_time(plan: Plan) -> Iterator[int]:
-    """As many as there are cores and memory for, and no more than torch has threads where it converts them."""
+    """How many sites are converted at a time: as cores and memory allow, and torch's threads where it is used."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = None
     if uses_torch(plan):

@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def tensors(self) -> Iterator[OutputTensor]:
-        """Of the result, shard by shard."""
+        """All tensors of the result, shard by shard."""
         return chain.from_iterable(self.shards.values())
 
     @cached_property

@@ -23,10 +23,10 @@ def result_config(plan: Plan, records: Mapping[Site, SiteRecord]) -> dict[str, A
 
 
 def check_loads(plan: Plan) -> None:
-    """The result's config is accepted, and its model calls for the shapes that are planned. Builds no weights.
+    """Checks that the result's config is accepted, and its model calls for the planned shapes. Builds no weights.
 
     Raises:
-        CheckpointError: they do not fit, because config.json holds what transformers does not accept.
+        CheckpointError: it is not, or does not, because of what the source's config.json holds.
     """
     import torch
 

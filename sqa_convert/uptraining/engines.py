@@ -15,7 +15,7 @@ _ENGINE = "engine"  # a file of each checkpoint: what it was written by
 
 
 def check_engine(fsdp: bool) -> None:
-    """Raises RecipeError for what `accelerate launch` asks for that cannot be had, or not with a recipe's `fsdp`."""
+    """Raises RecipeError where `accelerate launch` asks for what is not supported, or for what contradicts `fsdp`."""
     wanted = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("DEEPSPEED", "FSDP")}
     if wanted["DEEPSPEED"] and fsdp:
         raise RecipeError("fsdp: true in the recipe, and DeepSpeed from accelerate launch: choose one")
@@ -41,7 +41,7 @@ def mark(trainer: Any, checkpoint: Path) -> None:
 
 
 def check_checkpoint(trainer: Any, checkpoint: str | None) -> None:
-    """Raises RecipeError when it was written by another engine than the one that would read it."""
+    """Raises RecipeError when another engine wrote a checkpoint than would read it."""
     path = None if checkpoint is None else Path(checkpoint) / _ENGINE
     if path is None or not path.is_file():
         return
@@ -52,13 +52,13 @@ def check_checkpoint(trainer: Any, checkpoint: str | None) -> None:
 
 
 def check_folder(trainer: Any) -> None:
-    """Raises RecipeError when parts of a checkpoint would lie on nodes that do not see each other's."""
+    """Raises RecipeError when parts of a checkpoint would lie on nodes that cannot see each other's files."""
     if any(processes.gather(processes.apart())) and (name := engine(trainer)):
         raise RecipeError(f"{name.split(' in ')[0]} on several nodes needs FOLDER to lie where all of them see it")
 
 
 def is_contradiction(error: ValueError) -> bool:
-    """Whether DeepSpeed was given a file that sets batch size, rate or dtype, and otherwise than the recipe."""
+    """Whether DeepSpeed complains of a file that sets batch size, rate or dtype otherwise than the recipe."""
     return "DeepSpeed config values" in str(error)
 
 

@@ -47,7 +47,7 @@ def is_writer() -> bool:
 
 
 def apart() -> bool:
-    """Whether this process does not see what the first one writes; known after `look`."""
+    """Whether this process cannot see what the first one writes; known after `look`."""
     return bool(_KNOWN["apart"])
 
 
@@ -70,7 +70,7 @@ def join(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Ends the talk of all processes together: one that is torn down while another still speaks would abort."""
+    """Ends the talk of all processes at once: one that ends while another still talks would abort."""
     if not distributed.is_initialized():
         return
     if _KNOWN["group"] is not None:
@@ -89,7 +89,7 @@ def gather(value: _T) -> list[_T]:
 
 
 def any_says(flag: bool) -> bool:
-    """Whether it is so in any process."""
+    """Whether `flag` is true in any process."""
     if _KNOWN["group"] is None:
         return flag
     level = torch.tensor(float(flag))
@@ -108,7 +108,7 @@ def from_first(value: _T) -> _T:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """No process leaves the block before all are through it, and a fault of one is raised in all.
+    """All processes end the block together, and an error in one is raised in all.
 
     The block must not ask the other processes anything. Raises what it raised here, else the first fault of the others.
     """
@@ -126,7 +126,7 @@ def together() -> Iterator[None]:
 
 
 def _told(fault: Exception) -> SQAError:
-    """A fault as the other processes hear of it."""
+    """An error as the other processes are told of it."""
     error_class = type(fault) if isinstance(fault, SQAError) else OutputError
     return error_class(f"{one_line(fault, 1000)} (process {rank()}, on {socket.gethostname()})")
 

@@ -77,7 +77,7 @@ def run_folder(folder: Path) -> Path:
 
 
 def target_folder(folder: Path, output: Path | None = None, resume: bool = False) -> Path:
-    """Where the result of a run goes: `output`; where the run that is gone on with was told to; or `folder`.
+    """Where the result of a run goes: to `output`, else where a run that goes on was told to put it, else to `folder`.
 
     Raises RecipeError.
     """
@@ -95,7 +95,7 @@ def target_folder(folder: Path, output: Path | None = None, resume: bool = False
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether beside `folder` lies a whole training that did not take its place."""
+    """Whether beside `folder` lies a finished training that did not take its place."""
     run = run_folder(folder)
     return (run / OF).is_file() and (run / "uptrain" / FINAL / FINISHED).is_file()
 
@@ -237,7 +237,7 @@ def _unwritten(error: Exception) -> str:
 
 
 def _what_is_left(run: Path, folder: Path) -> str:
-    """Of a run that stops here; one with nothing to go on from is cleared away."""
+    """What is left of a run that stops here. One with nothing to go on from is removed."""
     target = target_folder(folder, resume=True)
     if processes.is_first() and _is_done(run, folder):
         _discard(run)

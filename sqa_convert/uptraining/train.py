@@ -54,7 +54,7 @@ class Job:
 
     @property
     def chooses(self) -> bool:
-        """Whether the model is taken that was measured best; else the last."""
+        """Whether the result is the model that was measured best; else the last one."""
         return self.held_out is not None and not self.until
 
 
@@ -236,5 +236,5 @@ def _last_checkpoint(output: Path) -> str | None:
 
 
 def step_of(path: Path) -> int:
-    """Of a file in a checkpoint."""
+    """The step of the checkpoint that a file lies in."""
     return int(path.parent.name.rpartition("-")[2])

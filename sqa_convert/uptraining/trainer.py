@@ -36,7 +36,7 @@ StepProgress = Callable[[int, int, str], None]
 
 
 class DivergedError(QualityError):
-    """A training went astray; its checkpoints are not worth going on from."""
+    """A training went astray. Nobody should go on from its checkpoints."""
 
 
 class UptrainingTrainer(Trainer):
@@ -86,7 +86,7 @@ class UptrainingTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean loss of a micro-batch, weighted so that a step's mean over all its predictions comes out."""
+        """The loss of a micro-batch, scaled so that those of a step add up to the mean over all its predictions."""
         inputs = dict(inputs)
         unwrapped = self.accelerator.unwrap_model(model)
         labels = inputs.pop("labels")
@@ -235,12 +235,12 @@ class _Watch(TrainerCallback):
         trainer.progress(state.global_step, state.max_steps, " · ".join(parts))
 
     def tokens_per_second(self, step: int) -> float:
-        """Of training, since this process began; 0 before the first step."""
+        """Speed of training since this process began; 0 before the first step."""
         tokens = (step - self.first_step) * self.trainer.tokens_per_step
         return tokens / (time.perf_counter() - self.start - self.aside) if tokens else 0.0
 
     def seconds(self) -> float:
-        """Spent on this run, by earlier processes too."""
+        """Seconds spent on this run, those of earlier processes too."""
         return self.seconds_before + time.perf_counter() - self.start
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
