@@ -30,7 +30,7 @@ LIGHT = {
     "pipeline/run.py",
     "pipeline/preflight.py",
     "uptraining/recipe.py",
-    "uptraining/settings.py",
+    "uptraining/validation.py",
     "uptraining/other_trainers.py",
 }
 MATHEMATICS = {"arrange", "attend", "circuits", "group_cost", "refine", "refit", "search", "statistics"}
@@ -128,6 +128,16 @@ def test_every_folder_says_what_it_is():
         said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
         assert "May import: " in said and "Exports: " in said, folder.name
     assert len(list(PACKAGE.glob("*.py"))) <= 10
+
+
+def test_contributing_shows_the_house():
+    tree = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("\nsqa_convert/\n")[2].partition("```")[0]
+    folders = sorted(p for p in PACKAGE.iterdir() if (p / "__init__.py").is_file())
+    expected = [f"  {path.name}" for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__main__"]
+    for folder in folders:
+        expected.append(f"  {folder.name}/")
+        expected += [f"    {path.name}" for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
+    assert [line[:30].rstrip() for line in tree.splitlines()] == expected
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*_sqa_*.py")), ids=lambda p: p.name)

@@ -237,7 +237,9 @@ def test_checkpoints_are_kept_by_their_steps_when_the_clock_is_set_back(converte
 
     left = []
     monkeypatch.setattr(UptrainingTrainer, "_save_optimizer_and_scheduler", set_back)
-    monkeypatch.setattr(uptraining, "publish", lambda run, *rest: left.extend(run.checkpoints.glob("*/checkpoint-*")))
+    monkeypatch.setattr(
+        uptraining, "put_in_place", lambda run, *rest: left.extend(run.checkpoints.glob("*/checkpoint-*"))
+    )
     uptrain(converted, recipe, device="cpu", evaluate=False)
     assert sorted(path.name for path in left) == ["checkpoint-3", "checkpoint-4"]
 
@@ -300,13 +302,13 @@ def test_an_uptraining_killed_while_it_clears_up_is_done(converted, monkeypatch,
 
 def test_an_uptraining_interrupted_after_its_result_was_in_place_does_not_say_otherwise(converted, monkeypatch, recipe):
     stand_in(monkeypatch, trained)
-    publish = uptraining.publish
+    publish = uptraining.put_in_place
 
     def interrupted(*arguments):
         publish(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(uptraining, "publish", interrupted)
+    monkeypatch.setattr(uptraining, "put_in_place", interrupted)
     with pytest.raises(InterruptedByUserError, match=r"interrupted; .*out is uptrained"):
         uptrain(converted, recipe, device="cpu", evaluate=False)
     assert os.listdir(converted.parent) == ["out"]

@@ -195,7 +195,7 @@ def test_a_training_that_is_done_leaves_memory_and_environment(folder, recipe, m
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     monkeypatch.setattr(UptrainingTrainer, "__init__", note)
     monkeypatch.setattr(UptrainingTrainer, "train", look)
-    monkeypatch.setattr(uptraining, "publish", publish)
+    monkeypatch.setattr(uptraining, "put_in_place", publish)
     uptrain(folder, recipe(1, 1e-4, control=True), keep_anyway=True)
     assert logged == [f"{folder}.runs/uptrain", f"{folder}.runs/control"]
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ

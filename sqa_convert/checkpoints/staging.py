@@ -163,7 +163,7 @@ def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Itera
             raise OutputError(f"--output {output}: needs {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
         staging.chmod(0o777 & ~umask())
         yield staging
-        _publish(staging, path, overwrite)
+        _put_in_place(staging, path, overwrite)
 
 
 @contextlib.contextmanager
@@ -255,7 +255,7 @@ def _settle(output: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _publish(staging: Path, output: Path, overwrite: bool) -> None:
+def _put_in_place(staging: Path, output: Path, overwrite: bool) -> None:
     for path in (*staging.rglob("*"), staging):
         if path.is_file() or (path.is_dir() and os.name == "posix"):
             sync(path)

@@ -11,7 +11,7 @@ import typer
 from ..amounts import amount
 from ..errors import CheckpointError, OutputError, RecipeError, one_line
 from .console import Out, run_app
-from .options import EXIT_CODES, AsJson, Device, Quiet, TrustRemoteCode, Verbose, Version, make_app
+from .flags import EXIT_CODES, AsJson, Device, Quiet, TrustRemoteCode, Verbose, Version, make_app
 from .show import show_report
 
 GRID = "One attention layer of random weights"

@@ -17,7 +17,7 @@ from ..text.formats import TEXT_COLUMN
 from ..uptraining.recipe import load_recipe
 from . import convert_flags as flags
 from .console import Out, run_app
-from .options import EXIT_CODES, AsJson, Public, PushToHub, Quiet, Verbose, Version, make_app
+from .flags import EXIT_CODES, AsJson, Public, PushToHub, Quiet, Verbose, Version, make_app
 from .show import push, show_conversion, show_plan
 
 app = make_app()

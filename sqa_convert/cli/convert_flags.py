@@ -9,7 +9,7 @@ import typer
 
 from ..conversion.request import AUTO, REFINE_STEPS
 from ..heads import METHODS
-from .options import TEXT, count, listing
+from .flags import TEXT, count, listing
 
 HEADS, CALIBRATE, SOURCE, OUTPUT, MEASURE = "Heads", "Calibrate", "Source", "Output", "Measure and uptrain"
 

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import QualityError, RecipeError
 from .console import Out, run_app
-from .options import (
+from .flags import (
     EXIT_CODES,
     TEXT,
     AsJson,

@@ -14,7 +14,7 @@ from ..errors import RecipeError
 from ..report.content import read_report
 from ..uptraining.recipe import dump_recipe, load_recipe, recipe_names, summary
 from .console import Out, run_app
-from .options import (
+from .flags import (
     EXIT_CODES,
     TEXT,
     AsJson,

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
 from ..errors import DataError, RecipeError, one_line, shown
-from .settings import Count, Number, Seed, Switch, Text, in_one_line, must_be, sentence
+from .validation import Count, Number, Seed, Switch, Text, in_one_line, must_be, sentence
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 

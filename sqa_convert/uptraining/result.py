@@ -47,7 +47,7 @@ def note_training(
         report["uptraining"]["control_curve"] = results["control"]["curve"]
 
 
-def publish(run: Run, report: dict[str, Any], job: Job, own_loss: float | None, progress: Progress) -> None:
+def put_in_place(run: Run, report: dict[str, Any], job: Job, own_loss: float | None, progress: Progress) -> None:
     """Puts the trained model at `run.target`, mostly the converted one's own place, measured beside the others.
 
     Args:

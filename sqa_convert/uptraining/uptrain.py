@@ -23,7 +23,7 @@ from . import processes
 from .arguments import check_recipe, uses_bfloat16
 from .data import training_data
 from .recipe import Recipe
-from .result import not_better, note_training, publish
+from .result import not_better, note_training, put_in_place
 from .run_folder import Run, alone, begin, conversion_id, goes_on, recoverable, run_folder, run_recipe, target_folder
 from .source_model import find_source
 from .train import Job, train
@@ -119,7 +119,7 @@ def uptrain(
                 note_training(report, run.recipe, results, text, chosen)
                 if run.target != folder:
                     report["output"] = str(run.target)
-                publish(run, report, job, own_loss, progress)
+                put_in_place(run, report, job, own_loss, progress)
         if processes.apart():
             report["uptrained_on"] = f"{run.target} on {processes.first_host()}"
     return report
