@@ -71,8 +71,8 @@ def _random() -> Iterator[None]:
 def _warnings() -> Iterator[None]:
     """A library's warning is no error, whatever the caller makes of warnings."""
     with warnings.catch_warnings():
-        kept = [("default" if f[0] == "error" else f[0], *f[1:]) for f in warnings.filters]
-        warnings.filters[:] = kept  # type: ignore[index]
+        filters = [("default" if f[0] == "error" else f[0], *f[1:]) for f in warnings.filters]
+        warnings.filters[:] = filters  # type: ignore[index]
         yield
 
 

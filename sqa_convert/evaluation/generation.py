@@ -67,8 +67,8 @@ def _inputs(held_out: HeldOut) -> Iterator[torch.Tensor]:
     """Token ids (T,) without padding."""
     for batch in held_out.batches:
         ids = batch["input_ids"]
-        for row, kept in zip(ids, batch.get("attention_mask", torch.ones_like(ids)), strict=True):
-            yield row[kept.bool()]
+        for row, mask in zip(ids, batch.get("attention_mask", torch.ones_like(ids)), strict=True):
+            yield row[mask.bool()]
 
 
 @torch.no_grad()
@@ -94,5 +94,5 @@ def answer_scores(model: Any, tokenizer: Any, held_out: HeldOut) -> dict[str, fl
         return scores
     names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names, use_stemmer=True)
-    found = [scorer.score(want, answer) for want, answer in pairs]
-    return scores | {name: sum(score[name].fmeasure for score in found) / len(found) for name in names}
+    rouge = [scorer.score(want, answer) for want, answer in pairs]
+    return scores | {name: sum(score[name].fmeasure for score in rouge) / len(rouge) for name in names}

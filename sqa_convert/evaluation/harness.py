@@ -46,15 +46,15 @@ def run_tasks(
         "pretrained": str(folder), "trust_remote_code": trust_remote_code, "backend": backend,
     }  # fmt: skip
     try:
-        found = lm_eval.simple_evaluate(
+        evaluation = lm_eval.simple_evaluate(
             model="hf", model_args=arguments, tasks=names, device=str(device), limit=limit, task_manager=manager
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise RecipeError(f"--tasks {tasks}: its data cannot be had: {one_line(error, 200)}") from error
-    assert found is not None
+    assert evaluation is not None
     return {
         f"{task} {metric.partition(',')[0]}": value
-        for task, scores in found["results"].items()
+        for task, scores in evaluation["results"].items()
         for metric, value in scores.items()
         if isinstance(value, float) and "stderr" not in metric
     }

@@ -52,13 +52,14 @@ def quality_rows(measured: Mapping[str, Mapping[str, float | None]]) -> tuple[li
         "exact_match": ("exact match", share),
         "rougeL": ("ROUGE-L", share),
     }
-    shown = {key: how for key, how in columns.items() if any(key in found for found in measured.values())}
+    shown = {key: how for key, how in columns.items() if any(key in quality for quality in measured.values())}
 
     def cell(value: float | None, style: Callable[[float], str]) -> str:
         return "" if value is None else style(value)
 
     rows = [
-        (name, *(cell(found.get(key), style) for key, (_, style) in shown.items())) for name, found in measured.items()
+        (name, *(cell(quality.get(key), style) for key, (_, style) in shown.items()))
+        for name, quality in measured.items()
     ]
     return ["", *(head for head, _ in shown.values())], rows
 

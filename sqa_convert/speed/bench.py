@@ -107,7 +107,7 @@ def bench_layers(
     device = choose_device(settings.device)
     dtype = getattr(torch, "float32" if settings.dtype == "auto" else settings.dtype)
     lengths = settings.lengths or LENGTHS.get(device.type, LENGTHS["cuda"])
-    layers, kept = {}, {}
+    layers, head_counts = {}, {}
     for name in variants:
         query_heads, key_value_heads = grid_heads(name, heads)
         config = SQAGPT2Config(
@@ -117,14 +117,14 @@ def bench_layers(
         config._attn_implementation = settings.attention
         torch.manual_seed(0)
         layers[name] = SQAGPT2Attention(config, 0).to(device, dtype).eval()
-        kept[name] = f"{query_heads}/{key_value_heads}"
+        head_counts[name] = f"{query_heads}/{key_value_heads}"
     measured = []
     cells = [(mode, length) for mode in settings.modes for length in lengths]
     for i, (mode, length) in enumerate(cells):
         progress("measure", i, len(cells), f"{mode}, {length:,} tokens")
         measured += _measure(layers, layer_workload, "attention", mode, length, settings, device)
     progress("measure", len(cells), len(cells))
-    return _result(measured, settings, device, kept) | {"head_dim": head_dim}
+    return _result(measured, settings, device, head_counts) | {"head_dim": head_dim}
 
 
 def _check_attention(attention: str, dtype: torch.dtype) -> None:
@@ -182,7 +182,7 @@ def _measure(
         seconds = alternate(runs, settings.repeats, device)
     if lacking:  # each fits alone, all of them do not
         works.clear()
-    found = []
+    measurements = []
     for name, module in of.items():
         measured: dict[str, Any] = {"tokens": 0, "seconds": []}
         if name in works:
@@ -194,7 +194,7 @@ def _measure(
                 "cache_bytes": work.cache_bytes,
                 "peak_bytes": peak_memory(runs[name], device),
             }
-        found.append(
+        measurements.append(
             Measurement(
                 model=name,
                 part=part,
@@ -208,7 +208,7 @@ def _measure(
                 **measured,
             )
         )
-    return found
+    return measurements
 
 
 @contextlib.contextmanager

@@ -62,12 +62,12 @@ def alternate(
         for _ in range(WARM_UPS):
             run()
         times[name] = max(1, round(least / max(seconds(run, device), 1e-9)))
-    order, found = list(runs), {name: [] for name in runs}  # type: ignore[var-annotated]
+    order, samples = list(runs), {name: [] for name in runs}  # type: ignore[var-annotated]
     for _ in range(rounds):
         for name in order:
-            found[name].append(seconds(runs[name], device, times[name]))
+            samples[name].append(seconds(runs[name], device, times[name]))
         order = order[1:] + order[:1]
-    return found
+    return samples
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
