@@ -40,10 +40,10 @@ def shared_factor(factors: list[Tensor], weights: list[Tensor], metric_root: Ten
     basis, upper = torch.linalg.qr(stacked.T)  # (D, m), (m, K), m = min(D, K)
     weight = torch.block_diag(*weights)
     _, vectors = torch.linalg.eigh(upper @ weight @ upper.T)  # ascending
-    found = (basis @ vectors[:, -rank:].flip(1)).T  # (min(d, m), D)
-    if len(found) < rank:  # fewer directions than rows: the rest reads nothing
-        found = torch.cat([found, found.new_zeros(rank - len(found), found.shape[1])])
-    return found
+    rows = (basis @ vectors[:, -rank:].flip(1)).T  # (min(d, m), D)
+    if len(rows) < rank:  # fewer directions than rows: the rest reads nothing
+        rows = torch.cat([rows, rows.new_zeros(rank - len(rows), rows.shape[1])])
+    return rows
 
 
 def balance(heads: AttentionHeads, only: list[int] | None = None) -> AttentionHeads:
@@ -118,22 +118,22 @@ def assemble(
         value=value.to(like),
         output=output.to(like),
         query_bias=None if heads.query_bias is None else query[..., -1].to(like),
-        key_bias=_kept_biases(heads.key_bias, len(key), alone),
-        value_bias=_kept_biases(heads.value_bias, len(key), alone),
+        key_bias=_biases_of_single_heads(heads.key_bias, len(key), alone),
+        value_bias=_biases_of_single_heads(heads.value_bias, len(key), alone),
         output_bias=_output_bias(heads, partition, statistics, patterns, value, output, shared),
         position_bias=_position_bias(heads.position_bias, patterns),
     )
     return balance(result, only=shared)
 
 
-def _kept_biases(biases: Tensor | None, count: int, alone: dict[int, int]) -> Tensor | None:
+def _biases_of_single_heads(biases: Tensor | None, count: int, alone: dict[int, int]) -> Tensor | None:
     """Biases of keys or values (Hkv, d): zero but for groups of one head."""
     if biases is None:
         return None
-    kept = biases.new_zeros(count, biases.shape[1])
+    result = biases.new_zeros(count, biases.shape[1])
     for g, head in alone.items():
-        kept[g] = biases[head]
-    return kept
+        result[g] = biases[head]
+    return result
 
 
 def _position_bias(table: Tensor | None, patterns: list[dict[int, float]]) -> Tensor | None:
@@ -159,9 +159,9 @@ def _output_bias(
     for g in shared:
         for c in range(g * repeats, (g + 1) * repeats):
             for h in partition.clusters[c]:
-                made = heads.value[h].double() @ statistics.mean_read(h)
-                made = made if heads.value_bias is None else made + heads.value_bias[h].double()
-                bias += made @ heads.output[h].double()
+                mean = heads.value[h].double() @ statistics.mean_read(h)  # (d,), what the head adds before its output
+                mean = mean if heads.value_bias is None else mean + heads.value_bias[h].double()
+                bias += mean @ heads.output[h].double()
             read = sum(share * statistics.mean_read(h) for h, share in patterns[c].items())
             bias -= value[g] @ read @ output[c]
     return bias.to(heads.output_bias)

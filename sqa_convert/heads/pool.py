@@ -1,6 +1,6 @@
 """Apply one rule to the members of every group, array by array: what `mean`, `first` and `select` share.
 
-Tensors and arrays alike: what is so simple need not wait until torch is imported.
+Works on numpy's arrays and on torch's tensors alike, so that it need not wait for torch to be imported.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def pool(
     """
 
     def merge(weights: Any, groups: tuple[tuple[int, ...], ...], rule: Rule) -> Any:
-        made = _empty(len(groups), weights)
+        merged = _empty(len(groups), weights)
         for i, group in enumerate(groups):
-            (rule if len(group) > 1 else first_of)(weights, group, made[i])
-        return made
+            (rule if len(group) > 1 else first_of)(weights, group, merged[i])
+        return merged
 
     def merge_biases(biases: Any, groups: tuple[tuple[int, ...], ...], rule: Rule) -> Any:
         return None if biases is None else merge(biases, groups, rule)
@@ -63,7 +63,7 @@ def first_of(weights: Any, group: tuple[int, ...], place: Any) -> None:
 
 
 def _empty(heads: int, like: Any) -> Any:
-    """An array lies in memory as `like` does: what is transposed is turned when it is stored."""
+    """(heads, ...), in memory as `like` lies: what is transposed there is turned only when it is stored."""
     import numpy as np
 
     shape = (heads, *like.shape[1:])
