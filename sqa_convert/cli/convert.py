@@ -14,7 +14,6 @@ from ..errors import RecipeError
 from ..heads import Partition
 from ..report.content import conversion_report
 from ..text.formats import TEXT_COLUMN
-from ..uptraining.recipe import load_recipe
 from . import convert_flags as flags
 from .console import Out, run_app
 from .flags import EXIT_CODES, AsJson, Public, PushToHub, Quiet, Verbose, Version, make_app
@@ -77,7 +76,11 @@ def convert(
     # With --calibration alone it is of that text.
     column = None if data is None and calibration is not None else text_column
     changes = {"data": data, "text_column": column, "seed": seed, "control": control or None}
-    recipe = None if uptrain is None else load_recipe(uptrain, **changes)
+    recipe = None
+    if uptrain is not None:
+        from ..uptraining.recipe import load_recipe  # with pydantic, which `--help` and a plain conversion do without
+
+        recipe = load_recipe(uptrain, **changes)
     if control and (recipe is None or no_evaluate):
         raise RecipeError("--control belongs to --uptrain, and is measured: leave out --no-evaluate")
     asked = Calibration(calibration, calibration_tokens, refit, refine_steps)

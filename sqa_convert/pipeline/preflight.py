@@ -20,11 +20,11 @@ from ..errors import OutputError, RecipeError
 from ..families import Config, family_of
 from ..heads import Partition
 from ..text.documents import check_data
-from ..uptraining.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..uptraining.recipe import Recipe
     from .run import RunOptions
 
 

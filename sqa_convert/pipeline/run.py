@@ -25,13 +25,13 @@ from ..progress import Progress, silent
 from ..report.content import conversion_report
 from ..report.write import write_report
 from ..text.formats import TEXT_COLUMN
-from ..uptraining.recipe import Recipe
 from .preflight import check_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..evaluation.held_out import HeldOut
+    from ..uptraining.recipe import Recipe
 
 
 @dataclass(frozen=True)
