@@ -520,6 +520,21 @@ def test_a_recipe_from_python_is_as_one_from_a_file(tmp_path):
     assert written == Recipe(tokens=5_000_000, learning_rate=2e-4, seed=3, data=str(tmp_path))
     with pytest.raises(RecipeError, match=r"tokens: None must be a whole number.*control: 1 must be true or false"):
         Recipe(tokens=None, control=1)
+    with pytest.raises(RecipeError, match=r"data: 3 must be text; learnng_rate: no such .* learning_rate"):
+        Recipe(3, learnng_rate=1)
+
+
+def test_what_does_not_go_together_is_named_beside_what_is_wrong_alone():
+    with pytest.raises(RecipeError) as error:
+        Recipe(tokens=5, target_column="a", loss="mse")
+    for part in (
+        "tokens: 5 must be at least sequence_length × batch_size",
+        "target_column: 'a' must be given with source_column",
+        "loss: 'mse' must be kl or ce or mix",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(RecipeError, match="micro_batch: 3 must be 0, or a divisor of batch_size"):
+        Recipe(micro_batch=3)
 
 
 def test_one_call_converts_and_trains_as_the_command_does(tmp_path):
