@@ -17,7 +17,7 @@ from sqa_convert.errors import CheckpointError
 from sqa_convert.evaluation.held_out import prepare
 from sqa_convert.evaluation.quality import compare
 from sqa_convert.pipeline import verify as verifying
-from sqa_convert.pipeline.verify import reloaded, same, verify
+from sqa_convert.pipeline.verify import compare_logits, reloaded, verify
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_other_logits_are_noticed(folder):
     report = json.loads((folder / "report.json").read_text())
     for theirs in (torch.zeros(1, 16, 61), torch.zeros(1, 3, 61), torch.full((1, 16, 61), float("nan"))):
         with pytest.raises(CheckpointError, match="computes something else"):
-            same(theirs, folder, report)
+            compare_logits(theirs, folder, report)
 
 
 def test_a_row_for_comparison_may_fail():

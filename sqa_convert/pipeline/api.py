@@ -160,7 +160,7 @@ def convert(
 
 
 def _column_of_data(text_column: str | None, data: Any, calibration: Any, uptrain: Any) -> str | None:
-    """`text_column` where it is of `data`; with the text of calibration alone it is of that. Raises RecipeError."""
+    """The column of `data`; None where `text_column` is of calibration's text alone. Raises RecipeError."""
     of_calibration = isinstance(calibration, str | Path)
     if text_column is not None and data is None and uptrain is None and not of_calibration:
         raise RecipeError(f"text_column={text_column!r} is of data, or of the text given as calibration: give one")
@@ -179,7 +179,7 @@ def _calibration(asked: Any, text_column: str | None) -> Calibration | None:
 def _recipe(
     asked: str | Path | Recipe | None, control: bool, source: Any, output: str | Path | None, **changes: Any
 ) -> Recipe | None:
-    """The recipe to train by, with what the other arguments say of it. Raises RecipeError."""
+    """The recipe to train by, as the other arguments change it; None without training. Raises RecipeError."""
     if asked is None:
         if control:
             raise RecipeError("control=True belongs to uptrain: name a recipe")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def check_config(config: Config, recipe: Recipe) -> None:
-    """Whether a model of this config.json can be trained by a recipe. Raises RecipeError or DataError."""
+    """Raises RecipeError or DataError unless a model of this config.json can be trained by a recipe."""
     family = family_of(config)
     if not family.has_language_model_head(config):
         raise RecipeError(f"--uptrain: a {family.source_architecture(config)} has no language model head to train")
@@ -73,7 +73,7 @@ def prepared(
 def check_run(
     plan: Plan, source: Source, output: Path | None, options: RunOptions, recipe: Recipe | None = None
 ) -> None:
-    """Raises what the conversion would raise later, for reasons that are there before it begins.
+    """Raises at once what the conversion would raise later, as far as that can be known without a weight.
 
     Args:
         output: where the result goes; None: it stays in memory.

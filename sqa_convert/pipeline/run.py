@@ -53,7 +53,7 @@ class RunOptions:
     def with_recipe(
         cls, recipe: Recipe | None, *, evaluate: bool, text_column: str | None, seed: int | None, **others: Any
     ) -> RunOptions:
-        """With what a recipe decides: its seed, and that the models are measured after it, on its text."""
+        """Options as a recipe changes them: its seed counts, and models are measured after it, on its text."""
         return cls(
             evaluate=evaluate and recipe is None,
             text_column=text_column or TEXT_COLUMN,
@@ -107,7 +107,7 @@ def run_in_memory(
 
 
 def _carry_generation(source: Source, model: PreTrainedModel) -> None:
-    """The source's settings of generation, as far as transformers takes them."""
+    """Gives the model the source's generation config, as far as transformers accepts it."""
     from transformers import GenerationConfig
 
     from ..text.plain_generation import refusal
@@ -121,7 +121,7 @@ def _carry_generation(source: Source, model: PreTrainedModel) -> None:
 
 
 def _to_folder(plan: Plan, source: Source, output: Path, options: RunOptions, progress: Progress) -> dict[str, Any]:
-    """Converts. What calibration and evaluation need is made ready before anything is written."""
+    """Converts into a folder. The text to measure on is prepared first, so that without it nothing is written."""
     held_out, not_measured = _held_out(plan, source, options) if options.evaluate else (None, "")
     with staged_output(output, options.overwrite, plan.nbytes) as folder, source.unchanged():
         start = time.perf_counter()
@@ -155,7 +155,7 @@ def _to_folder(plan: Plan, source: Source, output: Path, options: RunOptions, pr
 
 
 def _held_out(plan: Plan, source: Source, options: RunOptions) -> tuple[HeldOut | None, str]:
-    """What to measure on; or nothing, and why the model cannot be measured on what is taken where nothing was named."""
+    """The text to measure on; where none was named and the default does not do: None, and why."""
     from ..evaluation.held_out import prepare
 
     assert source.folder is not None
@@ -173,7 +173,7 @@ def _held_out(plan: Plan, source: Source, options: RunOptions) -> tuple[HeldOut 
 
 
 def _reloaded(folder: Path, report: dict[str, Any], options: RunOptions) -> AbstractContextManager[None]:
-    """Beside the measuring the folder is loaded as strangers load it, where it is measured and verified at all."""
+    """While the block measures, another process loads the folder as strangers do; not without `verify`."""
     if not (options.verify and options.evaluate):
         return nullcontext()
     from .verify import reloaded

@@ -64,7 +64,7 @@ with torch.no_grad():
 
 
 class UnansweredError(CheckpointError):
-    """The process that loads a folder came to no end: nothing is known of the folder."""
+    """The process that loads a folder was killed or took too long: nothing is known of the folder."""
 
     def __init__(self, folder: Path, why: str) -> None:
         super().__init__(f"{folder}: loading it where sqa_convert is not was ended; {why}")
@@ -104,7 +104,7 @@ def verify(folder: str | Path, trust_remote_code: bool = False) -> dict[str, Any
     if not trust_remote_code:
         _check_code(folder)
     with stranger(folder, report) as logits:
-        return {"files": len(recorded), "tensors": tensors, "difference": same(logits(), folder, report)}
+        return {"files": len(recorded), "tensors": tensors, "difference": compare_logits(logits(), folder, report)}
 
 
 def _check_code(folder: Path) -> None:
@@ -179,11 +179,12 @@ def _tokens(tokenizer: Any) -> list[list[int]]:
 
 @contextlib.contextmanager
 def reloaded(folder: Path, report: dict[str, Any]) -> Iterator[None]:
-    """While the block runs a stranger loads the folder; after it the report says how far its logits are from ours, or
-    why that is not known: there was not memory enough for it, or it took too long.
+    """While the block runs a stranger loads the folder; then the report says how far its logits are from ours.
+
+    Or it says why that is not known: memory was too small, or it took too long.
 
     Raises:
-        CheckpointError: it does not load, or computes something else.
+        CheckpointError: the folder does not load, or computes something else.
     """
     if psutil.virtual_memory().available < _COPIES * sum(p.stat().st_size for p in folder.glob("*.safetensors")):
         yield
@@ -192,16 +193,17 @@ def reloaded(folder: Path, report: dict[str, Any]) -> Iterator[None]:
     with stranger(folder, report) as logits:
         yield
         try:
-            report["reloaded"] = {"difference": same(logits(), folder, report)}
+            report["reloaded"] = {"difference": compare_logits(logits(), folder, report)}
         except UnansweredError as error:
             report["reloaded"] = {"skipped": error.why}
 
 
 @contextlib.contextmanager
 def stranger(folder: Path, report: dict[str, Any]) -> Iterator[Callable[[], Tensor]]:
-    """While the block runs, another process loads the folder; the function it is given waits for its logits.
+    """While the block runs, another process, without this package, loads the folder and computes logits.
 
-    That function raises UnansweredError where the process is killed or takes too long.
+    The block is given a function that waits for them. It raises UnansweredError where the process is killed or takes
+    too long, and CheckpointError where the folder does not load.
     """
     with tempfile.TemporaryDirectory() as work:
         inputs, result = Path(work) / "inputs.pt", Path(work) / "logits.pt"
@@ -224,13 +226,13 @@ def stranger(folder: Path, report: dict[str, Any]) -> Iterator[Callable[[], Tens
 
         def logits() -> Tensor:
             try:
-                _, said = process.communicate(timeout=_PATIENCE)
+                _, messages = process.communicate(timeout=_PATIENCE)
             except subprocess.TimeoutExpired as error:
                 raise UnansweredError(folder, f"it took more than {_PATIENCE / 60:g} minutes") from error
             if process.returncode < 0:
                 raise UnansweredError(folder, _NO_MEMORY)
             if process.returncode:
-                last = (said.strip().splitlines() or ["it says nothing"])[-1]
+                last = (messages.strip().splitlines() or ["it says nothing"])[-1]
                 raise CheckpointError(f"{folder} does not load where sqa_convert is not: {one_line(Exception(last))}")
             theirs: Tensor = torch.load(result, weights_only=True)
             return theirs
@@ -245,7 +247,7 @@ def stranger(folder: Path, report: dict[str, Any]) -> Iterator[Callable[[], Tens
 
 
 def _probe(folder: Path) -> dict[str, Tensor]:
-    """What the model in `folder` is compared on."""
+    """Inputs that the model in `folder` is compared on."""
     config = read_config(str(folder), folder)
     ids = torch.arange(1, min(POSITIONS, config.get("n_positions", POSITIONS)) + 1)[None] % config["vocab_size"]
     both = config["architectures"][0].endswith(("ForConditionalGeneration", "SQAT5Model"))
@@ -253,7 +255,7 @@ def _probe(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def same(theirs: Tensor, folder: Path, report: dict[str, Any]) -> float:
+def compare_logits(theirs: Tensor, folder: Path, report: dict[str, Any]) -> float:
     """The largest difference to what the folder's model computes here. Raises CheckpointError where it is large."""
     model_class, plain = getattr(models, report["architecture"]), GenerationConfig()
     model = model_class.from_pretrained(folder, dtype="float32", generation_config=plain).eval()
