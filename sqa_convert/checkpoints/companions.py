@@ -127,7 +127,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def left_behind(folder: Path, read: Collection[str]) -> list[str]:
-    """What the result does not have of a folder: names fit for a line, those of whole folders with a slash.
+    """Names of what the result does not have of a folder, fit for one line; whole folders end in a slash.
 
     Args:
         read: the files of weights.

@@ -1,4 +1,4 @@
-"""Which weights a model was made from, told again by a few numbers of a few tensors."""
+"""Which weights a model was made from: a few numbers of a few tensors, to know them again by."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Fingerprint = dict[str, dict[str, object]]
 
 
 def fingerprint(source: Source, names: Mapping[str, str]) -> Fingerprint:
-    """Of the matrices of a source's layers, evenly chosen.
+    """Tells weights from others by a few matrices of a source's layers, evenly chosen.
 
-    The same weights have the same, in whatever folder, files, order or wider dtype they are stored.
+    The same weights have the same fingerprint, in whatever folder, files, order or wider dtype they are stored.
 
     Args:
         names: of the source's tensors, by canonical name.
@@ -27,7 +27,7 @@ def fingerprint(source: Source, names: Mapping[str, str]) -> Fingerprint:
     Raises:
         CheckpointError: the source cannot be read.
     """
-    # Not what lies outside of the layers: embeddings may be stored by another name.
+    # Only of layers: embeddings, which lie outside of them, may be stored by another name.
     inside = sorted(
         canonical
         for canonical, name in names.items()

@@ -47,19 +47,14 @@ def check_output(
         path = output.resolve()
         if path == Path.cwd() or path in Path.cwd().parents or os.path.ismount(path):
             raise OutputError(f"{flag} {output} is the folder you are in, one above it, or a mount; give one inside")
-        if path.exists():
-            if not path.is_dir():
-                raise OutputError(f"{flag} {output} is a file")
-            if any(path.iterdir()):
-                if not overwrite:
-                    raise OutputError(f"{flag} {output} exists already: {way_out}")
-                if not _made_here(path):
-                    raise OutputError(
-                        f"{flag} {output} holds what sqa-convert did not write, so --overwrite is refused"
-                    )
-        parent = path.parent
-        while not parent.exists():
-            parent = parent.parent
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{flag} {output} is a file")
+        holds_something = path.exists() and any(path.iterdir())
+        if holds_something and not overwrite:
+            raise OutputError(f"{flag} {output} exists already: {way_out}")
+        if holds_something and not _made_here(path):
+            raise OutputError(f"{flag} {output} holds what sqa-convert did not write, so --overwrite is refused")
+        parent = next(folder for folder in path.parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(f"{flag} {output}: {parent} cannot be written to")
     except (OSError, RuntimeError, ValueError) as error:
