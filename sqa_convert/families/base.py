@@ -1,4 +1,4 @@
-"""What a family of checkpoints has to tell: its names, its shapes, and how one attention site is stored.
+"""What a family of checkpoints tells of itself: its names, its shapes, and how one attention site is stored.
 
 Nothing here or in a family's tables imports torch, so that a plan can be made from headers alone.
 """
@@ -34,7 +34,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Site:
-    """One attention of the model."""
+    """One attention of one layer."""
 
     kind: str
     """"encoder", "decoder" (causal self-attention) or "cross" """
@@ -109,11 +109,11 @@ class Family(ABC):
             raise UnsupportedModelError(f"{shown(architecture)} is not supported; of {known}")
 
     def source_architecture(self, config: Config) -> str:
-        """transformers' class that loads the source: of a class that it does not know it takes the weights alone."""
+        """The class of transformers that loads the source; for one that it does not know, the family's first."""
         return next(iter(self.architectures)) if self.own_class(config) else self._named(config)
 
     def own_class(self, config: Config) -> str | None:
-        """The class a config names where it is none of transformers', but its author's."""
+        """The class that a config names, where that is its author's and not one of transformers; else None."""
         name = self._named(config)
         if name in self.architectures or _OTHER_TASK.search(name):
             return None
@@ -124,27 +124,26 @@ class Family(ABC):
         return str(names[0])
 
     def completed(self, config: Config) -> Config:
-        """config.json by the family's own names, with what it leaves out, as transformers' class reads it.
+        """config.json by the family's own names, completed as transformers' class completes it.
 
-        That class brings torch along, which takes longer than a plan; so it is asked only where the file holds other
-        names, or not all.
+        To load that class takes longer than a plan, so it is asked only where the file has other names, or lacks some.
 
         Raises:
             UnsupportedModelError: the class refuses the file.
         """
         aliases = {alias: key for key, alias in self.attributes.items() if alias in config}
-        asked = {*aliases.values(), *(key for key in self.attributes if key not in config)}
-        if not asked:
+        missing = {*aliases.values(), *(key for key in self.attributes if key not in config)}
+        if not missing:
             return config
         from transformers import CONFIG_MAPPING
 
         try:
-            told = {key: config[key] for key in (*self.attributes, *aliases) if key in config}
-            read = CONFIG_MAPPING[config["model_type"]].from_dict(told)
+            given = {key: config[key] for key in (*self.attributes, *aliases) if key in config}
+            complete = CONFIG_MAPPING[config["model_type"]].from_dict(given)
         except Exception as error:  # validation fails in several ways
             raise UnsupportedModelError(f"config.json is not what transformers reads: {one_line(error)}") from error
         own = {key: value for key, value in config.items() if key not in aliases}
-        return own | {key: getattr(read, key) for key in asked}
+        return own | {key: getattr(complete, key) for key in missing}
 
     @abstractmethod
     def dimensions(self, config: Config) -> Dimensions: ...
