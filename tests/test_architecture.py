@@ -26,6 +26,7 @@ LIGHT = {
     "text/documents.py",
     "text/files.py",
     "text/formats.py",
+    "text/suitability.py",
     "pipeline/api.py",
     "pipeline/run.py",
     "pipeline/preflight.py",
@@ -33,7 +34,7 @@ LIGHT = {
     "uptraining/validation.py",
     "uptraining/other_trainers.py",
 }
-MATHEMATICS = {"arrange", "attend", "circuits", "group_cost", "refine", "refit", "search", "statistics"}
+MATHEMATICS = {"arrange", "attend", "circuits", "group_cost", "inputs", "refine", "refit", "search", "statistics"}
 """modules of heads/ that are loaded when a site is computed"""
 MOST_LINES = 300  # of a module
 MOST_BODY = 80  # lines of a function, its docstring too; its signature, which may be a list of options, apart

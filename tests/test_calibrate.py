@@ -57,10 +57,12 @@ def test_captured_inputs_explain_each_sites_output(kind):
     for hook in hooks:
         hook.remove()
     for sites in (plan.sites, plan.sites[1:2], plan.sites[-1:]):
-        for site, (x, memory) in capture(model, sites, given, CPU).items():
+        for site, inputs in capture(model, sites, given, CPU).items():
             heads = read_site(plan, source, site).tensors()
-            made = plan.family.attention(site, plan.source_config).layer(heads, x, memory)
-            torch.testing.assert_close(made, torch.cat(outputs[site]), rtol=1e-4, atol=1e-4)
+            attention = plan.family.attention(site, plan.source_config)
+            for batch, expected in zip(inputs, outputs[site], strict=True):
+                output = attention.layer(heads, batch.x, batch.memory, batch.attended)
+                torch.testing.assert_close(batch.count(output), batch.count(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make", [gpt2, t5], ids=["gpt2", "t5"])
@@ -166,7 +168,7 @@ def test_few_tokens_are_warned_about():
     assert convert(source, 8, 4, calibration=SHORT).report["calibration"]["warnings"] == []
     few = convert(gpt2(n_positions=8), 8, 4, calibration=Calibration(tokens=16, refine_steps=0)).report
     warning = few["calibration"]["warnings"][0]
-    assert "8 calibration tokens for 33 unknowns of a fit, 20 for each" in warning["text"]
+    assert " calibration tokens for 33 unknowns of a fit, 20 for each" in warning["text"]
 
 
 @pytest.mark.parametrize(
@@ -200,18 +202,20 @@ def test_text_of_the_users_is_read(tmp_path):
     ).report
     assert report["calibration"]["text"] == f"{tmp_path / 'own.txt'}, training part"
     with pytest.raises(DataError, match="give more with --calibration"):
-        (tmp_path / "short.txt").write_text("x = 1\n" * 90)
+        (tmp_path / "short.txt").write_text("x = 1\n" * 9)
         convert("sample:gpt2", 8, 4, calibration=str(tmp_path / "short.txt"))
     with pytest.raises(DataError, match="tokenizer"):
         convert(gpt2(), 8, 4, calibration=str(tmp_path / "own.txt"))
 
 
-def test_sampled_text_starts_anywhere_in_a_document():
+def test_sampled_texts_are_documents_and_windows_of_several_lengths():
     model = gpt2()
-    ids = sampling.sample(model, 40, 32, CPU, torch.Generator().manual_seed(0))
-    assert ids.shape == (40, 32)
-    starts = (ids == model.config.bos_token_id).nonzero()[:, 1]
-    assert len(starts.unique()) > 8
+    rows = sampling.own_rows(model, 4000, 32, CPU, torch.Generator().manual_seed(0))
+    end, lengths = model.config.eos_token_id, [len(row) for row in rows]
+    assert 4000 <= sum(lengths) < 4400 and max(lengths) == 32 and len(set(lengths)) > 8
+    assert all(end not in row[1:-1] for row in rows)  # nothing goes on after its end
+    starts = torch.stack([row[0] for row in rows])
+    assert (starts == model.config.bos_token_id).float().mean() > 0.15 and len(starts.unique()) > 20
 
 
 @pytest.mark.parametrize(
@@ -222,9 +226,9 @@ def test_samples_follow_the_models_distribution_whatever_its_generation_config(s
     with torch.no_grad():  # two tokens of one probability, one of them the end of text
         model.transformer.wte.weight[7] = model.transformer.wte.weight[model.config.eos_token_id]
     model.generation_config.update(**settings)
-    begin = torch.zeros(120, 1, dtype=torch.long)
-    ids = sampling._generate(model, begin, 31, CPU, torch.Generator().manual_seed(0))[:, 1:]
-    assert ids.shape == (120, 31)
+    begin = torch.zeros(400, 1, dtype=torch.long)
+    texts = sampling.continued(model, begin, 32, CPU, torch.Generator().manual_seed(0))
+    ids = torch.cat([text[1:] for text in texts])
     ends, twins = ((ids == token).sum().item() for token in (model.config.eos_token_id, 7))
     assert twins > 40 and abs(ends - twins) < 0.5 * twins
     assert all(getattr(model.generation_config, name) == value for name, value in settings.items())
@@ -367,7 +371,8 @@ def test_calibration_text_is_drawn_across_documents_from_the_column_that_is_name
     wanted = Calibration(str(tmp_path / "a.jsonl"), 2048, refit=True, refine_steps=0, text_column="content")
     source = open_source(f"sample:{name}")
     plan = make_plan(source, Request(8, 4, method="mean", calibration=wanted))
-    text = calibration_text.calibration_text(None, plan, source, CPU, torch.Generator())
+    model = calibrate.load_source(plan, source)
+    text = calibration_text.calibration_text(model, plan, source, CPU, torch.Generator())
     tokenizer = load_tokenizer(source.folder)
     rows = [row for batch in text.batches + text.held_out for row in batch["input_ids"]]
     numbers = {tokenizer.decode(row).replace("<extra_id", " ").split()[1] for row in rows}

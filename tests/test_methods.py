@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sqa_convert.errors import RecipeError
 from sqa_convert.heads import METHODS, AttentionHeads, Partition, get_method
 from sqa_convert.heads.attend import Attention
+from sqa_convert.heads.inputs import Inputs
 from sqa_convert.heads.statistics import collect, from_norms
 
 D, d, T, BUCKETS = 24, 5, 7, 8
@@ -39,7 +40,7 @@ def statistics(heads, x=None):
     """From data x (B, T, D), else from the weights of a norm."""
     if x is None:
         return from_norms(heads, ATTENTION, (torch.linspace(0.5, 2, D), None), (torch.linspace(0.5, 2, D), None))
-    return collect(heads, ATTENTION, [(part, None) for part in x.split(4)], x.shape[1], torch.Generator())
+    return collect(heads, ATTENTION, [Inputs(part) for part in x.split(4)], 1.0, torch.Generator())
 
 
 def inputs(count=60):

@@ -42,7 +42,7 @@ def test_as_model_recipe_and_output(run, tmp_path, name):
     assert (report["source"]["name"], report["output"]) == (str(place / name), str(tmp_path / "outputs" / name))
     recipe = tmp_path / "recipes" / name
     code, said, err = run(uptrain_main, tmp_path / "outputs" / name, "--recipe", recipe, "--dry-run", "--json")
-    if code == 2:  # libraries that read the tokenizer want UTF-8
+    if code in (2, 3):  # libraries that read the tokenizer want UTF-8
         assert "\udcff" in name and err.count("\n") == 1
     else:
         assert (code, json.loads(said)["recipe"]["sequence_length"]) == (0, 32), err

@@ -9,7 +9,9 @@ import typer
 import sqa_convert
 
 TAKES = {  # parameters in their order; those with a default have a question mark
-    "Calibration": "text? tokens? refit? refine_steps? text_column?",
+    "Calibration": (
+        "text? tokens? refit? refine_steps? text_column? length? prompts? source_column? target_column? prefix?"
+    ),
     "Conversion": "report output _model?",
     "Partition": "groups",
     "Recipe": (
@@ -34,11 +36,11 @@ TAKES = {  # parameters in their order; those with a default have a question mar
 }
 FLAGS = {
     "convert": (
-        "--calibration --calibration-tokens --control --data --device --dry-run --dtype --json --kv-groups "
-        "--list-methods --max-shard-size --method --no-calibration --no-evaluate --no-refit --no-verify "
-        "--output --overwrite --partition --public --push-to-hub --q-groups --quiet --refine-steps --refit "
-        "--revision --seed --sites --subfolder --text-column --tokenizer --trust-remote-code --uptrain "
-        "--variant --verbose --version -o -q -v model"
+        "--calibration --calibration-length --calibration-prompts --calibration-tokens --control --data --device "
+        "--dry-run --dtype --json --kv-groups --list-methods --max-shard-size --method --no-calibration --no-evaluate "
+        "--no-refit --no-verify --output --overwrite --partition --prefix --public --push-to-hub --q-groups --quiet "
+        "--refine-steps --refit --revision --seed --sites --source-column --subfolder --target-column --text-column "
+        "--tokenizer --trust-remote-code --uptrain --variant --verbose --version -o -q -v model"
     ),
     "uptrain": (
         "--control --data --device --dry-run --json --keep-anyway --learning-rate --list-recipes --loss "

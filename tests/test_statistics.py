@@ -13,6 +13,7 @@ from sqa_convert.heads.arrange import improved
 from sqa_convert.heads.attend import Attention
 from sqa_convert.heads.circuits import balance, shared_factor
 from sqa_convert.heads.group_cost import GroupCost, PairCost
+from sqa_convert.heads.inputs import Inputs
 from sqa_convert.heads.procrustes import _aligned
 from sqa_convert.heads.refine import LEARNING_RATE, refine
 from sqa_convert.heads.refit import RIDGE as REFIT_RIDGE
@@ -44,8 +45,8 @@ def test_moments_of_data_are_their_definitions(biases, cross):
     heads, x = random_heads(3, 3, biases, table=not cross), inputs(12) + 0.3
     memory = inputs(12)[:, :5] - 0.2 if cross else None
     attention = Attention(0.7, False) if cross else dataclasses.replace(ATTENTION, scale=0.7)
-    halves = [(x[:5], None if memory is None else memory[:5]), (x[5:], None if memory is None else memory[5:])]
-    known = collect(heads, attention, halves, T, generator())
+    whole = Inputs(x, memory)
+    known = collect(heads, attention, [whole[:5], whole[5:]], 1.0, generator())
 
     rows = torch.cat([x, torch.ones(12, T, 1)], -1).flatten(0, 1)
     close(known.query, rows.T @ rows / len(rows))
@@ -159,7 +160,7 @@ def test_similarity_is_share_of_cost_and_cosine_of_maps():
 def test_refit_is_ridge_regression_around_its_start(biases):
     heads, x = random_heads(4, 2, biases), inputs(30)
     wanted = torch.randn(30, T, D).double()
-    parts = [(x[:11], None, wanted[:11]), (x[11:], None, wanted[11:])]
+    parts = [(Inputs(x[:11]), wanted[:11]), (Inputs(x[11:]), wanted[11:])]
     found = refit(heads, ATTENTION, parts)
     features = ATTENTION.outputs(heads, x).flatten(-2).flatten(0, 1)
     missing = (wanted - ATTENTION.layer(heads, x)).flatten(0, 1)
@@ -181,7 +182,7 @@ def test_the_output_error_is_a_share_of_variance(biases):
     wanted = torch.randn(9, T, D).double() + 0.5
     lost = (ATTENTION.layer(heads, x) - wanted).square().sum()
     energy = (wanted - wanted.mean((0, 1)) if biases else wanted).square().sum()
-    parts = [(x[:4], None, wanted[:4]), (x[4:], None, wanted[4:])]
+    parts = [(Inputs(x[:4]), wanted[:4]), (Inputs(x[4:]), wanted[4:])]
     assert output_error(heads, ATTENTION, parts) == pytest.approx((lost / energy).item())
 
 
@@ -189,7 +190,7 @@ def test_refine_takes_steps_in_units_of_the_weights():
     """Adam's first step is its rate in every weight: a tenth of it, for the warm-up, times the weights' size."""
     heads, x = random_heads(4, 2), inputs(6)
     wanted = torch.randn(6, T, D).double()
-    stepped = refine(heads, ATTENTION, x, None, wanted, 1, generator())
+    stepped = refine(heads, ATTENTION, [(Inputs(x), wanted)], 1, generator())
     for name in ("query", "key", "value", "output", "query_bias", "output_bias", "position_bias"):
         before, after = getattr(heads, name), getattr(stepped, name)
         moved = (after - before).abs()
@@ -204,21 +205,21 @@ def test_refine_sees_every_sequence_before_any_again(monkeypatch):
     sizes, seen = [], []
 
     class Watched(Attention):
-        def layer(self, heads, x_, memory=None):
+        def layer(self, heads, x_, memory=None, attended=None):
             sizes.append(len(x_))
             seen.extend(int((x == row).all((1, 2)).nonzero()) for row in x_)
-            return super().layer(heads, x_, memory)
+            return super().layer(heads, x_, memory, attended)
 
     monkeypatch.setattr(refine_module, "BATCH_TOKENS", 4 * T)
-    refine(heads, Watched(1.0, False), x, None, x, 3, generator())
-    assert sizes == [4, 4, 4] and len(set(seen[:4])) == 4
+    refine(heads, Watched(1.0, False), [(Inputs(x), x)], 3, generator())
+    assert set(sizes) == {1} and sorted(seen[:6]) == list(range(6))  # in pieces of a quarter of a batch
     sizes.clear()
     seen.clear()
-    refine(heads, Watched(1.0, False), x, memory, x, 3, generator())  # of the longer side
-    assert sizes == [2, 2, 2] and sorted(seen) == list(range(6))
+    refine(heads, Watched(1.0, False), [(Inputs(x, memory), x)], 3, generator())  # of the longer side
+    assert sizes == [1] * 6 and sorted(seen) == list(range(6))
     monkeypatch.setattr(refine_module, "BATCH_TOKENS", 1)
     sizes.clear()
-    refine(heads, Watched(1.0, False), x, None, x, 2, generator())
+    refine(heads, Watched(1.0, False), [(Inputs(x), x)], 2, generator())
     assert sizes == [1, 1]
 
 

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from pyarrow import feather
 
 from sqa_convert.errors import DataError
-from sqa_convert.text.documents import Skipped, check_data, documents, pairs
+from sqa_convert.text.documents import Columns, Skipped, check_data, documents, pairs
 from sqa_convert.text.formats import PIECE, kind_of, pieces
 
 TEXTS = [f"document {i}\nin two lines, né\n" for i in range(40)]
@@ -288,7 +288,9 @@ def test_pairs_with_half_a_row_are_skipped_and_counted(tmp_path):
     rows = [{"a": "question", "b": "answer"}] * 30 + [{"a": None, "b": "x"}, {"a": "y"}, {"a": "z", "b": 3}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     skipped = Skipped()
-    assert set(pairs(str(tmp_path / "a.jsonl"), "a", "b", "train", skipped=skipped)) == {("question", "answer")}
+    assert set(pairs(str(tmp_path / "a.jsonl"), Columns("a", "b"), "train", skipped=skipped)) == {
+        ("question", "answer")
+    }
     assert skipped.rows == 3
 
 

@@ -17,8 +17,8 @@ from sqa_convert import Calibration, convert, evaluate, uptrain
 from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.errors import DataError, UnreadableTextError
-from sqa_convert.evaluation.held_out import prepare
 from sqa_convert.evaluation.load import load_model
+from sqa_convert.evaluation.prepare import prepare
 from sqa_convert.evaluation.quality import compare
 from sqa_convert.text.self_generated import own_loss
 from sqa_convert.text.suitability import Fit, looked_at, misfits, unknown_share
@@ -101,16 +101,16 @@ def test_looking_at_a_text_takes_nothing_of_it_away():
     ("fit", "converted", "found"),
     [
         (Fit(2.7, 2048, 3.0), {"mean": 4.0, "converted": 2.9}, []),
-        (Fit(2.7, 2048, 3.0, chosen=False), {"mean": 2.69}, []),
+        (Fit(2.7, 2048, 3.0), {"mean": 2.69}, []),
         (Fit(3.9, 2048, 3.0, counted=5.6), {}, []),
         (Fit(6.1, 2048, 5.6, counted=4.2), {}, ["counting"]),  # an encoder-decoder, unsure of its answers too
         (Fit(9.22, 4096, 4.5), {"converted": 9.2185}, ["guessing", "own_text"]),
-        (Fit(9.22, 4096, None, chosen=False), {}, ["guessing", "built_in_text"]),
+        (Fit(9.22, 4096, None), {}, ["guessing"]),
         (Fit(3.91, 34, 2.3), {"mean": 3.8}, ["guessing", "own_text", "source_beaten"]),
         (Fit(3.2, 34, 2.3), {}, ["own_text"]),  # of few tokens a nat is much
         (Fit(4.5, 2048, 3.0), {}, ["own_text"]),
         (Fit(2.7, 2048, 3.0, unknown=0.2), {}, ["unknown"]),
-        (Fit(None, 2048, None, unknown=0.2, chosen=False), {}, ["unknown", "built_in_text"]),
+        (Fit(None, 2048, None, unknown=0.2), {}, ["unknown"]),
         (Fit(8.0, 2048, 7.7), {}, ["guessing"]),  # it has learnt nothing
         (Fit(4.3, 2048, 3.0, predictions=63), {"converted": 4.2}, []),  # by chance
         (Fit(5.0, 2048, 3.0, predictions=63), {"converted": 4.8}, ["own_text", "source_beaten"]),
@@ -142,8 +142,10 @@ def test_the_built_in_text_is_named_where_it_does_not_fit(tmp_path):
     weights = load_file(tmp_path / "other/model.safetensors")
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"].roll(700, 0)  # as if made for other words
     save_file(weights, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
-    found = evaluate(tmp_path / "other", tokens=512)["warnings"]
-    assert rules(found) == ["guessing", "own_text", "built_in_text"]
+    found = evaluate(tmp_path / "other", tokens=512)
+    assert found["data"] == "sampled from the source" and rules(found["warnings"]) == ["built_in_text"]
+    found = evaluate(tmp_path / "other", tokens=512, data="stdlib")["warnings"]
+    assert rules(found) == ["guessing", "own_text"]
     assert found[0]["bound"] == pytest.approx(math.log(2048), abs=1e-6)
 
 
@@ -176,9 +178,11 @@ def test_warnings_stand_above_the_table_in_the_report_and_on_the_card(tmp_path, 
 def test_text_that_cannot_be_read_is_not_measured_on(protein, tmp_path):
     few = {"calibration": Calibration(tokens=64, refit=True, refine_steps=0), "evaluate": True, "verify": False}
     report = convert(protein, 6, 2, "mean", tmp_path / "out", **few).report
-    assert "quality" not in report and "unknown to the model's tokenizer" in report["not_measured"]
+    warning = report["quality"]["warnings"][0]
+    assert report["quality"]["data"] == "answered by the source itself" and warning["rule"] == "built_in_text"
+    assert "unknown to the model's tokenizer" in warning["text"]
     assert report["calibration"]["text"] == "random tokens and the model's answers"
-    assert report["not_measured"] in (tmp_path / "out/README.md").read_text()
+    assert warning["text"] in (tmp_path / "out/README.md").read_text()
     for where in ({"data": str(tmp_path / "code.txt")}, {"calibration": str(tmp_path / "code.txt")}):
         with pytest.raises(UnreadableTextError, match="100% of its characters"):
             convert(protein, 6, 2, output=tmp_path / "refused", **few | where)
@@ -190,7 +194,7 @@ def test_text_that_cannot_be_read_is_not_measured_on(protein, tmp_path):
 def test_nothing_is_trained_or_measured_on_text_that_cannot_be_read(protein, tmp_path):
     convert(protein, 6, 2, "mean", tmp_path / "out")
     recipe = load_recipe("quick", tokens=2048)
-    for data in (None, str(tmp_path / "code.txt")):
+    for data in ("stdlib", str(tmp_path / "code.txt")):
         with pytest.raises(DataError, match=r"unknown to the model's tokenizer.*--data"):
             uptrain(tmp_path / "out", recipe, data=data)
         with pytest.raises(DataError, match=r"unknown to the model's tokenizer.*--data"):
@@ -212,5 +216,5 @@ def test_what_a_model_writes_itself_tells_how_it_ought_to_predict():
             parameter.data.zero_()
         assert own_loss(model, batch, cpu, generator) == pytest.approx(math.log(61), abs=1e-4)
     model = gpt2()
-    model.generate = lambda *args, **kwargs: 1 / 0
+    model.forward = lambda *args, **kwargs: 1 / 0
     assert own_loss(model, batch, cpu, generator) is None

@@ -22,7 +22,8 @@ from sqa_convert.cli.convert import main as convert_main
 from sqa_convert.errors import CheckpointError, DataError, OutputError, QualityError, RecipeError
 from sqa_convert.evaluation.held_out import HeldOut
 from sqa_convert.evaluation.load import load_model
-from sqa_convert.evaluation.quality import Predictions, evaluate, measure, predict
+from sqa_convert.evaluation.measure import Predictions, measure, predict
+from sqa_convert.evaluation.quality import evaluate
 from sqa_convert.report.sentences import recovered, uptraining_lines
 from sqa_convert.report.tables import quality_table
 from sqa_convert.uptraining import data as training_data
@@ -544,7 +545,7 @@ def test_one_call_converts_and_trains_as_the_command_does(tmp_path):
     )
     assert conversion.report["quality"].keys() >= {"source", "converted", "uptrained", "control"}
     assert conversion.report == json.loads((out / "report.json").read_text())
-    assert load_recipe(str(out / "recipe.yaml")) == dataclasses.replace(FEW, control=True, seed=3)
+    assert load_recipe(str(out / "recipe.yaml")) == dataclasses.replace(FEW, data="stdlib", control=True, seed=3)
     assert os.listdir(tmp_path) == ["out"]
 
 

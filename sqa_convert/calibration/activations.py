@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Site
+from ..heads.inputs import Inputs
+from ..text.collate import IGNORED
 
 Batch = dict[str, Tensor]
-"""inputs of a model"""
+"""inputs of a model, and the labels of what it predicts"""
 
 
 class _EnoughError(Exception):
@@ -22,18 +24,21 @@ class _EnoughError(Exception):
 @torch.no_grad()
 def capture(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], device: torch.device
-) -> dict[Site, tuple[Tensor, Tensor | None]]:
-    """The inputs of some attention sites (N, T, D), and what cross-attention reads (N, S, D); float32 on the CPU."""
-    seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    memory: list[Tensor] = []
+) -> dict[Site, list[Inputs]]:
+    """The inputs of some attention sites, of each batch; float32 on the CPU."""
+    seen: dict[Site, list[Inputs]] = {site: [] for site in sites}
     last, crosses = sites[-1], [site for site in sites if site.kind == "cross"]
+    memory: list[Tensor] = []  # of this batch, for all its sites
+    counted: dict[str, Tensor | None] = {}
 
     def watch(site: Site) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            seen[site].append(hidden.float().cpu())
             if crosses and site == crosses[0]:
                 memory.append(kwargs["key_value_states"].float().cpu())
+            attended = {"encoder": counted["encoder"], "cross": counted["encoder"]}.get(site.kind)
+            own = memory[0] if site.kind == "cross" else None
+            seen[site].append(Inputs(hidden.float().cpu(), own, counted[site.kind], attended))
             if site == last:
                 raise _EnoughError
 
@@ -42,13 +47,39 @@ def capture(
     hooks = [module_at(model, site.prefix).register_forward_pre_hook(watch(site), with_kwargs=True) for site in sites]
     try:
         for batch in batches:
+            memory.clear()
+            counted.update(positions(model, batch))
             with contextlib.suppress(_EnoughError):
-                model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+                model(**model_inputs(model, batch, device), use_cache=False)
     finally:
-        for hook in hooks:
-            hook.remove()
-    together = torch.cat(memory) if memory else None
-    return {site: (torch.cat(seen.pop(site)), together if site.kind == "cross" else None) for site in sites}
+        for handle in hooks:
+            handle.remove()
+    return seen
+
+
+def model_inputs(model: Any, batch: Batch, device: torch.device) -> Batch:
+    """What a model is called with: only an encoder-decoder needs the labels, to make its decoder's inputs of."""
+    wanted = model.config.is_encoder_decoder
+    return {name: tensor.to(device) for name, tensor in batch.items() if wanted or name != "labels"}
+
+
+def positions(model: Any, batch: Batch) -> dict[str, Tensor | None]:
+    """Of each kind of attention the query positions that count, (B, T) bool; None where all do.
+
+    They are those that something is predicted at, and in an encoder those that are read.
+    """
+    labels, read = batch.get("labels"), batch.get("attention_mask")
+    predicted = batch.get("decoder_attention_mask")
+    if labels is not None:
+        predicted = labels != IGNORED
+        if not model.config.is_encoder_decoder:  # a position predicts the next token; the last one's is not here
+            predicted = torch.cat([predicted[:, 1:], predicted[:, -1:]], 1)
+    decoder = _unless_all(predicted)
+    return {"encoder": _unless_all(read), "decoder": decoder, "cross": decoder}
+
+
+def _unless_all(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None or bool(mask.all()) else mask.bool()
 
 
 def module_at(model: nn.Module, prefix: str) -> nn.Module:

@@ -22,10 +22,9 @@ from ..conversion.request import AUTO, TOKENS_PER_UNKNOWN
 from ..errors import CheckpointError, QualityError, one_line
 from ..evaluation.held_out import HeldOut
 from ..evaluation.load import load_model
-from ..evaluation.quality import Predictions, measure, predict
+from ..evaluation.measure import Predictions, measure, predict
 from ..families import Site
 from ..progress import Progress, silent
-from ..text.documents import BUILT_IN
 from ..text.plain_generation import settle
 from ..text.suitability import misfits
 from .activations import capture
@@ -100,6 +99,8 @@ def calibrate(
             site: fitter.refine(chosen[site], settings.refine_steps)
             for site, fitter in calibrator.fitters("refine heads")
         }
+    if plan.has_language_model_head:
+        report["kl"] = calibrator.kl(plan, chosen)
     return Calibrated(chosen, report)
 
 
@@ -154,14 +155,15 @@ class Calibrator:
             activations = capture(self.model, group, self.text.batches + self.text.held_out, self.device)
             for site in group:
                 self.progress(stage, self.sites.index(site), len(self.sites))
+                inputs, fitted = activations.pop(site), len(self.text.batches)
                 yield (
                     site,
                     SiteFitter(
                         self.plan.family.attention(site, self.plan.source_config),
                         read_site(self.plan, self.source, site).tensors(),
-                        activations.pop(site),
+                        inputs[:fitted],
+                        inputs[fitted:],
                         self.metrics.get(site),
-                        self.text.fitted,
                         self.device,
                         self._generator(site.prefix),
                     ),
@@ -185,9 +187,7 @@ class Calibrator:
 
     @cached_property
     def _held_out(self) -> HeldOut:
-        batches = [batch | {"labels": batch.get("labels", batch["input_ids"])} for batch in self.text.held_out]
-        chosen = self.plan.calibration is not None and self.plan.calibration.text not in (None, BUILT_IN)
-        return HeldOut(batches, self.text.name, 0, self.device, self.text.unknown or 0.0, chosen)
+        return HeldOut(self.text.held_out, self.text.name, 0, self.device, self.text.unknown or 0.0)
 
     @cached_property
     def _expected(self) -> Predictions:
@@ -199,15 +199,14 @@ class Calibrator:
         assert settings is not None
         report: dict[str, Any] = {
             "text": self.text.name,
-            "tokens": sum(batch["input_ids"].numel() for batch in self.text.batches),
-            "held_out_tokens": sum(batch["input_ids"].numel() for batch in self.text.held_out),
+            "tokens": self.text.tokens,
+            "held_out_tokens": self.text.held_out_tokens,
             "refit": settings.refit,
             "refine_steps": settings.refine_steps,
         }
         report |= self._fit_of_the_text()
         unknowns = plan.unknowns + 1
-        names = ("input_ids", "labels")
-        least = min(sum(b.get(name, b["input_ids"]).numel() for b in self.text.batches) for name in names)
+        least = min(self.text.tokens, self.text.tokens if self.text.answered is None else self.text.answered)
         if least < TOKENS_PER_UNKNOWN * unknowns:
             what = (
                 f"{least:,} calibration tokens for {unknowns:,} unknowns of a fit, {TOKENS_PER_UNKNOWN} for each are "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..families import Site
 from ..progress import Progress, silent
-from .activations import Batch, module_at
+from .activations import Batch, model_inputs, module_at, positions
 
 SENSITIVITY_TOKENS = 16_384
 """predictions whose gradients are looked at"""
@@ -18,11 +19,13 @@ SENSITIVITY_TOKENS = 16_384
 _LOGITS = 2**26  # held at once
 
 
-def _rows(batch: Batch, vocabulary: int) -> Iterator[Batch]:
-    """Some sequences of a batch at a time, so that not too many logits are held."""
+def _rows(batch: Batch, vocabulary: int, share: float) -> Iterator[Batch]:
+    """A share of a batch, some sequences at a time, so that not too many logits are held."""
     ids = batch.get("labels", batch["input_ids"])
     size = max(1, _LOGITS // (ids.shape[1] * vocabulary))
-    for start in range(0, len(ids), size):
+    count = math.ceil(share * len(ids))
+    for start in range(0, count, size):
+        size = min(size, count - start)
         yield {name: tensor[start : start + size] for name, tensor in batch.items()}
 
 
@@ -62,18 +65,18 @@ def sensitivity(
     hooks += [module.register_forward_hook(lambda m, args, output: output.requires_grad_()) for module in embeddings]
     tokens = 0
     try:
-        for row in (row for batch in batches for row in _rows(batch, model.config.vocab_size)):
+        share = min(1.0, SENSITIVITY_TOKENS / sum(b.get("labels", b["input_ids"]).numel() for b in batches))
+        for row in (row for batch in batches for row in _rows(batch, model.config.vocab_size, share)):
             progress("measure sensitivity", min(tokens, SENSITIVITY_TOKENS), SENSITIVITY_TOKENS)
-            inputs = {name: tensor.to(device) for name, tensor in row.items()}
-            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)  # (n, V)
+            logits = model(**model_inputs(model, row, device), use_cache=False).logits  # (B, T, V)
+            counted = positions(model, row)["decoder"]
+            logits = logits.flatten(0, 1) if counted is None else logits[counted.to(device)]  # (n, V)
             # Drawn from the model's prediction by its distribution function, the same on every device.
             below = logits.detach().softmax(-1).cumsum(-1)
             level = torch.rand(len(logits), 1, generator=generator).to(device) * below[:, -1:]
             drawn = torch.searchsorted(below, level).clamp(max=logits.shape[1] - 1)
             nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
             tokens += len(logits)
-            if tokens >= SENSITIVITY_TOKENS:
-                break
     finally:
         for handle in hooks:
             handle.remove()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,21 +12,22 @@ from torch import Tensor
 from ..conversion.convert_site import ConvertedSite, SiteRecord
 from ..heads import AttentionHeads, Partition, get_method
 from ..heads.attend import Attention
+from ..heads.inputs import Inputs, concatenated
 from ..heads.refine import refine
 from ..heads.refit import output_error, refit
 from ..heads.search import search
 from ..heads.statistics import Statistics, collect, similarity, with_ridge
 
 PATTERN_ROWS = 8192
-"""query positions that patterns are compared on"""
+"""query positions that patterns are compared on, about"""
 
 METRIC_RIDGE = 1e-2
 """share of an isotropic part in the metric of outputs"""
 
 _BATCH_TOKENS = 4096
 
-Part = tuple[Tensor, Tensor | None, Tensor]
-"""inputs (N, T, D), memory (N, S, D) of cross-attention, outputs (N, T, D)"""
+Part = tuple[Inputs, Tensor]
+"""inputs of sequences of one length, and the outputs (N, T, D) that the source makes of them"""
 
 
 class SiteFitter:
@@ -41,9 +41,9 @@ class SiteFitter:
         self,
         attention: Attention,
         heads: AttentionHeads,
-        activations: tuple[Tensor, Tensor | None],
+        fitted: Sequence[Inputs],
+        held_out: Sequence[Inputs],
         metric: Tensor | None,
-        fitted: int,
         device: torch.device,
         generator: torch.Generator,
     ) -> None:
@@ -53,25 +53,29 @@ class SiteFitter:
         if metric is not None:
             self.root = torch.linalg.cholesky(with_ridge(metric, METRIC_RIDGE)).float()
         self.heads = _through(heads, self.root)
-        x, memory = (None if t is None else t.to(self.device) for t in activations)
-        assert x is not None
-        on_device = _to(self.heads, self.device)
-        with torch.no_grad():
-            wanted = torch.cat([attention.layer(on_device, *part) for part in _parts(x, memory)])
-        self.fit_part: Part = (x[:fitted], None if memory is None else memory[:fitted], wanted[:fitted])
-        self.held_out: Part = (x[fitted:], None if memory is None else memory[fitted:], wanted[fitted:])
+        self.fit_parts, self.held_out = self._with_outputs(fitted), self._with_outputs(held_out)
         self._found: dict[tuple[int, int], Partition] = {}
+
+    @torch.no_grad()
+    def _with_outputs(self, batches: Sequence[Inputs]) -> list[Part]:
+        heads = _to(self.heads, self.device)
+        parts = []
+        for inputs in (together.to(self.device) for together in concatenated(batches)):
+            outputs = [
+                self.attention.layer(heads, part.x, part.memory, part.attended)
+                for part in (inputs[rows] for rows in inputs.split(_BATCH_TOKENS))
+            ]
+            parts.append((inputs, torch.cat(outputs)))
+        return parts
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
     @cached_property
     def statistics(self) -> Statistics:
-        x = self.fit_part[0]
-        rows = min(max(1, PATTERN_ROWS // len(x)), x.shape[1])
-        return collect(
-            _to(self.heads, self.device), self.attention, _parts(*self.fit_part[:2]), rows, self._generator()
-        )
+        share = min(1.0, PATTERN_ROWS / sum(inputs.positions for inputs, _ in self.fit_parts))
+        batches = (inputs for inputs, _ in _batches(self.fit_parts))
+        return collect(_to(self.heads, self.device), self.attention, batches, share, self._generator())
 
     @cached_property
     def similarity(self) -> dict[str, list[list[float]]]:
@@ -89,7 +93,7 @@ class SiteFitter:
         heads = _to(get_method(method).convert(self.heads, partition, self.statistics), self.device)
         errors = {"converted": self._error(heads)}
         if with_refit:
-            refitted = refit(heads, self.attention, _parts(*self.fit_part))
+            refitted = refit(heads, self.attention, _batches(self.fit_parts))
             errors["refit"] = self._error(refitted)
             heads = refitted if errors["refit"] < errors["converted"] else heads
         return self._result(heads, SiteRecord(method, partition, errors, self.similarity))
@@ -97,7 +101,7 @@ class SiteFitter:
     def refine(self, start: ConvertedSite, steps: int) -> ConvertedSite:
         """Trains a candidate; kept where that lowers the held-out error."""
         heads = _to(_through(start.heads, self.root), self.device)
-        refined = refine(heads, self.attention, *self.fit_part, steps, self._generator())
+        refined = refine(heads, self.attention, self.fit_parts, steps, self._generator())
         record = replace(start.record, errors=start.record.errors | {"refined": self._error(refined)})
         return self._result(refined, record) if record.kept == "refined" else replace(start, record=record)
 
@@ -107,7 +111,7 @@ class SiteFitter:
 
     @torch.no_grad()
     def _error(self, heads: AttentionHeads) -> float:
-        return output_error(heads, self.attention, _parts(*self.held_out))
+        return output_error(heads, self.attention, _batches(self.held_out))
 
 
 def _through(heads: AttentionHeads, matrix: Tensor) -> AttentionHeads:
@@ -120,10 +124,6 @@ def _to(heads: AttentionHeads, device: torch.device | str) -> AttentionHeads:
     return AttentionHeads(*(None if t is None else t.to(device) for t in vars(heads).values()))
 
 
-def _parts(*tensors: Tensor | None) -> Iterator[Any]:
-    """Sequences a few at a time; None stays None."""
-    first = tensors[0]
-    assert first is not None
-    size = max(1, _BATCH_TOKENS // first.shape[1])
-    for start in range(0, len(first), size):
-        yield tuple(None if t is None else t[start : start + size] for t in tensors)
+def _batches(parts: Sequence[Part]) -> Iterator[Part]:
+    """A few sequences at a time."""
+    return ((inputs[rows], wanted[rows]) for inputs, wanted in parts for rows in inputs.split(_BATCH_TOKENS))

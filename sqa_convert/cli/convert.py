@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.staging import expanded
 from ..checkpoints.subfolders import part_of
@@ -13,11 +13,15 @@ from ..conversion.request import AUTO, DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
 from ..heads import Partition
 from ..report.content import conversion_report
+from ..text.documents import Columns
 from ..text.formats import TEXT_COLUMN
 from . import convert_flags as flags
 from .console import Out, run_app
 from .flags import EXIT_CODES, AsJson, Public, PushToHub, Quiet, Verbose, Version, make_app
 from .show import push, show_conversion, show_plan
+
+if TYPE_CHECKING:
+    from ..uptraining.recipe import Recipe
 
 app = make_app()
 
@@ -32,6 +36,11 @@ def convert(
     partition: flags.Partition = None,
     sites: flags.Sites = None,
     calibration: flags.Calibration = None,
+    calibration_prompts: flags.CalibrationPrompts = None,
+    calibration_length: flags.CalibrationLength = None,
+    source_column: flags.SourceColumn = "",
+    target_column: flags.TargetColumn = "",
+    prefix: flags.Prefix = "",
     calibration_tokens: flags.CalibrationTokens = None,
     refit: flags.Refit = None,
     refine_steps: flags.RefineSteps = None,
@@ -68,33 +77,33 @@ def convert(
     The result is a folder that AutoModel…from_pretrained loads. It is written beside its place and appears whole.
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
-    from ..pipeline.preflight import check_run, prepared
+    from ..pipeline.preflight import check_run, fitted_to, prepared
     from ..pipeline.run import RunOptions, run
 
-    if text_column is not None and data is None and calibration is None and uptrain is None:
-        raise RecipeError("--text-column names a column of --data or --calibration: give one of them")
-    # With --calibration alone it is of that text.
-    column = None if data is None and calibration is not None else text_column
+    columns = Columns.named(source_column, target_column, prefix)
+    if (text_column or columns) and data is None and calibration is None and uptrain is None:
+        flag = "--text-column" if text_column else "--source-column"
+        raise RecipeError(f"{flag} names a column of --data or --calibration: give one of them")
+    # With --calibration alone they are of that text.
+    alone = data is None and calibration is not None
+    column, of_data = (None, None) if alone else (text_column, columns)
     changes = {"data": data, "text_column": column, "seed": seed, "control": control or None}
-    recipe = None
-    if uptrain is not None:
-        from ..uptraining.recipe import load_recipe  # with pydantic, which `--help` and a plain conversion do without
-
-        recipe = load_recipe(uptrain, **changes)
+    recipe = _recipe(uptrain, changes, of_data)
     if control and (recipe is None or no_evaluate):
         raise RecipeError("--control belongs to --uptrain, and is measured: leave out --no-evaluate")
-    asked = Calibration(calibration, calibration_tokens, refit, refine_steps)
+    asked = calibration, calibration_tokens, refit, refine_steps, calibration_length, calibration_prompts
     request = Request(
         q_groups=q_groups,
         kv_groups=kv_groups,
         variant=variant,
         method=method or (recipe.method if recipe else "") or AUTO,
-        calibration=_calibration(asked, no_calibration, text_column),
+        calibration=_calibration(no_calibration, asked, text_column, columns),
         partition=partition,
         sites=None if sites is None else [kind.strip() for kind in sites.split(",") if kind.strip()],
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
+    request = fitted_to(request, data, text_column or TEXT_COLUMN, recipe)
     options = RunOptions.with_recipe(
         recipe,
         overwrite=overwrite,
@@ -102,6 +111,7 @@ def convert(
         evaluate=not no_evaluate,
         data=data,
         text_column=column,
+        columns=of_data,
         device=device,
         seed=seed,
         trust_remote_code=trust_remote_code,
@@ -140,14 +150,30 @@ def convert(
     push(out, target, push_to_hub, public)
 
 
-def _calibration(asked: Calibration, none: bool, text_column: str | None) -> Calibration | None:
+def _recipe(name: str | None, changes: dict[str, Any], columns: Columns | None) -> Recipe | None:
+    """The recipe to train by, with what the flags change of it. Raises RecipeError."""
+    if name is None:
+        return None
+    from ..uptraining.recipe import load_recipe  # with pydantic, which `--help` and a plain conversion do without
+
+    if columns is not None:
+        changes |= {"source_column": columns.source, "target_column": columns.target, "prefix": columns.prefix}
+    return load_recipe(name, **changes)
+
+
+def _calibration(
+    none: bool, asked: tuple[Any, ...], text_column: str | None, columns: Columns | None
+) -> Calibration | None:
     """What is asked of calibration. Raises RecipeError where that is both something and nothing."""
-    if none and asked != Calibration():
+    if none and any(flag is not None for flag in asked):
         raise RecipeError(
-            "--no-calibration leaves no text for --calibration, --calibration-tokens, --refit or --refine-steps: "
+            "--no-calibration leaves no text for --calibration, what belongs to it, --refit or --refine-steps: "
             "leave out the one or the other"
         )
-    return None if none else replace(asked, text_column=text_column or TEXT_COLUMN)
+    text, tokens, refit, refine_steps, length, prompts = asked
+    of_pairs = ("", "", "") if columns is None else (columns.source, columns.target, columns.prefix)
+    column = TEXT_COLUMN if text is None else text_column or TEXT_COLUMN
+    return None if none else Calibration(text, tokens, refit, refine_steps, column, length, prompts, *of_pairs)
 
 
 def _default_output(model: str, partitions: Mapping[str, Partition]) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..conversion.request import AUTO, REFINE_STEPS
+from ..conversion.request import AUTO, LEAST_LENGTH, REFINE_STEPS
 from ..heads import METHODS
 from .flags import TEXT, count, listing
 
@@ -69,7 +69,45 @@ Calibration = Annotated[
     typer.Option(
         metavar="TEXT",
         rich_help_panel=CALIBRATE,
-        help="Text to fit the heads on, as --data. Default: GPT-2 samples its own, T5 reads the built-in corpus.",
+        help="Text to fit the heads on, as --data, or self: what the model writes. Default: the training part of "
+        "--data; else GPT-2 samples its own, T5 reads the built-in corpus.",
+    ),
+]
+
+CalibrationPrompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", rich_help_panel=CALIBRATE, help="Beginnings that a GPT-2's own texts go on from, one a line."
+    ),
+]
+
+CalibrationLength = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        parser=count(LEAST_LENGTH),
+        rich_help_panel=CALIBRATE,
+        help="Tokens of the longest sequence. Default: the model's context, at most 1024.",
+    ),
+]
+
+SourceColumn = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=CALIBRATE,
+        help="Of --calibration or --data, for T5: with --target-column, pairs that it reads and answers.",
+    ),
+]
+
+TargetColumn = Annotated[
+    str, typer.Option(metavar="NAME", rich_help_panel=CALIBRATE, help="What is answered to --source-column.")
+]
+
+Prefix = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT", rich_help_panel=CALIBRATE, help='Put before each source of a pair, such as "summarize: ".'
     ),
 ]
 

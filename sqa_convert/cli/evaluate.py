@@ -69,7 +69,7 @@ def evaluate_command(
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
     from ..checkpoints.files import REPORT
     from ..checkpoints.find import resolve
-    from ..evaluation.held_out import prepare
+    from ..evaluation.prepare import prepare
     from ..evaluation.quality import compare, untrained
     from ..report.content import read_report
     from ..text.formats import TEXT_COLUMN
@@ -97,6 +97,7 @@ def evaluate_command(
             device=device,
             seed=seed,
             trust_remote_code=trust_remote_code,
+            writer=next(iter(models.values())),
         )
         quality = compare(
             models,

@@ -9,6 +9,7 @@ from ..amounts import amount, parse_size
 from ..errors import RecipeError
 from ..families import Config, family_of
 from ..heads import Partition, get_method, variant_heads
+from ..text.documents import SELF, Columns
 from ..text.formats import TEXT_COLUMN
 
 AUTO = "auto"
@@ -26,6 +27,9 @@ DEFAULT_SHARD = "2GB"
 
 TOKENS_PER_UNKNOWN = 20
 
+LEAST_LENGTH = 8
+"""tokens of a calibration sequence"""
+
 _LEAST_TOKENS = 65_536  # of calibration text
 
 
@@ -34,7 +38,8 @@ class Calibration:
     """What is asked of calibration: fitting converted heads to what the source's do on text."""
 
     text: str | None = None
-    """As `sqa_convert.text.documents.documents` takes it; None: GPT-2 samples its own, T5 reads the built-in corpus."""
+    """As `sqa_convert.text.documents.documents` takes it; "self": the model's own. None: the training part of `data`
+    where that is named; else GPT-2 samples its own, T5 reads the built-in corpus."""
     tokens: int | str | None = None
     """Tokens of text, also as "400k", a tenth of them held out; None: 20 for each unknown of a fit, at least 65,536."""
     refit: bool | None = None
@@ -43,6 +48,21 @@ class Calibration:
     """Steps of layer-wise training; None: 100 with "auto", "svd" and "procrustes", else 0."""
     text_column: str = TEXT_COLUMN
     """Of `text`, where it is a table: the column that holds the text."""
+    length: int | str | None = None
+    """Tokens of the longest sequence; None: the model's context, at most 1,024."""
+    prompts: str | None = None
+    """A file of beginnings, one a line, that a decoder-only model's own texts go on from."""
+    source_column: str = ""
+    """Of `text`: with target_column, pairs that an encoder-decoder reads and answers."""
+    target_column: str = ""
+    """Of `text`: what is answered to source_column."""
+    prefix: str = ""
+    """Put before each source of a pair, such as "summarize: "."""
+
+    @property
+    def columns(self) -> Columns | None:
+        """Of pairs. Raises RecipeError."""
+        return Columns.named(self.source_column, self.target_column, self.prefix)
 
 
 CALIBRATED = Calibration()
@@ -57,6 +77,15 @@ class Fitting:
     refit: bool
     refine_steps: int
     text_column: str
+    length: int | None
+    prompts: str | None
+    columns: Columns | None
+    """of `text`, where it is pairs"""
+
+    @property
+    def text_named(self) -> str | None:
+        """Text that somebody else wrote."""
+        return None if self.text == SELF else self.text
 
 
 @dataclass(frozen=True)
@@ -137,7 +166,11 @@ class Request:
                 raise RecipeError(f"--calibration: {self.method} fits nothing; add --refit or --refine-steps")
             return None
         tokens = tokens or max(_LEAST_TOKENS, TOKENS_PER_UNKNOWN * unknowns)
-        return Fitting(asked.text, tokens, refit, steps, asked.text_column)
+        length = None if asked.length is None else amount(asked.length, "--calibration-length")
+        if length is not None and length < LEAST_LENGTH:
+            raise RecipeError(f"--calibration-length {asked.length}: give {LEAST_LENGTH} or more tokens")
+        columns = None if asked.text in (None, SELF) else asked.columns
+        return Fitting(asked.text, tokens, refit, steps, asked.text_column, length, asked.prompts, columns)
 
     def head_counts(self, heads: int) -> tuple[int, int]:
         """Hq and Hkv for a source of `heads` heads. Raises RecipeError."""

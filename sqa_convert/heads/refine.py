@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .attend import Attention
+from .inputs import Inputs
 from .weights import AttentionHeads
 
 LEARNING_RATE = 3e-2
 """of each array, in units of its root mean square"""
 BATCH_TOKENS = 4096
 """positions a step, of the longer side"""
+PIECES = 4
+"""of a batch, each of sequences of one length"""
 WARM_UP = 10
 """steps"""
+
+Part = tuple[Inputs, Tensor]
+"""inputs of sequences of one length, and wanted outputs (N, T, D)"""
 
 _TRAINED = ("query", "key", "value", "output", "query_bias", "output_bias", "position_bias")
 
@@ -24,9 +31,7 @@ _TRAINED = ("query", "key", "value", "output", "query_bias", "output_bias", "pos
 def refine(
     heads: AttentionHeads,
     attention: Attention,
-    x: Tensor,
-    memory: Tensor | None,
-    wanted: Tensor,
+    parts: Sequence[Part],
     steps: int,
     generator: torch.Generator,
 ) -> AttentionHeads:
@@ -37,9 +42,7 @@ def refine(
     Args:
         heads: converted.
         attention: how the site attends.
-        x: inputs (N, T, D).
-        memory: (N, S, D) of cross-attention, else None.
-        wanted: outputs (N, T, D).
+        parts: inputs of sequences of one length each, and wanted outputs (N, T, D); padding counts in nothing.
         steps: of about `BATCH_TOKENS` positions.
         generator: draws the batches.
 
@@ -62,17 +65,41 @@ def refine(
         return min(1.0, (done + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done / steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    per_step = max(1, min(len(x), BATCH_TOKENS // (x if memory is None else memory).shape[1]))
-    variance = (wanted - wanted.mean((0, 1))).square().mean().clamp(min=1e-30)
-    order: list[int] = []
+    batches = _shuffled(parts, generator)
+    energy = _variation(parts) / len(batches)  # of an average batch
     for _ in range(steps):
-        if len(order) < per_step:
-            order = torch.randperm(len(x), generator=generator).tolist()
-        rows, order = order[:per_step], order[per_step:]
-        made = attention.layer(current, x[rows], None if memory is None else memory[rows])
-        loss = (made - wanted[rows]).square().mean() / variance
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part, rows in batches.pop():
+            inputs, wanted = parts[part][0][rows], parts[part][1][rows]
+            missing = attention.layer(current, inputs.x, inputs.memory, inputs.attended) - wanted
+            (inputs.count(missing).square().sum() / energy).backward()
         optimizer.step()
         schedule.step()
+        batches = batches or _shuffled(parts, generator)
     return dataclasses.replace(heads, **{name: weights.detach() for name, weights in trained.items()})
+
+
+def _variation(parts: Sequence[Part]) -> float:
+    """Sum of the squares of the wanted outputs about their mean."""
+    targets = [inputs.count(wanted) for inputs, wanted in parts]
+    mean = torch.cat([target.sum(0, keepdim=True) for target in targets]).sum(0) / sum(map(len, targets))
+    return max(sum((target - mean).square().sum().item() for target in targets), 1e-30)
+
+
+def _shuffled(parts: Sequence[Part], generator: torch.Generator) -> list[list[tuple[int, list[int]]]]:
+    """All sequences once, in batches of `BATCH_TOKENS` positions: pieces of one length, the part's number and rows."""
+    pieces: list[tuple[int, list[int]]] = []
+    for number, (inputs, _) in enumerate(parts):
+        order = torch.randperm(len(inputs), generator=generator)
+        size = max(1, BATCH_TOKENS // PIECES // inputs.length)
+        pieces += [(number, rows.tolist()) for rows in order.split(size)]
+    batches: list[list[tuple[int, list[int]]]] = []
+    room = 0
+    for piece in (pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()):
+        positions = len(piece[1]) * parts[piece[0]][0].length
+        if room <= 0:
+            batches.append([])
+            room = BATCH_TOKENS
+        batches[-1].append(piece)
+        room -= positions
+    return batches

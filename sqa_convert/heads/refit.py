@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .attend import Attention
+from .inputs import Inputs
 from .weights import AttentionHeads
 
 RIDGE = 1e-3
 """of the mean squared feature: how strongly the fit is drawn to the unrefitted projection"""
 
-Batches = Iterable[tuple[Tensor, Tensor | None, Tensor]]
-"""inputs (B, T, D), memory (B, S, D) or None, wanted outputs (B, T, D)"""
+Batches = Iterable[tuple[Inputs, Tensor]]
+"""inputs and wanted outputs (B, T, D); padding counts in nothing"""
 
 
 @torch.no_grad()
@@ -41,11 +42,12 @@ def refit(heads: AttentionHeads, attention: Attention, batches: Batches) -> Atte
     gram: Any = 0.0
     moment: Any = 0.0
     tokens = 0
-    for x, memory, wanted in batches:
-        features = attention.outputs(heads, x, memory).flatten(-2).flatten(0, 1)  # (n, Hq d)
+    for inputs, wanted in batches:
+        read = attention.outputs(heads, inputs.x, inputs.memory, inputs.attended)
+        features = inputs.count(read.flatten(-2))  # (n, Hq d)
         made = features @ heads.output.flatten(0, 1)
         made = made if heads.output_bias is None else made + heads.output_bias
-        missing = (wanted.flatten(0, 1) - made).double()  # (n, D)
+        missing = (inputs.count(wanted) - made).double()  # (n, D)
         features = _with_one(features).double() if has_bias else features.double()
         gram = gram + features.T @ features
         moment = moment + features.T @ missing
@@ -70,11 +72,13 @@ def output_error(heads: AttentionHeads, attention: Attention, batches: Batches) 
     lost = energy = 0.0
     total: Any = 0.0
     count = 0
-    for x, memory, wanted in batches:
-        lost += (attention.layer(heads, x, memory) - wanted).double().square().sum().item()
-        energy += wanted.double().square().sum().item()
-        total = total + wanted.double().sum((0, 1))
-        count += wanted.shape[0] * wanted.shape[1]
+    for inputs, wanted in batches:
+        target = inputs.count(wanted).double()
+        output = inputs.count(attention.layer(heads, inputs.x, inputs.memory, inputs.attended))
+        lost += (output.double() - target).square().sum().item()
+        energy += target.square().sum().item()
+        total = total + target.sum(0)
+        count += len(target)
     if heads.output_bias is not None:
         energy -= total.square().sum().item() / count
     return lost / max(energy, 1e-30)

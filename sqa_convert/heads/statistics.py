@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .attend import Attention
+from .inputs import Inputs
 from .weights import AttentionHeads
 
 RIDGE = 1e-3  # share of an isotropic part in every metric: some models have a few huge directions
@@ -101,8 +102,8 @@ class _Moment:
 def collect(
     heads: AttentionHeads,
     attention: Attention,
-    batches: Iterable[tuple[Tensor, Tensor | None]],
-    rows: int,
+    batches: Iterable[Inputs],
+    share: float,
     generator: torch.Generator,
 ) -> Statistics:
     """Statistics of a site from its inputs.
@@ -110,8 +111,8 @@ def collect(
     Args:
         heads: the source's.
         attention: how the site attends.
-        batches: inputs (B, T, D), with the memory (B, S, D) that cross-attention reads, else None.
-        rows: query positions of each sequence that patterns are looked at for.
+        batches: inputs; padding counts in nothing.
+        share: of the query positions, at which patterns are looked at.
         generator: draws them.
     """
     count, d, width = heads.query.shape
@@ -120,17 +121,21 @@ def collect(
     made = _Moment()  # of what heads add, before their output projections
     cross: Any = 0.0
     output_gram = (heads.output @ heads.output.mT).double()  # (H, d, d)
-    for x, memory in batches:
-        source = x if memory is None else memory
-        queries.add(torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, 1))
-        keys.add(source.flatten(0, 1))
-        chosen = torch.randperm(x.shape[1], generator=generator)[:rows].sort().values.to(x.device)
-        pattern = attention.patterns(heads, x, chosen, memory)  # (B, H, n, S)
-        seen = (pattern @ source[:, None]).transpose(0, 1).flatten(1, 2)  # (H, B n, D)
+    for batch in batches:
+        x, source = batch.x, batch.keys
+        rows = batch.count(x)
+        queries.add(torch.cat([rows, torch.ones_like(rows[:, :1])], -1))
+        keys.add(batch.key_rows())
+        some = max(1, round(share * x.shape[1]))
+        chosen = torch.randperm(x.shape[1], generator=generator)[:some].sort().values.to(x.device)
+        pattern = attention.patterns(heads, x, chosen, batch.memory, batch.attended)  # (B, H, n, S)
+        counts = None if batch.counted is None else batch.counted[:, chosen]  # (B, n)
+        seen = (pattern @ source[:, None]).transpose(0, 1)  # (H, B, n, D)
+        seen = seen.flatten(1, 2) if counts is None else seen[:, counts]  # (H, m, D)
         value = source[:, None] @ heads.value.mT  # (B, H, S, d), without bias: it is folded away
-        energy = energy + _attention_energy(pattern, value, output_gram)
+        energy = energy + _attention_energy(pattern, value, output_gram, counts)
         read.add(seen)
-        contribution = seen @ heads.value.mT  # (H, B n, d)
+        contribution = seen @ heads.value.mT  # (H, m, d)
         made.add(contribution)
         cross = cross + seen.double().mT @ contribution.transpose(0, 1).flatten(1).double()  # (H, D, H d)
     centred = heads.output_bias is not None
@@ -180,15 +185,20 @@ def _adapted(
     return adapted, cost.fill_diagonal_(0)
 
 
-def _attention_energy(pattern: Tensor, value: Tensor, output_gram: Tensor) -> Tensor:
-    """Sum over positions of sum_j P_ij^2 |(v_j - v_i) Wo|^2, v_i what i reads: (H,); to first order in score noise."""
+def _attention_energy(pattern: Tensor, value: Tensor, output_gram: Tensor, counts: Tensor | None) -> Tensor:
+    """Sum over positions of sum_j P_ij^2 |(v_j - v_i) Wo|^2, v_i what i reads: (H,); to first order in score noise.
+
+    Of the positions (B, n) those that count.
+    """
     gram = output_gram.to(value.dtype)
     read = pattern @ value  # (B, H, n, d)
     squares = pattern**2
     own = ((value @ gram) * value).sum(-1, keepdim=True)  # (B, H, S, 1)
     energy = (squares @ own).squeeze(-1) - 2 * (((squares @ value) @ gram) * read).sum(-1)
     energy = energy + squares.sum(-1) * ((read @ gram) * read).sum(-1)  # (B, H, n)
-    return energy.clamp(min=0).sum((0, 2)).double()
+    energy = energy.clamp(min=0).transpose(0, 1)  # (H, B, n)
+    energy = energy.flatten(1) if counts is None else energy[:, counts]
+    return energy.sum(1).double()
 
 
 def from_norms(

@@ -14,7 +14,7 @@ from ..isolation import undisturbed
 from ..progress import Progress, silent
 from ..text.formats import TEXT_COLUMN
 from ..uptraining.recipe import Recipe, override
-from .preflight import prepared
+from .preflight import fitted_to, prepared
 from .run import RunOptions, run, run_in_memory
 
 if TYPE_CHECKING:
@@ -84,23 +84,22 @@ def convert(
         q_groups: query heads to keep, Hq <= H.
         kv_groups: key/value heads to keep, a divisor of `q_groups`.
         method: by default "auto", which tries several on text and takes the best; or a name of `sqa_convert.METHODS`.
-        output: a folder to stream the result to, a few attention sites at a time; None keeps it in memory.
+        output: a folder for the result; None keeps it in memory.
         variant: instead of the two numbers, a name of `sqa_convert.VARIANTS`.
         sites: kinds of attention to convert ("encoder", "decoder", "cross"); by default all.
         partition: which heads go together: "searched" or "contiguous"; by default as suits the method.
         calibration: how heads are fitted to what they do on text: a `Calibration`, the text alone, or None to convert
-            from the weights alone. The published methods (mean, first, select) fit only when told to.
+            from the weights alone.
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".
         revision: of a hub id.
         subfolder: of a pipeline of several models, the one meant.
         tokenizer: where it lies if not beside the weights: a folder beside the model's, any folder, or a hub id.
         max_shard_size: of the largest weight file, such as "300MB"; by default "2GB".
         overwrite: replace an existing `output`.
-        verify: of an `output`, read every written tensor again, and check names and shapes against the model class;
-            with `evaluate` also load it in a process of its own, without this package, and compare logits.
-        evaluate: measure source and result on held-out text, one after the other, where the model has a language model
-            head and its tokenizer loads; else the report says why not. Needs `output`.
-        data: that text, as `sqa_convert.text.documents.documents` takes it; by default the built-in corpus.
+        verify: of an `output`, read every tensor again; with `evaluate` also load it without this package.
+        evaluate: measure source and result on held-out text; if that cannot be, the report says why. Needs `output`.
+        data: that text, as `sqa_convert.text.documents.documents` takes it, or "self": what the source writes; by
+            default the built-in corpus, if the source suits it. Heads are fitted to its training part.
         text_column: of a table given as `data`, or as `calibration`, the column that holds text; by default "text".
         uptrain: then train the result towards the source: a packaged recipe's name, a YAML file or a `Recipe`; `data`,
             `text_column` and `seed` win over what it says, and where `method` is left at "auto" its method is taken.
@@ -116,8 +115,7 @@ def convert(
 
     Raises:
         RecipeError: an argument is not possible, or the work does not fit into the device's memory.
-        CheckpointError: the source is missing, damaged, out of reach or changes while it is read; or what was written
-            is not what was computed.
+        CheckpointError: the source is missing, damaged or changes while it is read; or what was written is not right.
         UnsupportedModelError: the source is of an architecture that cannot be converted.
         DataError: the text is missing, too short, or does not fit the model.
         OutputError: `output` exists already or cannot be written.
@@ -128,9 +126,10 @@ def convert(
     fitting = _calibration(calibration, text_column)
     column = _column_of_data(text_column, data, calibration, uptrain)
     recipe = _recipe(uptrain, control, source, output, data=data, text_column=column, seed=seed)
-    if recipe is not None and method == AUTO:
-        method = recipe.method or AUTO
+    method = (recipe.method or AUTO) if recipe is not None and method == AUTO else method
+    data = None if data is None else str(data)
     request = Request(q_groups, kv_groups, variant, method, fitting, partition, sites, dtype, max_shard_size)
+    request = fitted_to(request, data, column or TEXT_COLUMN, recipe)
     place = None if output is None else expanded(output)
     opened, plan = prepared(
         source,
@@ -147,8 +146,9 @@ def convert(
         overwrite=overwrite,
         verify=verify,
         evaluate=evaluate,
-        data=None if data is None else str(data),
+        data=data,
         text_column=column,
+        columns=fitting.columns if fitting is not None and fitting.text is None else None,
         device=device,
         seed=seed,
         trust_remote_code=trust_remote_code,

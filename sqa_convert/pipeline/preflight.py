@@ -6,6 +6,7 @@ Needs torch only where something is asked of a device, or is going to be trained
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import HeadersSource, Source
 from ..checkpoints.staging import check_output
 from ..conversion.plan import Plan, make_plan
-from ..conversion.request import Request
-from ..errors import OutputError, RecipeError
+from ..conversion.request import Fitting, Request
+from ..errors import DataError, OutputError, RecipeError, shown
 from ..families import Config, family_of
 from ..heads import Partition
-from ..text.documents import check_data
+from ..text.documents import AUTO_TEXT, BUILT_IN, SELF, check_data
+from ..text.files import beginnings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,11 +99,45 @@ def check_run(
 
         choose_device(options.device)
     if options.evaluate and options.data is not None:
-        check_data(options.data, column=options.text_column)
-    if plan.calibration is not None and plan.calibration.text is not None:
-        check_data(plan.calibration.text, "--calibration", plan.calibration.text_column)
+        check_data(options.data, column=options.text_column, columns=options.columns)
+    if plan.calibration is not None:
+        _check_calibration(plan, plan.calibration)
     if recipe is not None and output is not None:
         _check_training(source, output, options, recipe)
+
+
+def _check_calibration(plan: Plan, fitting: Fitting) -> None:
+    decoder_only = "encoder" not in plan.partitions
+    if fitting.columns is not None and decoder_only:
+        raise DataError("--source-column and --target-column are for encoder-decoder models; this one is decoder-only")
+    if fitting.text_named is not None:
+        check_data(fitting.text_named, "--calibration", fitting.text_column, fitting.columns)
+    if fitting.prompts is None:
+        return
+    if fitting.text_named is not None:
+        raise RecipeError("--calibration-prompts begin what the model writes itself: leave out --calibration")
+    if not (decoder_only and plan.has_language_model_head):
+        raise RecipeError("--calibration-prompts are for decoder-only language models, which go on from them")
+    if not beginnings_of(fitting.prompts):
+        raise DataError(f"--calibration-prompts {shown(fitting.prompts)} holds no text: give one beginning a line")
+
+
+def fitted_to(request: Request, data: str | None, text_column: str, recipe: Recipe | None) -> Request:
+    """Calibration on the training part of what a model is measured or trained on, where no other text is asked for.
+
+    Raises RecipeError.
+    """
+    asked = request.calibration
+    if asked is None or asked.text is not None or asked.prompts is not None or request.fitting(1) is None:
+        return request
+    if recipe is not None:
+        data = None if recipe.data in (AUTO_TEXT, BUILT_IN) else recipe.data
+        text_column = recipe.text_column
+        names = ("source_column", "target_column", "prefix")
+        asked = replace(asked, **{name: getattr(recipe, name) for name in names})
+    if data is None:
+        return request
+    return replace(request, calibration=replace(asked, text=data, text_column=text_column))
 
 
 def _check_output(source: Source, output: Path, overwrite: bool) -> None:
@@ -130,5 +166,5 @@ def _check_training(source: Source, output: Path, options: RunOptions, recipe: R
         return
     trust = options.trust_remote_code
     first = training_data(str(source.folder), recipe, tokens=recipe.sequence_length, trust_remote_code=trust)
-    if options.measure_training:
+    if options.measure_training and recipe.data not in (AUTO_TEXT, SELF):  # else weights are needed for it
         first.held_out(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,9 @@ from ..errors import CheckpointError, DataError, RecipeError, one_line
 from ..progress import Progress, silent
 from ..report.content import conversion_report
 from ..report.write import write_report
+from ..text.documents import Columns
 from ..text.formats import TEXT_COLUMN
+from ..text.suitability import fitted_elsewhere
 from .preflight import check_run
 
 if TYPE_CHECKING:
@@ -43,6 +46,8 @@ class RunOptions:
     evaluate: bool = False
     data: str | None = None
     text_column: str = TEXT_COLUMN
+    columns: Columns | None = None
+    """of `data`, where it is pairs"""
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
@@ -147,8 +152,8 @@ def _to_folder(plan: Plan, source: Source, output: Path, options: RunOptions, pr
         with _reloaded(folder, report, options):
             if held_out is not None:
                 start = time.perf_counter()
-                own = report.get("calibration", {}).get("own_loss")
-                report |= _measured(plan, source, folder, held_out, options, progress, own)
+                calibration = report.get("calibration", {})
+                report |= _measured(plan, source, folder, held_out, options, progress, calibration)
                 report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
         write_report(folder, report)
     return report
@@ -156,12 +161,12 @@ def _to_folder(plan: Plan, source: Source, output: Path, options: RunOptions, pr
 
 def _held_out(plan: Plan, source: Source, options: RunOptions) -> tuple[HeldOut | None, str]:
     """The text to measure on; where none was named and the default does not do: None, and why."""
-    from ..evaluation.held_out import prepare
+    from ..evaluation.prepare import prepare
 
     assert source.folder is not None
     if not plan.has_language_model_head:
         return None, ""
-    names = ("text_column", "device", "seed", "trust_remote_code")
+    names = ("text_column", "columns", "device", "seed", "trust_remote_code")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
     without = "leave out --data" if options.data else ""
     try:
@@ -188,7 +193,7 @@ def _measured(
     held_out: HeldOut,
     options: RunOptions,
     progress: Progress,
-    own: float | None,
+    calibration: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The "quality" and "samples" of a report, with what averaging the heads would have cost."""
     from ..evaluation.generation import continuations
@@ -202,18 +207,18 @@ def _measured(
     models = {"source": source.folder, "converted": folder}
     compared: dict[str, Any] = models if plan.method == "mean" else models | {"mean": averaged}
     trust = options.trust_remote_code
-    return {
-        "quality": compare(
-            compared,
-            held_out,
-            trust_remote_code=trust,
-            progress=progress,
-            optional={"mean"},
-            untrained=compared.keys() - {"source"},
-            own=own,
-        ),
-        "samples": continuations(models, held_out, trust_remote_code=trust),
-    }
+    quality = compare(
+        compared,
+        held_out,
+        trust_remote_code=trust,
+        progress=progress,
+        optional={"mean"},
+        untrained=compared.keys() - {"source"},
+        own=calibration.get("own_loss"),
+    )
+    if calibration.get("kl") is not None:
+        quality["warnings"] += fitted_elsewhere(quality["converted"]["kl"], calibration["kl"])
+    return {"quality": quality, "samples": continuations(models, held_out, trust_remote_code=trust)}
 
 
 def _calibrated(plan: Plan, source: Source, options: RunOptions, progress: Progress) -> Calibrated:

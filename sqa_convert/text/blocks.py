@@ -5,30 +5,25 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, DataError, one_line
-from ..families.special_tokens import end_of_text
-from .formats import pieces
+from ..errors import DataError
+from .encoding import CHARACTERS, Encoder
 
-_ENCODED = 2**16  # characters given to a tokenizer at once, about
-
-_CHARACTERS = 4  # of a token, about
-
-_WAITING = 2**24  # characters of the documents held to go on with
+WAITING = 2**24  # characters of the documents held to go on with
 
 
 def token_stream(
     texts: Iterable[str], tokenizer: Any, length: int, dtype: torch.dtype = torch.long
 ) -> Iterator[Tensor]:
     """Documents, each closed by the end-of-text token, packed into blocks (length,); a rest is dropped."""
-    tokens = array("i")
+    encoder, tokens = Encoder(tokenizer), array("i")
     for text in texts:
-        for part in _encoded(text, tokenizer, _ENCODED):
+        for part in encoder.parts(text):
             tokens.extend(part)
             whole = len(tokens) // length * length
             if whole:
@@ -42,13 +37,13 @@ def drawn_stream(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[
     It is taken from a line somewhere in the document. When all have had their turn they go on where they stopped. What
     a block cuts off is never followed by another document within the block: an end-of-text token is between any two.
     """
-    chance = random.Random(0)
+    chance, encoder = random.Random(0), Encoder(tokenizer)
     turn: Iterator[tuple[str, Iterator[int]]]
-    turn = ((text, _from_a_line(text, tokenizer, length, chance)) for text in texts)
+    turn = ((text, from_a_line(text, encoder, length, chance)) for text in texts)
     block: list[int] = []
     while True:
         waiting: list[tuple[str, Iterator[int]]] = []
-        room = _WAITING
+        room = WAITING
         for text, document in turn:
             block += islice(document, length - len(block))
             if len(block) == length:
@@ -62,24 +57,18 @@ def drawn_stream(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[
         turn = iter(waiting)
 
 
-def _from_a_line(text: str, tokenizer: Any, length: int, chance: random.Random) -> Iterator[int]:
+def from_a_line(text: str, encoder: Encoder, length: int, chance: random.Random) -> Iterator[int]:
     """The tokens of a document from a line on that a block or so follows; last what comes before that line."""
-    before = max(0, len(text) - _CHARACTERS * length)
-    start = text.find("\n", chance.randrange(before)) + 1 if before else 0
-    for part in (text[start:], text[:start]):
-        if part:
-            yield from chain.from_iterable(_encoded(part, tokenizer, 4 * _CHARACTERS * length))
+    start, size = line_within(text, length, chance), 4 * CHARACTERS * length
+    yield from encoder.stream(text[start:], size, whole=start == 0)
+    if start:
+        yield from encoder.stream(text[:start], size)
 
 
-def _encoded(text: str, tokenizer: Any, size: int) -> Iterator[array[int]]:
-    """A document's tokens, of about `size` characters at a time, and the end-of-text token."""
-    try:
-        for piece in pieces(text, size):
-            yield array("i", tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
-        if (end := end_of_text(tokenizer)) is not None:
-            yield array("i", [end])
-    except Exception as error:  # a tokenizer that loads can still lack what a text asks for
-        raise CheckpointError(f"the tokenizer does not take the text: {one_line(error)}") from error
+def line_within(text: str, length: int, chance: random.Random) -> int:
+    """Where a line begins, anywhere in a text, that about `length` tokens follow."""
+    before = max(0, len(text) - CHARACTERS * length)
+    return text.find("\n", chance.randrange(before)) + 1 if before else 0
 
 
 def token_blocks(

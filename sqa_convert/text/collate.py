@@ -59,6 +59,29 @@ class CausalCollator:
 
 
 @dataclass(frozen=True)
+class PackedCollator:
+    """Blocks of whole rows to a batch for a decoder-only model: no row is attended to from another."""
+
+    length: int
+    """tokens of a block"""
+    padding: int
+
+    def __call__(self, blocks: Sequence[tuple[int, Sequence[Tensor]]]) -> dict[str, Tensor]:
+        ids = torch.full((len(blocks), self.length), self.padding)
+        labels, positions = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+        for i, (_, block) in enumerate(blocks):
+            start = 0
+            for row in block:
+                end = start + len(row)
+                ids[i, start:end] = row
+                labels[i, start + 1 : end] = row[1:]
+                positions[i, start:end] = torch.arange(len(row))
+                start = end
+            positions[i, start:] = torch.arange(self.length - start)
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+@dataclass(frozen=True)
 class SpanCollator:
     """Blocks to a batch for an encoder-decoder, by span corruption; what happens to a row depends on its number."""
 

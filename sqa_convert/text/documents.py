@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import DataError, one_line, shown
+from ..errors import DataError, RecipeError, one_line, shown
 from .files import files_of, saved_splits
 from .formats import TEXT_COLUMN, missing_column, rows
 
@@ -22,6 +22,12 @@ Split = Literal["train", "heldout"]
 Row = tuple[str, ...]
 
 BUILT_IN = "stdlib"
+
+SELF = "self"
+"""what a model writes itself, in the place of data"""
+
+AUTO_TEXT = "auto"
+"""in a recipe: the built-in corpus, or if the model was not made for that, what it writes itself"""
 
 SHUFFLED = 1024  # rows of files and hub data sets among which the next is chosen, at most
 
@@ -81,25 +87,58 @@ def documents(
     return (text for (text,) in _table(str(data), (column,), split, flag, shuffled, skipped))
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Of a table of what an encoder-decoder reads and answers."""
+
+    source: str
+    target: str
+    prefix: str = ""
+    """put before each source"""
+
+    @classmethod
+    def named(cls, source: str, target: str, prefix: str) -> Columns | None:
+        """None where none is. Raises RecipeError where only one of two is."""
+        if bool(source) != bool(target):
+            one, other = ("--source-column", "--target-column") if source else ("--target-column", "--source-column")
+            raise RecipeError(f"{one} needs {other}: name the columns of both, what is read and what is answered")
+        if prefix and not source:
+            raise RecipeError(
+                "--prefix is put before what --source-column names: give --source-column, --target-column"
+            )
+        return cls(source, target, prefix) if source else None
+
+
 def pairs(
-    data: str, source: str, target: str, split: Split, *, skipped: Skipped | None = None, flag: str = "--data"
+    data: str, columns: Columns, split: Split, *, skipped: Skipped | None = None, flag: str = "--data"
 ) -> Iterator[tuple[str, str]]:
-    """Two columns of one split of `data`, which is as for `documents` but not the built-in corpus.
+    """What is read, its prefix before it, and what is answered, of one split of `data`.
+
+    That is as for `documents` but not the built-in corpus.
 
     Raises:
         DataError: nothing is found under `data`, or it lacks a column.
     """
     if data == BUILT_IN:
         raise DataError(f"{flag} {data} holds no pairs: give JSON lines, CSV, Parquet or a data set on the hub")
-    return ((a, b) for a, b in _table(data, (source, target), split, flag, split == "train", skipped))
+    table = _table(data, (columns.source, columns.target), split, flag, split == "train", skipped)
+    return ((columns.prefix + source, target) for source, target in table)
 
 
-def check_data(data: str | None, flag: str = "--data", column: str = TEXT_COLUMN) -> None:
-    """Raises DataError when `documents` would find nothing, before any work is done for it."""
+def check_data(
+    data: str | None, flag: str = "--data", column: str = TEXT_COLUMN, columns: Columns | None = None
+) -> None:
+    """Raises DataError when `documents`, or of two columns `pairs`, would find nothing, before work is done for it."""
+    if data in (SELF, AUTO_TEXT):
+        return
     splits: tuple[Split, ...] = ("train", "heldout")
     for split in splits:
-        if next(documents(data, split, column=column, flag=flag), None) is None:
-            raise DataError(f"{flag} {shown(data)}: no text in its {split} part")
+        if columns is None:
+            first: object = next(documents(data, split, column=column, flag=flag), None)
+        else:
+            first = next(pairs(data or BUILT_IN, columns, split, flag=flag), None)
+        if first is None:
+            raise DataError(f"{flag} {shown(data)}: no {'text' if columns is None else 'pairs'} in its {split} part")
 
 
 def _table(

@@ -129,3 +129,12 @@ def _several(data: str, paths: Sequence[Path], kinds: Counter[str], flag: str) -
         f"{flag} {shown(data)} names files of several kinds (endings: {', '.join(endings)}); "
         f"choose one kind with a pattern, such as {flag} '{shown(str(Path(*within, f'*{suffix}')))}'"
     )
+
+
+def beginnings_of(path: str) -> list[str]:
+    """The lines of a file that are not blank. Raises DataError where it cannot be read."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"--calibration-prompts {shown(path)} cannot be read: {one_line(error)}") from error
+    return [line for line in text.splitlines() if line.strip()]

@@ -2,49 +2,120 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Cache, DynamicLayer
 
+from ..errors import DataError
 from ..progress import Progress, silent
+from .documents import BUILT_IN, Split, documents
 from .plain_generation import generate, own_tokens
+from .rows import document_rows, up_to
+from .suitability import looked_at
 
 SAMPLED_SEQUENCES = 128
 """at a time, at most"""
 
-_DROPPED = 0.25  # of a sampled text's end, at most
+FLAT = 0.5
+"""share of texts that begin with any token of the vocabulary, where nobody said what texts begin with"""
+
+CONTROL = 0.5
+"""share of the others that begin with a control token, where the tokenizer has some"""
+
+CUTS = (1, 1, 2, 4)
+"""into how many rows a text that does not end is cut, by lot"""
+
+SHORT = (2, 4, 4, 8, 8, 8, 16, 16, 16, 16)
+"""of the longest length, what a text has that an encoder-decoder answers: a page, a paragraph, a sentence, a line"""
+
+_ROOM = 64  # tokens that a cache has room for at first
+
+_CROWDED = 0.75  # share of texts that go on below which the others leave the cache
 
 _OWN_TEXTS, _OWN_LENGTH = 8, 64  # a few hundred tokens tell how sure a model is of its own text
 
 
-def sample(
+def own_rows(
     model: Any,
-    count: int,
+    tokens: int,
     length: int,
     device: torch.device,
     generator: torch.Generator,
+    beginnings: Sequence[Sequence[int]] = (),
+    control: Sequence[int] = (),
     at_once: int = SAMPLED_SEQUENCES,
     progress: Progress = silent,
-) -> Tensor:
-    """A causal model's own text, from its first token at temperature 1, packed as training data are: (count, length).
+) -> list[Tensor]:
+    """A causal model's own texts as rows (T,) from position 0, T up to `length`, of so many tokens together.
 
-    Of each text a random part of the end is dropped and the rest put one after the other, so that a sequence starts
-    anywhere in a text. (Where all start with the first token, fits rely on what heads read there.)
+    A text that ends is one row, its end token the last. One that goes on was written by a model of long documents, or
+    one trained on windows of them. So half of those are gone on with from their middle, and are windows that begin
+    anywhere; and some are cut into shorter ones.
+
+    Args:
+        beginnings: tokens that texts begin with, drawn evenly. Where there are none, a text begins by `FLAT` with any
+            token of the vocabulary, else with the model's first one or, as often, one of `control`.
+        control: tokens that some models begin their texts with.
+        at_once: texts written side by side.
+        progress: called as the work goes on.
+
+    Source: data-free distillation, LLM-QAT (arXiv 2305.17888), for the first tokens.
     """
+    chance = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
     rows: list[Tensor] = []
-    kept = 0
-    while kept < count * length:
-        progress("sample text", kept, count * length)
-        missing = math.ceil((count * length - kept) / (length * (1 - _DROPPED / 2)))
-        begin = first_tokens(model, min(at_once, missing), generator)
-        ids = _generate(model, begin, length - 1, device, generator)
-        ends = torch.randint(length - int(_DROPPED * length), length + 1, (len(ids),), generator=generator)
-        rows += [row[:end] for row, end in zip(ids, ends.tolist(), strict=True)]
-        kept += int(ends.sum())
-    progress("sample text", count * length, count * length)
-    return torch.cat(rows)[: count * length].view(count, length)
+    written = 0
+    while written < tokens:
+        progress("sample text", written, tokens)
+        missing = -(-(tokens - written) // length)
+        begin = _begin(model, min(at_once, missing), beginnings, control, chance, generator)
+        texts = continued(model, begin[:, : length - 1], length, device, generator)
+        ends = own_tokens(model).end
+        done = [text for text in texts if int(text[-1]) in ends]
+        going = [text for text in texts if int(text[-1]) not in ends]
+        anywhere = chance.sample(range(len(going)), len(going) // 2)
+        if anywhere:
+            later = torch.stack([going[i][length // 2 :] for i in anywhere])
+            for i, text in zip(anywhere, continued(model, later, length, device, generator), strict=True):
+                going[i] = text
+        for text in going:
+            parts = chance.choice(CUTS)
+            done += [part for part in text.tensor_split(_cut(len(text), parts, chance)) if len(part) > 1]
+        rows += done
+        written += sum(map(len, done))
+    progress("sample text", tokens, tokens)
+    return rows
+
+
+def _cut(length: int, parts: int, chance: random.Random) -> list[int]:
+    """Where a text is cut into parts of about one length."""
+    jitter = length // (4 * parts)
+    return [length * i // parts + chance.randint(-jitter, jitter) for i in range(1, parts)]
+
+
+def _begin(
+    model: Any,
+    count: int,
+    beginnings: Sequence[Sequence[int]],
+    control: Sequence[int],
+    chance: random.Random,
+    generator: torch.Generator,
+) -> Tensor:
+    """What some texts begin with, (count, n)."""
+    if beginnings:  # of one length, to be written side by side
+        length = len(chance.choice(beginnings))
+        alike = [begin for begin in beginnings if len(begin) == length]
+        return torch.tensor([list(chance.choice(alike)) for _ in range(count)])
+    first = first_tokens(model, count, generator)
+    if control:
+        named = torch.tensor(control)[torch.randint(len(control), (count, 1), generator=generator)]
+        first = torch.where(torch.rand(count, 1, generator=generator) < CONTROL, named, first)
+    any_ = torch.randint(model.config.vocab_size, (count, 1), generator=generator)
+    return torch.where(torch.rand(count, 1, generator=generator) < FLAT, any_, first)
 
 
 def first_tokens(model: Any, count: int, generator: torch.Generator) -> Tensor:
@@ -53,6 +124,66 @@ def first_tokens(model: Any, count: int, generator: torch.Generator) -> Tensor:
     if begin is None:
         return torch.randint(model.config.vocab_size, (count, 1), generator=generator)
     return torch.full((count, 1), begin)
+
+
+@torch.no_grad()
+def continued(model: Any, begin: Tensor, length: int, device: torch.device, generator: torch.Generator) -> list[Tensor]:
+    """How a causal model goes on from beginnings (B, n), each up to its end token or to `length`: on the CPU."""
+    ends = torch.tensor(own_tokens(model).end, dtype=torch.long)
+    texts = torch.zeros(len(begin), length, dtype=torch.long)
+    texts[:, : begin.shape[1]] = begin
+    lengths = torch.full((len(begin),), length)
+    slots, going = torch.arange(len(begin)), torch.ones(len(begin), dtype=torch.bool)  # texts of the cache's rows
+    cache, given = Cache(layer_class_to_replicate=RoomyLayer), begin
+    for position in range(begin.shape[1], length):
+        logits = model(input_ids=given.to(device), past_key_values=cache, use_cache=True).logits[:, -1]
+        drawn = draw(logits, generator)
+        texts[slots[going], position] = drawn[going]
+        ended = going & torch.isin(drawn, ends)
+        lengths[slots[ended]] = position + 1
+        going &= ~ended
+        if not bool(going.any()):
+            break
+        if going.float().mean() < _CROWDED:
+            for layer in cache.layers:
+                layer.batch_select_indices(going.nonzero()[:, 0].to(device))
+            slots, drawn, going = slots[going], drawn[going], going[going]
+        given = drawn[:, None]
+    return [text[:end].clone() for text, end in zip(texts, lengths.tolist(), strict=True)]
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache of one layer with room to grow: the one it is derived from copies all of it at every token."""
+
+    keys: Tensor
+    values: Tensor
+    used = 0
+    """positions"""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, heads, T, d) with those of the new positions."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = (
+                new.new_empty(*new.shape[:2], 0, new.shape[-1]) for new in (key_states, value_states)
+            )
+        start, self.used = self.used, self.used + key_states.shape[-2]
+        if self.used > self.keys.shape[-2]:
+            room = max(_ROOM, self.used)
+            self.keys, self.values = (nn.functional.pad(old, (0, 0, 0, room)) for old in (self.keys, self.values))
+        self.keys[:, :, start : self.used] = key_states
+        self.values[:, :, start : self.used] = value_states
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Tokens (n,) drawn from logits (n, V), by their distribution function: the same on every device; on the CPU."""
+    below = logits.float().softmax(-1).cumsum(-1)
+    level = torch.rand(len(logits), 1, generator=generator).to(logits.device) * below[:, -1:]
+    return torch.searchsorted(below, level).clamp(max=logits.shape[1] - 1)[:, 0].cpu()
 
 
 @torch.no_grad()
@@ -71,11 +202,13 @@ def own_loss(model: Any, batch: dict[str, Tensor], device: torch.device, generat
             whole = batch.get("attention_mask", torch.ones_like(inputs)).bool().all(1)
             inputs = inputs[whole][:_OWN_TEXTS]
             wanted = min(_OWN_LENGTH, batch["labels"].shape[1])
-            written = _generate(model, inputs, wanted, device, generator)
+            written = _generate(model, inputs, torch.ones_like(inputs), wanted, device, generator)
             given = {"input_ids": inputs.to(device), "decoder_input_ids": written.to(device)}
         else:
             start = first_tokens(model, _OWN_TEXTS, generator)
-            written = _generate(model, start, min(_OWN_LENGTH, inputs.shape[1]) - 1, device, generator)
+            texts = continued(model, start, min(_OWN_LENGTH, inputs.shape[1]), device, generator)
+            filler = next(iter(own_tokens(model).end), 0)
+            written = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=filler)
             given = {"input_ids": written.to(device)}
         log_p = model(**given, use_cache=False).logits[:, :-1].float().log_softmax(-1).cpu()
     except Exception:  # one that stock generation does not know how to run; the texts of others can still be judged
@@ -86,20 +219,52 @@ def own_loss(model: Any, batch: dict[str, Tensor], device: torch.device, generat
     return float(entropy[inside].mean())
 
 
-def answers(model: Any, inputs: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
-    """What an encoder-decoder samples for its inputs, a quarter of their length: (N, T / 4)."""
-    wanted = max(2, inputs.shape[1] // 4)
-    parts = [_generate(model, part, wanted, device, generator) for part in inputs.split(SAMPLED_SEQUENCES)]
-    return torch.cat(parts)[:, 1:]  # without the start token
+def answers(
+    model: Any, inputs: Sequence[Tensor], longest: int, device: torch.device, generator: torch.Generator
+) -> list[Tensor]:
+    """What an encoder-decoder samples for each of its inputs (T,), up to its end token or `longest` tokens."""
+    tokens = own_tokens(model)
+    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
+    written: dict[int, Tensor] = {}
+    for start in range(0, len(order), SAMPLED_SEQUENCES):
+        some = order[start : start + SAMPLED_SEQUENCES]
+        ids = nn.utils.rnn.pad_sequence([inputs[i] for i in some], batch_first=True, padding_value=tokens.padding)
+        read = nn.utils.rnn.pad_sequence([torch.ones_like(inputs[i]) for i in some], batch_first=True)
+        texts = _generate(model, ids, read, longest, device, generator)[:, 1:]  # without the start token
+        ends = torch.isin(texts, torch.tensor(tokens.end, dtype=torch.long))
+        for i, text, end in zip(some, texts, ends, strict=True):
+            written[i] = text[: int(end.int().argmax()) + 1 if bool(end.any()) else len(text)].clone()
+    return [written[i] for i in range(len(inputs))]
 
 
-def _generate(model: Any, inputs: Tensor, new_tokens: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Samples at temperature 1, going on at end-of-text tokens; on the CPU."""
-    given = {"input_ids": inputs.to(device), "attention_mask": torch.ones_like(inputs).to(device)}
+def own_pairs(
+    model: Any,
+    tokenizer: Any,
+    tokens: int,
+    longest: int,
+    device: torch.device,
+    generator: torch.Generator,
+    split: Split = "heldout",
+) -> list[tuple[Tensor, Tensor]]:
+    """Inputs of about so many tokens together, and what an encoder-decoder answers to each.
+
+    They are pieces of the built-in corpus of up to `longest` tokens; where the tokenizer cannot read it, any tokens.
+    """
+    inputs: list[Tensor] = []
+    with contextlib.suppress(DataError):
+        texts, _ = looked_at(documents(None, split, shuffled=True), tokenizer, BUILT_IN, "--data")
+        inputs = up_to(document_rows(texts, tokenizer, longest, SHORT), tokens, len)
+    if not inputs or max(int(row.max()) for row in inputs) >= model.config.vocab_size:
+        inputs = list(torch.randint(model.config.vocab_size, (max(2, tokens // longest), longest), generator=generator))
+    return list(zip(inputs, answers(model, inputs, longest, device, generator), strict=True))
+
+
+def _generate(
+    model: Any, inputs: Tensor, read: Tensor, new_tokens: int, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    """Samples at temperature 1 for inputs (B, T) and their attention mask; on the CPU."""
+    given = {"input_ids": inputs.to(device), "attention_mask": read.to(device)}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        return generate(
-            model, given, eos_token_id=None,
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-            cache_implementation="static", disable_compile=True,  # a growing cache is copied at every token
-        ).cpu()  # fmt: skip
+        sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return generate(model, given, max_new_tokens=new_tokens, **sampled).cpu()

@@ -30,6 +30,12 @@ there to guessing"""
 BEATEN = 0.02
 """nats that a converted model's loss may be below its source's"""
 
+ELSEWHERE = 3.0
+"""times the KL of a conversion on the kind of text it was fitted to, that it may have on another"""
+
+LEAST_KL = 0.01
+"""nats a token; of less there is nothing to warn"""
+
 SPREAD, PAIRED = 3.0, 0.5
 """nats that the loss of a token is away from the mean, and the difference of two models' losses from theirs, about"""
 
@@ -54,8 +60,6 @@ class Fit:
     """entropy of the text's tokens one by one, nats: the loss of one who knows nothing but how often each occurs"""
     unknown: float = 0.0
     """share of the text's characters that its tokenizer does not know"""
-    chosen: bool = True
-    """whether the text is another than the built-in one"""
     who: str = "source"
     """what the model is called"""
     predictions: int | None = None
@@ -141,9 +145,32 @@ def misfits(fit: Fit, flag: str, converted: Mapping[str, float] = {}) -> list[Wa
         warn("unknown", fit.unknown, UNKNOWN, what)
     if fit.loss is not None:
         _judge(fit.loss, fit, converted, warn)
-    if found and not fit.chosen:
-        warn("built_in_text", None, None, "nobody chose this text: it is the built-in one, Python source")
     return found
+
+
+def built_in_does_not_fit(why: str) -> list[Warning_]:
+    """That a model is measured on its own text for want of another."""
+    if not why:
+        return []
+    text = f"{why}: measured on what the source writes itself; give text of the model's own kind with --data"
+    return [{"rule": "built_in_text", "value": None, "bound": None, "text": text}]
+
+
+def fitted_elsewhere(kl: float, fitted: float) -> list[Warning_]:
+    """What makes it likely that heads were fitted to other text than they are measured on; nothing where they fit.
+
+    Args:
+        kl: to the source on the text of measurement, nats a token.
+        fitted: on what of the calibration text was held out.
+    """
+    bound = max(ELSEWHERE * fitted, LEAST_KL)
+    if kl <= bound:
+        return []
+    text = (
+        f"KL {kl:.3f} on this text, {fitted:.3f} on text of the kind the heads were fitted to: "
+        "they were fitted to other text than this; give it with --calibration"
+    )
+    return [{"rule": "fitted_elsewhere", "value": round(kl, 6), "bound": round(bound, 6), "text": text}]
 
 
 def _judge(loss: float, fit: Fit, converted: Mapping[str, float], warn: Callable[..., None]) -> None:

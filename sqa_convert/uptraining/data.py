@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, shown
-from ..evaluation.held_out import HeldOut, prepare
+from ..evaluation.held_out import HeldOut
 from ..evaluation.load import load_config
-from ..families.special_tokens import end_of_text
+from ..evaluation.prepare import built_in_text, encoded_pairs, held_out_pairs, prepare
+from ..families.special_tokens import SpecialTokens, end_of_text
 from ..text.blocks import token_blocks, token_stream
-from ..text.collate import CausalCollator, PairCollator, Rows, SpanCollator, Stream
-from ..text.documents import Skipped, Split, check_data, documents, pairs
+from ..text.collate import CausalCollator, PackedCollator, PairCollator, Rows, SpanCollator, Stream
+from ..text.documents import AUTO_TEXT, BUILT_IN, SELF, Columns, Skipped, check_data, documents
 from ..text.spans import denoising
 from ..text.suitability import looked_at
 from ..text.tokenizers import check_vocabulary, load_tokenizer
@@ -25,10 +26,6 @@ from .recipe import Recipe
 
 MOST_HELD = 200_000_000
 """tokens of text kept in memory and shuffled; of more, blocks come as they are read"""
-
-HELD_OUT_PAIRS = 256
-
-_BATCH = 32  # pairs measured at a time
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,18 @@ class TrainingData:
 
 
 def training_data(
-    folder: str | Path, settings: Recipe, *, tokens: int | None = None, trust_remote_code: bool = False
+    folder: str | Path,
+    settings: Recipe,
+    *,
+    tokens: int | None = None,
+    trust_remote_code: bool = False,
+    source: str | Path | None = None,
 ) -> TrainingData:
-    """The data of a recipe.
+    """The data of a recipe. Text that the source writes itself is not there yet: `with_own_text` puts it there.
 
     Args:
         folder: source or result; they share tokenizer and vocabulary.
+        source: the unconverted model, where its own text is measured on.
         tokens: read no more than this, to see whether a recipe can be run at all.
 
     Raises:
@@ -70,8 +73,10 @@ def training_data(
     config = load_config(folder, trust_remote_code)
     settings.check_fits(None if config.is_encoder_decoder else config.n_positions)
     tokenizer = load_tokenizer(folder, trust_remote_code, without="training needs one")
-    if settings.pairs:
-        return _pairs(config, tokenizer, settings, tokens)
+    if settings.columns is not None:
+        return _pairs(config, tokenizer, settings, settings.columns, tokens)
+    if settings.data in (SELF, AUTO_TEXT):
+        return _own(config, tokenizer, settings, source or folder, trust_remote_code)
     length, wanted = settings.sequence_length, tokens or settings.tokens
     streamed = wanted > MOST_HELD
     skipped = Skipped()
@@ -106,43 +111,41 @@ def training_data(
     return TrainingData(tokenizer, blocks, collate, held_out, skipped, stream if streamed else None)
 
 
-def _pairs(config: Any, tokenizer: Any, settings: Recipe, tokens: int | None) -> TrainingData:
-    if tokenizer.pad_token_id is None:
-        raise DataError("the tokenizer has no padding token, which pairs need")
-    collate = PairCollator(tokenizer.pad_token_id)
-    limit = {"truncation": True, "max_length": settings.sequence_length}
+def _own(config: Any, tokenizer: Any, settings: Recipe, source: str | Path, trust_remote_code: bool) -> TrainingData:
+    how: dict[str, Any] = {"tokens": settings.held_out_tokens, "trust_remote_code": trust_remote_code}
+    tokens = SpecialTokens.of(config)
+    if config.is_encoder_decoder:
+        collate: Any = PairCollator(tokens.padding)
+    else:
+        collate = PackedCollator(settings.sequence_length, tokens.padding)
+    data = SELF if settings.data == SELF else None
+    return TrainingData(
+        tokenizer, [], collate, lambda device: prepare(source, data, device=str(device), **how), Skipped()
+    )
 
+
+def with_text_named(settings: Recipe, source: str | Path, trust_remote_code: bool) -> Recipe:
+    """A recipe whose data are not "auto" any more."""
+    if settings.data != AUTO_TEXT:
+        return settings
+    built_in, _ = built_in_text(source, trust_remote_code=trust_remote_code)
+    return dataclasses.replace(settings, data=SELF if built_in is None else BUILT_IN)
+
+
+def _pairs(config: Any, tokenizer: Any, settings: Recipe, columns: Columns, tokens: int | None) -> TrainingData:
     name, skipped = shown(settings.data), Skipped()
-
-    def read(split: Split, most: int) -> tuple[list[tuple[Tensor, Tensor]], float]:
-        found = pairs(settings.data, settings.source_column, settings.target_column, split, skipped=skipped)
-        found, unknown = looked_at(found, tokenizer, name, "--data")
-        rows = [
-            (
-                torch.tensor(tokenizer(settings.prefix + source, **limit)["input_ids"]),
-                torch.tensor(tokenizer(text_target=target, **limit)["input_ids"]),
-            )
-            for source, target in islice(found, most)
-        ]
-        if not rows:
-            raise DataError(f"--data {name}: no pairs in its {split} part")
-        check_vocabulary(torch.cat([ids for pair in rows for ids in pair]), config.vocab_size)
-        return rows, unknown
+    most = max(1, (tokens or settings.tokens) // settings.sequence_length)
+    length = settings.sequence_length
 
     def held_out(device: torch.device) -> HeldOut:
-        content, unknown = read("heldout", HELD_OUT_PAIRS)
-        rows = list(enumerate(content))
-        batches = [collate(rows[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
-        count = sum(len(target) for _, (_, target) in rows)
-        return HeldOut(batches, f"{name}, held-out part, {len(rows)} pairs", count, device, unknown)
+        return held_out_pairs(config, tokenizer, settings.data, columns, device, length=length)
 
-    content, _ = read("train", max(1, (tokens or settings.tokens) // settings.sequence_length))
-    return TrainingData(tokenizer, content, collate, held_out, skipped)
+    content, _ = encoded_pairs(config, tokenizer, settings.data, columns, "train", most, length, skipped)
+    if not content:
+        raise DataError(f"--data {name}: no pairs in its train part")
+    return TrainingData(tokenizer, content, PairCollator(tokenizer.pad_token_id), held_out, skipped)
 
 
 def check_text(settings: Recipe) -> None:
     """Raises DataError where there is no text to train on, as far as can be told without a tokenizer."""
-    if not settings.pairs:
-        check_data(settings.data, column=settings.text_column)
-    elif next(pairs(settings.data, settings.source_column, settings.target_column, "train"), None) is None:
-        raise DataError(f"--data {shown(settings.data)}: no pairs in its train part")
+    check_data(settings.data, column=settings.text_column, columns=settings.columns)

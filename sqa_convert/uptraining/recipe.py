@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
 from ..errors import DataError, RecipeError, one_line, shown
+from ..text.documents import AUTO_TEXT, Columns
 from .validation import Count, Number, Seed, Switch, Text, in_one_line, must_be, sentence
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
@@ -24,8 +25,9 @@ SCHEDULES = get_args(Schedule)
 class Recipe:
     """How a converted model is uptrained."""
 
-    data: Text = "stdlib"
-    """Text to train on: "stdlib", a file, folder or glob, or a data set on the hub (ID[:CONFIG])."""
+    data: Text = AUTO_TEXT
+    """Text to train on: "stdlib", a file, folder or glob, a data set on the hub (ID[:CONFIG]), or "self": what the
+    source writes. "auto": "stdlib" where the source was made for such text, else "self"."""
     text_column: Text = "text"
     """Of `data`, where it is a table: the column that holds the text."""
     source_column: Text = ""
@@ -125,8 +127,9 @@ class Recipe:
         return "loss" if self.ce == 1 else "kl"
 
     @property
-    def pairs(self) -> bool:
-        return bool(self.source_column)
+    def columns(self) -> Columns | None:
+        """Of `data`, where it is pairs."""
+        return Columns.named(self.source_column, self.target_column, self.prefix)
 
     def check_fits(self, positions: int | None) -> None:
         """Raises DataError where a model cannot be trained so, whatever its weights.
@@ -136,7 +139,7 @@ class Recipe:
         """
         if positions is None:
             return
-        if self.pairs:
+        if self.columns is not None:
             raise DataError("source_column and target_column are for encoder-decoder models; this one is decoder-only")
         if self.sequence_length > positions:
             raise DataError(f"sequence_length {self.sequence_length} is more than the model's {positions} positions")

@@ -99,7 +99,7 @@ def _measure(
         job.held_out,
         trust_remote_code=job.trust_remote_code,
         progress=progress,
-        also=scores if run.recipe.pairs else None,
+        also=scores if run.recipe.columns else None,
         untrained=set() if run.trained_before else {"converted"},
         own=own_loss,
     )

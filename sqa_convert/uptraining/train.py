@@ -126,7 +126,7 @@ def _trainer(
     )
     choose_trained(model, recipe)
     # Pairs are of many lengths, so what one of them needs says nothing.
-    flops = None if recipe.pairs else training_flops(model, job.text.example()) / recipe.sequence_length
+    flops = None if recipe.columns else training_flops(model, job.text.example()) / recipe.sequence_length
     if recipe.lora_rank:
         model = with_lora(model, recipe.lora_rank)
     measured = job.held_out is not None

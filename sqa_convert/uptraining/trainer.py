@@ -16,7 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import QualityError
 from ..evaluation.held_out import HeldOut
-from ..evaluation.quality import Predictions, measure, predict
+from ..evaluation.measure import Predictions, measure, predict
 from ..report.formatting import nats
 from . import engines, processes
 from .loss import Targets, aligned_labels, forward_with_loss, hidden_states

@@ -14,14 +14,17 @@ from ..checkpoints.staging import check_output, empty, expanded
 from ..devices import choose_device, own_device
 from ..errors import CheckpointError
 from ..evaluation.load import load_model
-from ..evaluation.quality import measure, predict
+from ..evaluation.measure import measure, predict
 from ..isolation import undisturbed
 from ..progress import Progress, silent
 from ..report.content import read_report
+from ..text.collate import PairCollator
+from ..text.documents import AUTO_TEXT, SELF
 from ..text.suitability import misfits
 from . import processes
 from .arguments import check_recipe, uses_bfloat16
-from .data import training_data
+from .data import TrainingData, training_data, with_text_named
+from .own_text import read_own_text, write_own_text
 from .recipe import Recipe
 from .result import not_better, note_training, put_in_place
 from .run_folder import Run, alone, begin, conversion_id, goes_on, recoverable, run_folder, run_recipe, target_folder
@@ -105,14 +108,19 @@ def uptrain(
             raise CheckpointError(f"{folder} is another conversion than the one the first process sees under that name")
         run = Run(folder, find_source(report, source), decision.target, decision.recipe, "uptraining" in report)
         check_recipe(run.recipe, evaluate, chosen)
-        text = training_data(folder, run.recipe, trust_remote_code=trust_remote_code)
+        named = with_text_named(run.recipe, run.source, trust_remote_code) if first else run.recipe
+    run = dataclasses.replace(run, recipe=processes.from_first(named))
+    with processes.together():
+        text = training_data(folder, run.recipe, trust_remote_code=trust_remote_code, source=run.source)
         held_out = text.held_out(chosen) if evaluate else None
-    job = Job(text, held_out, None, chosen, trust_remote_code, keep_anyway)
     with alone(run.checkpoints, folder), recoverable(run.checkpoints, folder):
         with processes.together():
             if not decision.resume and processes.is_writer():
                 empty(run.checkpoints)
             begin(run)
+        if run.recipe.data == SELF:
+            text = _with_own_text(run, text, chosen, trust_remote_code, progress)
+        job = Job(text, held_out, None, chosen, trust_remote_code, keep_anyway)
         results, own_loss = _train_all(run, job, progress)
         with processes.together():  # none says that it is done before it is
             if processes.is_first():
@@ -155,9 +163,20 @@ def check_uptrain(
     if local_folder(source or report["source"]["name"], None if source else report["source"]["revision"]) is not None:
         find_source(report, source)
     text = training_data(folder, settled, tokens=settled.sequence_length, trust_remote_code=trust_remote_code)
-    if evaluate:
+    if evaluate and settled.data not in (AUTO_TEXT, SELF):  # else weights are needed for it
         text.held_out(chosen)
     return settled
+
+
+def _with_own_text(
+    run: Run, text: TrainingData, device: torch.device, trust_remote_code: bool, progress: Progress
+) -> TrainingData:
+    """With the rows that the source writes; one process writes them, for all that see its disk."""
+    with processes.together():
+        if processes.is_writer():
+            write_own_text(run, text.tokenizer, device, progress, trust_remote_code)
+    with processes.together():
+        return dataclasses.replace(text, content=read_own_text(run, pairs=isinstance(text.collate, PairCollator)))
 
 
 class _Decision(NamedTuple):

@@ -1,0 +1,99 @@
+"""What all calibration text is made with: the source, how long its texts are, how many are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.source import Source
+from ..conversion.plan import Plan
+from ..conversion.request import Fitting
+from ..errors import DataError, shown
+from ..progress import Progress
+from ..text.documents import BUILT_IN, Skipped, documents
+from ..text.formats import TEXT_COLUMN
+from ..text.suitability import looked_at
+from ..text.tokenizers import check_vocabulary, load_tokenizer
+
+LONGEST = 1024
+"""tokens in one sequence, at most"""
+
+Row = tuple[Tensor, ...]
+"""what a decoder-only model or an encoder reads, (T,); of an encoder-decoder also its answer"""
+
+
+@dataclass(frozen=True)
+class Content:
+    """Rows of calibration text."""
+
+    rows: Sequence[Row]
+    name: str
+    unknown: float | None = None
+    """share of the characters that the tokenizer does not know; None of what the model wrote or nobody did"""
+    sampled: bool = False
+    """whether the model wrote it"""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A source that is to be calibrated."""
+
+    model: Any
+    plan: Plan
+    source: Source
+    device: torch.device
+    generator: torch.Generator
+    trust_remote_code: bool
+    progress: Progress
+
+    @property
+    def settings(self) -> Fitting:
+        assert self.plan.calibration is not None
+        return self.plan.calibration
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.plan.source_config["vocab_size"])
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return min(self.settings.length or LONGEST, self.plan.dimensions.context)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Wanted of all rows together."""
+        return max(self.settings.tokens, 2 * self.length)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Raises DataError or CheckpointError where there is none."""
+        if self.source.folder is None:
+            raise DataError("calibration text needs a tokenizer: give a folder or a hub id, not a model in memory")
+        return load_tokenizer(self.source.folder, self.trust_remote_code, without="leave out --calibration")
+
+    def texts(self, skipped: Skipped) -> tuple[Iterator[str], str, float]:
+        """Documents of the text that was named, or of the built-in corpus; its name, and the share it is unknown by."""
+        settings, flag = self.settings, "--calibration"
+        named = settings.text_named
+        column = settings.text_column if named else TEXT_COLUMN
+        texts = documents(named, "train", column=column, shuffled=True, skipped=skipped, flag=flag)
+        name = f"{shown(named or BUILT_IN)}, training part"
+        texts, unknown = looked_at(texts, self.tokenizer, name, flag)
+        return texts, name, unknown
+
+    def check(self, rows: Sequence[Row], name: str) -> None:
+        """Raises DataError where rows are too few or do not fit the model."""
+        if len(rows) < 2:
+            raise DataError(f"{name} holds fewer than two texts of two tokens: give more with --calibration")
+        check_vocabulary(torch.cat([part for row in rows for part in row]), self.vocabulary)
+
+    def random_tokens(self) -> list[Tensor]:
+        """Rows (T,) that nobody wrote."""
+        count = max(2, self.tokens // self.length)
+        return list(torch.randint(self.vocabulary, (count, self.length), generator=self.generator))
