@@ -181,7 +181,7 @@ STRANGERS = {
             pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
         ),
         (),
-        steps=2500,
+        steps=900,
         longest=128,
         heads=((3, 3), (2, 1)),
     ),
