@@ -326,7 +326,7 @@ def test_calibration_recovers_most_of_what_mean_loses(tmp_path):
     for method, settings in (
         ("mean", None),
         ("svd", None),
-        ("auto", Calibration(tokens=4096, refine_steps=5)),
+        ("auto", Calibration(tokens=8192, refine_steps=5)),
     ):
         out = tmp_path / f"{method}{settings is None}"
         convert("sample:t5", 8, 4, method, out, calibration=settings)
