@@ -64,7 +64,7 @@ format: $(VENV)/ready
 
 samples: $(VENV)/ready  ## train sample:gpt2 and sample:t5 again; their weights are frozen, so only to look
 	$(BIN)/python benchmarks/train_samples.py gpt2 --steps 8000 --batch 8 --lr 2e-3 --output build/samples --results build/samples
-	$(BIN)/python benchmarks/train_samples.py t5 --steps 4200 --batch 8 --lr 3e-3 --output build/samples --results build/samples
+	$(BIN)/python benchmarks/train_samples.py t5 --lr 1e-3 --output build/samples --results build/samples
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist demo

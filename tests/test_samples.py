@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from helpers import plain_convert as convert
 from sqa_convert import evaluate
 from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.evaluation.load import load_model
+from sqa_convert.evaluation.measure import measure, predict
+from sqa_convert.evaluation.prepare import prepare
 
 SHA256 = {
     "gpt2": "7b6f095efafb5282ef6154a857268184dbbd2250b922504996f93d8992033e1b",
-    "t5": "3417c199c57c602b7d43f6cf540914227b6c74a67e7c3b06def89226010f32e4",
+    "t5": "34751fa15c910989a9d835127d6fb0382289285e0232c66bf1db3ff0785b0364",
 }
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -36,6 +39,14 @@ def test_samples_are_small_twelve_headed_and_trained(name):
     measured = evaluate(SAMPLES / name)["model"]["loss"]
     assert measured == pytest.approx(recorded["held_out_loss"], abs=0.25)
     assert measured < recorded["baselines"]["bigram"] < recorded["baselines"]["unigram"]
+
+
+def test_t5_reads_its_input():
+    """Else its encoder and cross-attention would cost nothing to convert."""
+    model, held_out = load_model(SAMPLES / "t5"), prepare(SAMPLES / "t5", tokens=4096)
+    crossed = [batch | {"input_ids": batch["input_ids"].roll(1, 0)} for batch in held_out.batches]
+    own, others = (measure(predict(model, replace(held_out, batches=b))).loss for b in (held_out.batches, crossed))
+    assert others > own + 1
 
 
 @pytest.mark.parametrize("name", SHA256)
