@@ -167,11 +167,11 @@ def gpt2(width: int, heads: int, positions: int) -> GPT2Config:
 STRANGERS = {
     "signatures": Stranger(
         signatures,
-        gpt2(128, 8, 256),
+        gpt2(192, 6, 256),
         ("<|function|>", "<|method|>", "<|class|>", "<|of|>", "<|doc|>"),
         steps=2500,
         longest=130,
-        heads=((4, 2), (2, 2)),
+        heads=((4, 2), (3, 3)),
     ),
     "order": Stranger(
         order,
@@ -183,9 +183,9 @@ STRANGERS = {
         (),
         steps=900,
         longest=128,
-        heads=((3, 3), (2, 1)),
+        heads=((4, 2), (3, 3)),
     ),
-    "questions": Stranger(questions, gpt2(192, 6, 512), (), steps=2500, longest=128, heads=((3, 3), (2, 1))),
+    "questions": Stranger(questions, gpt2(192, 6, 512), (), steps=2500, longest=128, heads=((4, 2), (3, 3))),
 }  # fmt: skip
 
 

@@ -84,7 +84,8 @@ def test_the_weights_alone_serve_without_text(run):
     code, out, err = run("sample:t5", "--q-groups", "8", "--kv-groups", "4", "--no-calibration", "--json")
     report = json.loads(out)
     assert (code, err) == (0, "") and report["method"] == "svd" and "calibration" not in report
-    assert report["quality"]["converted"]["kl"] < 0.2
+    quality = report["quality"]
+    assert quality["converted"]["kl"] < 0.2 * quality["mean"]["kl"]
 
 
 def test_every_method_is_listed_with_its_source(run):

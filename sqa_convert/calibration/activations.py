@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..evaluation.measure import model_inputs
 from ..families import Site
 from ..heads.inputs import Inputs
 from ..text.collate import IGNORED
@@ -55,12 +56,6 @@ def capture(
         for handle in hooks:
             handle.remove()
     return seen
-
-
-def model_inputs(model: Any, batch: Batch, device: torch.device) -> Batch:
-    """What a model is called with: only an encoder-decoder needs the labels, to make its decoder's inputs of."""
-    wanted = model.config.is_encoder_decoder
-    return {name: tensor.to(device) for name, tensor in batch.items() if wanted or name != "labels"}
 
 
 def positions(model: Any, batch: Batch) -> dict[str, Tensor | None]:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from ..errors import SQAError, shown
 from ..text.documents import Skipped
-from ..text.encoding import Encoder, control_tokens
+from ..text.encoding import Encoder
 from ..text.files import beginnings_of
 from ..text.rows import document_rows, up_to
-from ..text.self_generated import SAMPLED_SEQUENCES, own_rows
+from ..text.self_generated import own_rows
 from ..text.tokenizers import check_vocabulary
 from .reading import Content, Reading
-
-_CACHE = 2e9  # bytes of keys and values held while sampling
-
-_CONTINUED = 4  # tokens of a named text that samples begin with, at most, where the text is too short
 
 
 def causal_text(reading: Reading) -> Content:
@@ -34,7 +28,12 @@ def causal_text(reading: Reading) -> Content:
     if settings.prompts is not None:
         begin = _beginnings(reading, settings.prompts)
         name = f"{name}, begun with {shown(settings.prompts)}"
-    return Content([(row,) for row in own(reading, reading.tokens, begin)], name, sampled=True)
+    tokenizer = None
+    with contextlib.suppress(SQAError):  # without one nobody knows of control tokens
+        tokenizer = reading.tokenizer
+    how = (reading.device, reading.generator, tokenizer, begin, reading.progress)
+    rows = own_rows(reading.model, reading.tokens, reading.length, *how)
+    return Content([(row,) for row in rows], name, sampled=True)
 
 
 def _named(reading: Reading) -> Content:
@@ -44,26 +43,6 @@ def _named(reading: Reading) -> Content:
     name = f"{name}{skipped}"
     reading.check([(row,) for row in rows], name)
     return Content([(row,) for row in rows], name, unknown)
-
-
-def own(reading: Reading, tokens: int, beginnings: Sequence[Sequence[int]] = ()) -> list[Any]:
-    """Rows of the model's own text."""
-    each = 2 * len(reading.plan.sites) * reading.plan.dimensions.width * 4 * reading.length  # bytes of keys and values
-    control: list[int] = []
-    with contextlib.suppress(SQAError):  # without a tokenizer nobody knows of any
-        control = control_tokens(reading.tokenizer, reading.vocabulary)
-    at_once = max(1, min(SAMPLED_SEQUENCES, int(_CACHE // each)))
-    return own_rows(
-        reading.model,
-        tokens,
-        reading.length,
-        reading.device,
-        reading.generator,
-        beginnings,
-        control,
-        at_once,
-        reading.progress,
-    )
 
 
 def _beginnings(reading: Reading, path: str) -> list[list[int]]:

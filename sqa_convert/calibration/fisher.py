@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..evaluation.measure import model_inputs
 from ..families import Site
 from ..progress import Progress, silent
-from .activations import Batch, model_inputs, module_at, positions
+from ..text.self_generated import draw
+from .activations import Batch, module_at, positions
 
 SENSITIVITY_TOKENS = 16_384
 """predictions whose gradients are looked at"""
@@ -71,11 +73,8 @@ def sensitivity(
             logits = model(**model_inputs(model, row, device), use_cache=False).logits  # (B, T, V)
             counted = positions(model, row)["decoder"]
             logits = logits.flatten(0, 1) if counted is None else logits[counted.to(device)]  # (n, V)
-            # Drawn from the model's prediction by its distribution function, the same on every device.
-            below = logits.detach().softmax(-1).cumsum(-1)
-            level = torch.rand(len(logits), 1, generator=generator).to(device) * below[:, -1:]
-            drawn = torch.searchsorted(below, level).clamp(max=logits.shape[1] - 1)
-            nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
+            drawn = draw(logits.detach(), generator).to(device)
+            nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
             tokens += len(logits)
     finally:
         for handle in hooks:

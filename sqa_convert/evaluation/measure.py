@@ -46,6 +46,12 @@ class Predictions:
     """(N,)"""
 
 
+def model_inputs(model: Any, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What a model is called with: only an encoder-decoder needs the labels, to make its decoder's inputs of."""
+    wanted = model.config.is_encoder_decoder
+    return {name: tensor.to(device) for name, tensor in batch.items() if wanted or name != "labels"}
+
+
 @torch.no_grad()
 def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] = lambda: None) -> Predictions:
     """Runs a model over held-out text. `step` is called after each batch."""
@@ -65,9 +71,7 @@ def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] 
     shift = not model.config.is_encoder_decoder
     try:
         for batch in held_out.batches:
-            # Only an encoder-decoder needs the labels, to make its decoder's inputs of.
-            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels" or not shift}
-            model(**inputs, use_cache=False)
+            model(**model_inputs(model, batch, device), use_cache=False)
             states, targets = caught.pop(), batch["labels"]
             if shift:
                 states, targets = states[:, :-1], targets[:, 1:]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -90,35 +92,28 @@ def prepare(
         return held_out_pairs(config, tokenizer, str(data or BUILT_IN), columns, chosen)
     if data not in (None, SELF):
         return _of_documents(config, tokenizer, str(data), text_column, tokens, chosen, seed)
+    load = lru_cache(1)(partial(load_model, writer or folder, trust_remote_code=trust_remote_code))
     why = ""
     if data is None:
         check_data(None, column=text_column)
-        built_in, why = built_in_text(writer or folder, tokenizer, tokens, chosen, seed, trust_remote_code)
+        built_in, why = built_in_text(load, config, tokenizer, tokens, chosen, seed)
         if built_in is not None:
             return built_in
-    model = load_model(writer or folder, trust_remote_code=trust_remote_code)
-    return own_text(model, tokenizer, tokens, chosen, seed, why)
+    return own_text(load(), tokenizer, tokens, chosen, seed, why)
 
 
 def built_in_text(
-    folder: str | Path,
-    tokenizer: Any = None,
-    tokens: int = DEFAULT_TOKENS,
-    device: torch.device | None = None,
-    seed: int = 0,
-    trust_remote_code: bool = False,
+    load: Callable[[], Any], config: Any, tokenizer: Any, tokens: int, device: torch.device, seed: int
 ) -> tuple[HeldOut | None, str]:
-    """The held-out part of the built-in corpus; or None, and why the model in `folder` was not made for it.
+    """The held-out part of the built-in corpus; or None, and why the model that `load` gives was not made for it.
 
-    Raises CheckpointError, DataError: config, tokenizer or weights do not load, or do not fit each other.
+    Raises CheckpointError, DataError: the weights do not load, or the tokenizer does not fit them.
     """
-    config, device = load_config(folder, trust_remote_code), device or torch.device("cpu")
-    tokenizer = tokenizer or load_tokenizer(folder, trust_remote_code)
     try:
         built_in = _of_documents(config, tokenizer, None, TEXT_COLUMN, tokens, device, seed)
     except UnreadableTextError as error:
         return None, one_line(error)
-    if made_for(load_model(folder, trust_remote_code=trust_remote_code), built_in):
+    if made_for(load(), built_in):
         return built_in, ""
     return None, "the model was not made for the built-in text, Python source"
 
@@ -158,7 +153,7 @@ def own_text(model: Any, tokenizer: Any, tokens: int, device: torch.device, seed
         batches, name = pair_batches(rows, padding, _BATCH_TOKENS), "answered by the source itself"
     else:
         length = min(model.config.n_positions, LONGEST, tokens)
-        texts = own_rows(model, tokens, length, device, generator)
+        texts = own_rows(model, tokens, length, device, generator, tokenizer)
         batches, name = causal_batches(texts, padding, _BATCH_TOKENS), "sampled from the source"
     count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
     return HeldOut(batches, name, count, device, doubts=built_in_does_not_fit(why))

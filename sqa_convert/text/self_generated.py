@@ -14,6 +14,7 @@ from transformers import Cache, DynamicLayer
 from ..errors import DataError
 from ..progress import Progress, silent
 from .documents import BUILT_IN, Split, documents
+from .encoding import control_tokens
 from .plain_generation import generate, own_tokens
 from .rows import document_rows, up_to
 from .suitability import looked_at
@@ -33,6 +34,8 @@ CUTS = (1, 1, 2, 4)
 SHORT = (2, 4, 4, 8, 8, 8, 16, 16, 16, 16)
 """of the longest length, what a text has that an encoder-decoder answers: a page, a paragraph, a sentence, a line"""
 
+_CACHE = 2e9  # bytes of keys and values held while sampling
+
 _ROOM = 64  # tokens that a cache has room for at first
 
 _CROWDED = 0.75  # share of texts that go on below which the others leave the cache
@@ -46,9 +49,8 @@ def own_rows(
     length: int,
     device: torch.device,
     generator: torch.Generator,
+    tokenizer: Any = None,
     beginnings: Sequence[Sequence[int]] = (),
-    control: Sequence[int] = (),
-    at_once: int = SAMPLED_SEQUENCES,
     progress: Progress = silent,
 ) -> list[Tensor]:
     """A causal model's own texts as rows (T,) from position 0, T up to `length`, of so many tokens together.
@@ -58,15 +60,16 @@ def own_rows(
     anywhere; and some are cut into shorter ones.
 
     Args:
+        tokenizer: of the model, which tells of its control tokens; None where there is none.
         beginnings: tokens that texts begin with, drawn evenly. Where there are none, a text begins by `FLAT` with any
-            token of the vocabulary, else with the model's first one or, as often, one of `control`.
-        control: tokens that some models begin their texts with.
-        at_once: texts written side by side.
+            token of the vocabulary, else with the model's first one or, as often, one of the control tokens.
         progress: called as the work goes on.
 
     Source: data-free distillation, LLM-QAT (arXiv 2305.17888), for the first tokens.
     """
     chance = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
+    control = [] if tokenizer is None else control_tokens(tokenizer, model.config.vocab_size)
+    at_once = _side_by_side(model.config, length)
     rows: list[Tensor] = []
     written = 0
     while written < tokens:
@@ -89,6 +92,12 @@ def own_rows(
         written += sum(map(len, done))
     progress("sample text", tokens, tokens)
     return rows
+
+
+def _side_by_side(config: Any, length: int) -> int:
+    """How many texts a causal model writes at a time."""
+    each = 2 * config.num_hidden_layers * config.hidden_size * 4 * length  # bytes of keys and values
+    return max(1, min(SAMPLED_SEQUENCES, int(_CACHE // each)))
 
 
 def _cut(length: int, parts: int, chance: random.Random) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..errors import DataError, shown
 from ..evaluation.held_out import HeldOut
-from ..evaluation.load import load_config
+from ..evaluation.load import load_config, load_model
 from ..evaluation.prepare import built_in_text, encoded_pairs, held_out_pairs, prepare
 from ..families.special_tokens import SpecialTokens, end_of_text
 from ..text.blocks import token_blocks, token_stream
@@ -128,7 +129,9 @@ def with_text_named(settings: Recipe, source: str | Path, trust_remote_code: boo
     """A recipe whose data are not "auto" any more."""
     if settings.data != AUTO_TEXT:
         return settings
-    built_in, _ = built_in_text(source, trust_remote_code=trust_remote_code)
+    load = partial(load_model, source, trust_remote_code=trust_remote_code)
+    config, tokenizer = load_config(source, trust_remote_code), load_tokenizer(source, trust_remote_code)
+    built_in, _ = built_in_text(load, config, tokenizer, settings.held_out_tokens, torch.device("cpu"), 0)
     return dataclasses.replace(settings, data=SELF if built_in is None else BUILT_IN)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..evaluation.load import load_model
 from ..progress import Progress
-from ..text.encoding import control_tokens
 from ..text.self_generated import own_pairs, own_rows
 from .run_folder import Run
 
@@ -41,8 +40,7 @@ def write_own_text(
         if model.config.is_encoder_decoder:
             rows = [t for pair in own_pairs(model, tokenizer, PART, length, device, generator, "train") for t in pair]
         else:
-            control = control_tokens(tokenizer, model.config.vocab_size)
-            rows = own_rows(model, PART, length, device, generator, control=control)
+            rows = own_rows(model, PART, length, device, generator, tokenizer)
         _save(rows, parts[number])
     progress("sample text", len(parts) * PART, len(parts) * PART)
 
