@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import errors
+    from .checkpoints.find import resolve
     from .conversion.request import Calibration
-    from .evaluation.quality import evaluate
-    from .heads import METHODS, VARIANTS, Partition
+    from .evaluation.prepare import prepare
+    from .evaluation.quality import compare, evaluate
+    from .heads import METHODS, VARIANTS, Method, Partition, register_method
     from .pipeline.api import Conversion, convert
     from .publish import push_to_hub
     from .speed.bench import bench
@@ -23,15 +26,20 @@ if TYPE_CHECKING:
 _HOMES = {
     "Calibration": "conversion.request",
     "bench": "speed.bench",
+    "compare": "evaluation.quality",
     "convert": "pipeline.api",
     "Conversion": "pipeline.api",
     "evaluate": "evaluation.quality",
     "METHODS": "heads",
+    "Method": "heads",
     "VARIANTS": "heads",
     "Partition": "heads",
     "Recipe": "uptraining.recipe",
     "load_recipe": "uptraining.recipe",
+    "prepare": "evaluation.prepare",
     "push_to_hub": "publish",
+    "register_method": "heads",
+    "resolve": "checkpoints.find",
     "uptrain": "uptraining.uptrain",
 }
 
@@ -40,19 +48,27 @@ __all__ = [
     "VARIANTS",
     "Calibration",
     "Conversion",
+    "Method",
     "Partition",
     "Recipe",
     "__version__",
     "bench",
+    "compare",
     "convert",
+    "errors",
     "evaluate",
     "load_recipe",
+    "prepare",
     "push_to_hub",
+    "register_method",
+    "resolve",
     "uptrain",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module(".errors", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""The family worked out in CONTRIBUTING.md is one."""
+"""The method and the family worked out in CONTRIBUTING.md are such."""
 
 import re
 from pathlib import Path
@@ -8,19 +8,26 @@ import torch
 from helpers import VOCABULARY, randomize, tokens
 from transformers import OPTConfig, OPTForCausalLM
 
-from sqa_convert import convert, models
+from sqa_convert import METHODS, convert, models
 from sqa_convert.families import FAMILIES
 
 GUIDE = Path(__file__).parent.parent / "CONTRIBUTING.md"
 
 
 @pytest.fixture
-def source(monkeypatch):
+def example():
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    example = {"__name__": "example"}
+    assert len(blocks) == 4
+    example, methods = {"__name__": "example"}, dict(METHODS)
     for block in blocks:
         exec(block, example)
+    yield example
+    METHODS.clear()
+    METHODS.update(methods)
+
+
+@pytest.fixture
+def source(example, monkeypatch):
     for name in ("SQAOPTConfig", "SQAOPTForCausalLM"):
         monkeypatch.setattr(models, name, example[name], raising=False)
     monkeypatch.setitem(FAMILIES, "opt", example["OPT"]())
@@ -46,3 +53,13 @@ def test_the_worked_example_merges_heads_and_writes(source):
     ids = tokens(1, 6)
     how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
     assert torch.equal(model.generate(ids, **how), model.generate(ids, use_cache=False, **how))
+
+
+@torch.no_grad()
+def test_the_worked_method_keeps_the_last_head_of_each_group(source):
+    for how in ({}, {"partition": "searched"}):
+        made = convert(source, 6, 3, "last", calibration=None, **how)
+        groups = made.report["sites"][0]["partition"]
+        lasts = [group[-1][-1] for group in groups]
+        key = source.model.decoder.layers[0].self_attn.k_proj.weight.view(12, 4, 48)
+        assert torch.equal(made.model.model.decoder.layers[0].self_attn.k_proj.weight.view(3, 4, 48), key[lasts])

@@ -2,6 +2,10 @@
 
 import importlib
 import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -13,6 +17,7 @@ TAKES = {  # parameters in their order; those with a default have a question mar
         "text? tokens? refit? refine_steps? text_column? length? prompts? source_column? target_column? prefix?"
     ),
     "Conversion": "report output _model?",
+    "Method": "name summary source convert needs_statistics?",
     "Partition": "groups",
     "Recipe": (
         "data? text_column? source_column? target_column? prefix? tokens? sequence_length? batch_size? "
@@ -21,6 +26,7 @@ TAKES = {  # parameters in their order; those with a default have a question mar
         "patience? report_to? method? control? seed?"
     ),
     "bench": "models settings? trust_remote_code? progress?",
+    "compare": "models held_out trust_remote_code? progress? also? optional? untrained? own?",
     "convert": (
         "source q_groups? kv_groups? method? output? variant? sites? partition? calibration? dtype? revision? "
         "subfolder? tokenizer? max_shard_size? overwrite? verify? evaluate? data? text_column? uptrain? "
@@ -28,7 +34,10 @@ TAKES = {  # parameters in their order; those with a default have a question mar
     ),
     "evaluate": "folder against? data? text_column? tokens? device? seed?",
     "load_recipe": "name overrides",
+    "prepare": ("folder data? text_column? columns? tokens? device? seed? trust_remote_code? without? writer?"),
     "push_to_hub": "folder repo_id private?",
+    "register_method": "name summary? source? needs_statistics?",
+    "resolve": "name revision?",
     "uptrain": (
         "folder recipe? source? data? text_column? device? seed? evaluate? control? resume? restart? output? "
         "keep_anyway? trust_remote_code? progress?"
@@ -67,7 +76,25 @@ def parameters(function):
 def test_public_names_and_what_they_take_stay():
     public = {name: getattr(sqa_convert, name) for name in sqa_convert.__all__}
     assert {name: parameters(it) for name, it in public.items() if callable(it)} == TAKES
-    assert set(public) - set(TAKES) == {"METHODS", "VARIANTS", "__version__"}
+    assert set(public) - set(TAKES) == {"METHODS", "VARIANTS", "__version__", "errors"}
+
+
+def test_what_is_listed_exists_and_only_that():
+    code = (
+        "import sys, sqa_convert\n"
+        "assert dir(sqa_convert) == sorted(sqa_convert.__all__)\n"
+        "assert issubclass(sqa_convert.errors.RecipeError, sqa_convert.errors.SQAError)\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+        "assert all(hasattr(sqa_convert, name) for name in dir(sqa_convert))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_reference_shows_every_public_name():
+    pages = "".join(page.read_text() for page in (Path(__file__).parent.parent / "docs" / "reference").glob("*.md"))
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)}
+    assert set(sqa_convert.__all__) - shown == {"__version__", "errors"}
+    assert "::: sqa_convert.errors.SQAError" in pages
 
 
 @pytest.mark.parametrize("name", FLAGS)

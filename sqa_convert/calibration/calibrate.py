@@ -18,12 +18,13 @@ from ..checkpoints.source import Source
 from ..conversion.convert_site import Calibrated, ConvertedSite, order, read_site
 from ..conversion.model_in_memory import build_model
 from ..conversion.plan import Plan
-from ..conversion.request import AUTO, TOKENS_PER_UNKNOWN
+from ..conversion.request import TOKENS_PER_UNKNOWN
 from ..errors import CheckpointError, QualityError, one_line
 from ..evaluation.held_out import HeldOut
 from ..evaluation.load import load_model
 from ..evaluation.measure import Predictions, measure, predict
 from ..families import Site
+from ..heads import AUTO, Method
 from ..progress import Progress, silent
 from ..text.plain_generation import settle
 from ..text.suitability import misfits
@@ -72,16 +73,12 @@ def calibrate(
     settings = plan.calibration
     assert settings is not None
     calibrator = Calibrator(model, plan, source, device, seed, trust_remote_code, progress)
-    candidates = {plan.method: (plan.method, plan.searched)}
-    if plan.method == AUTO:
-        fits = CANDIDATES.items()
-        candidates = {n: c for n, c in fits if not plan.partition_given or c[1] == plan.searched}
-        if plan.partition_given and not plan.searched:
-            candidates["procrustes"] = ("procrustes", False)
+    candidates = _candidates(plan)
     tried: dict[str, dict[Site, ConvertedSite]] = {name: {} for name in candidates}
     for site, fitter in calibrator.fitters("fit heads"):
         for name, (method, searched) in candidates.items():
-            tried[name][site] = fitter.convert(method, plan.partitions[site.kind], searched, settings.refit)
+            searched = searched and site not in plan.given
+            tried[name][site] = fitter.convert(method, plan.partition_of(site), searched, settings.refit)
     report = calibrator.report(plan)
     chosen = best_of_each(tried)
     if plan.method == AUTO and plan.has_language_model_head:
@@ -102,6 +99,21 @@ def calibrate(
     if plan.has_language_model_head:
         report["kl"] = calibrator.kl(plan, chosen)
     return Calibrated(chosen, report)
+
+
+def _candidates(plan: Plan) -> dict[str, tuple[str | Method, bool]]:
+    """What is tried: method, and whether the partition is searched."""
+    if plan.method != AUTO:
+        return {plan.method: (plan.own_method or plan.method, plan.searched)}
+    if plan.all_given:
+        return {"svd": ("svd", False), "procrustes": ("procrustes", False)}
+    candidates: dict[str, tuple[str | Method, bool]] = {
+        name: candidate for name, candidate in CANDIDATES.items()
+        if not plan.partition_given or candidate[1] == plan.searched
+    }  # fmt: skip
+    if plan.partition_given and not plan.searched:
+        candidates["procrustes"] = ("procrustes", False)
+    return candidates
 
 
 def best_of_each(tried: Mapping[str, Mapping[Site, ConvertedSite]]) -> dict[Site, ConvertedSite]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..conversion.convert_site import ConvertedSite, SiteRecord
-from ..heads import AttentionHeads, Partition, get_method
+from ..heads import AttentionHeads, Method, Partition, get_method
 from ..heads.attend import Attention
 from ..heads.inputs import Inputs, concatenated
 from ..heads.refine import refine
@@ -87,16 +87,17 @@ class SiteFitter:
             self._found[counts] = search(self.heads, self.statistics, *counts, self._generator())
         return self._found[counts]
 
-    def convert(self, method: str, planned: Partition, searched: bool, with_refit: bool) -> ConvertedSite:
+    def convert(self, method: str | Method, planned: Partition, searched: bool, with_refit: bool) -> ConvertedSite:
         """One candidate; a refitted output projection is kept where it lowers the held-out error."""
         partition = self.searched(len(planned.clusters), len(planned.groups)) if searched else planned
-        heads = _to(get_method(method).convert(self.heads, partition, self.statistics), self.device)
+        chosen = get_method(method)
+        heads = _to(chosen.merged(self.heads, partition, self.statistics), self.device)
         errors = {"converted": self._error(heads)}
         if with_refit:
             refitted = refit(heads, self.attention, _batches(self.fit_parts))
             errors["refit"] = self._error(refitted)
             heads = refitted if errors["refit"] < errors["converted"] else heads
-        return self._result(heads, SiteRecord(method, partition, errors, self.similarity))
+        return self._result(heads, SiteRecord(chosen.name, partition, errors, self.similarity))
 
     def refine(self, start: ConvertedSite, steps: int) -> ConvertedSite:
         """Trains a candidate; kept where that lowers the held-out error."""

@@ -122,7 +122,15 @@ def _stamps(folder: Path) -> dict[Path, Stamp]:
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a whole model, downloaded where it has to be. Raises CheckpointError."""
+    """The local folder of a whole model, downloaded where it has to be.
+
+    Args:
+        name: a hub id, a folder, "sample:gpt2" or "sample:t5".
+        revision: of a hub id.
+
+    Raises:
+        CheckpointError: it is missing, out of reach, or holds files that are not fit to be opened.
+    """
     folder = local_folder(name, revision)
     if folder is None:
         folder = open_source(str(name), revision).folder

@@ -25,6 +25,8 @@ class ModelSource(Source):
             self.notes = (f"{own} is none of transformers' classes: taken for the {known} that it is derived from",)
         self.generation_config = getattr(model, "generation_config", None)
         self._tensors = model.state_dict()
+        # Who moves a model to another dtype leaves its config as it was.
+        self.config["dtype"] = str(model.dtype).removeprefix("torch.")
         self.twins = twins = dict[str, str]()
         self.index = indexed(described(self._tensors, IN_MEMORY, self.name, twins), self.name)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.staging import expanded
 from ..checkpoints.subfolders import part_of
 from ..conversion.convert_site import uses_torch
-from ..conversion.request import AUTO, DEFAULT_SHARD, Calibration, Request
+from ..conversion.request import DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
-from ..heads import Partition
+from ..heads import AUTO, Partition
 from ..report.content import conversion_report
 from ..text.documents import Columns
 from ..text.formats import TEXT_COLUMN
@@ -99,7 +99,7 @@ def convert(
         method=method or (recipe.method if recipe else "") or AUTO,
         calibration=_calibration(no_calibration, asked, text_column, columns),
         partition=partition,
-        sites=None if sites is None else [kind.strip() for kind in sites.split(",") if kind.strip()],
+        sites=sites,
         dtype=dtype,
         max_shard_size=max_shard_size,
     )

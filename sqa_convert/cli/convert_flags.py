@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..conversion.request import AUTO, LEAST_LENGTH, REFINE_STEPS
-from ..heads import METHODS
+from ..conversion.request import LEAST_LENGTH, REFINE_STEPS
+from ..heads import AUTO, METHODS
 from .flags import TEXT, count, listing
 
 HEADS, CALIBRATE, SOURCE, OUTPUT, MEASURE = "Heads", "Calibrate", "Source", "Output", "Measure and uptrain"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.dtypes import check_finite, decoded_dtype, encoded
 from ..checkpoints.source import Source
 from ..families import Site
-from ..heads import AttentionHeads, Partition, get_method
+from ..heads import AttentionHeads, Method, Partition, get_method
 from .plan import OutputTensor, Plan
 
 if TYPE_CHECKING:
@@ -67,21 +67,26 @@ class Calibrated:
     """what it did, None where there was none"""
 
 
+def plan_method(plan: Plan) -> Method:
+    """The method of a plan that names or gives one. Raises RecipeError."""
+    return get_method(plan.own_method or plan.method)
+
+
 def uses_torch(plan: Plan) -> bool:
     """Whether the sites of a plan are converted by torch."""
     if all(partition.is_identity for partition in plan.partitions.values()):
         return False
-    return plan.calibration is not None or plan.searched or get_method(plan.method).needs_statistics
+    return plan.calibration is not None or plan.searched or plan_method(plan).needs_statistics
 
 
 def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
     """Converts one site from the weights alone. Raises CheckpointError."""
     import numpy as np
 
-    heads, partition = read_site(plan, source, site), plan.partitions[site.kind]
+    heads, partition = read_site(plan, source, site), plan.partition_of(site)
     if partition.is_identity:
         return ConvertedSite(heads, SiteRecord("none", partition))
-    method, statistics = get_method(plan.method), None
+    method, statistics = plan_method(plan), None
     if uses_torch(plan):
         import torch
 
@@ -92,11 +97,11 @@ def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
         heads = heads.tensors()
         norms = [read_norm(plan, source, prefix) for prefix in plan.family.norms(site)]
         statistics = from_norms(heads, plan.family.attention(site, plan.source_config), *norms)
-        if plan.searched:
+        if plan.searched and site not in plan.given:
             counts = len(partition.clusters), len(partition.groups)
             partition = search(heads, statistics, *counts, torch.Generator().manual_seed(0))
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused when it is stored
-        result = method.convert(heads, partition, statistics)
+        result = method.merged(heads, partition, statistics)
     return ConvertedSite(result, SiteRecord(method.name, partition))
 
 

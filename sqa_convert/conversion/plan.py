@@ -6,7 +6,7 @@ Imports neither torch nor transformers, so that `--dry-run` answers at once, wha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -18,7 +18,7 @@ from ..checkpoints.dtypes import DTYPES, FLOATING
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError
 from ..families import Config, Dimensions, Family, Site, family_of
-from ..heads import Partition
+from ..heads import AUTO, Method, Partition
 from .attention_cost import Cost, attention_cost, count_parameters
 from .request import CASTS, Fitting, Request
 from .source_tensors import Stored, stored_tensors
@@ -49,16 +49,21 @@ class Plan:
     family: Family
     dimensions: Dimensions
     method: str
+    """its name, or "auto" """
+    own_method: Method | None
+    """where it was given as an object, not by name"""
     searched: bool
-    """whether the heads of a group are searched for, or neighbours"""
+    """whether the heads of a group are searched for, or neighbours, where they are not given"""
     partition_given: bool
-    """whether that was asked for; else `auto` may try both"""
+    """whether that was asked for, or is given everywhere; else `auto` may try both"""
     calibration: Fitting | None
     """None: from the weights alone"""
     sites: tuple[Site, ...]
     """all of the model; `partitions` says which of them keep their heads"""
     partitions: dict[str, Partition]
     """by site kind"""
+    given: Mapping[Site, Partition]
+    """those that were given, of single sites"""
     shards: dict[str, tuple[OutputTensor, ...]]
     """file name -> its tensors, in the order they are computed"""
     source_config: Config
@@ -74,6 +79,15 @@ class Plan:
     """what there is to know of the source, in sentences"""
     before: Cost
     after: Cost
+
+    def partition_of(self, site: Site) -> Partition:
+        """What is planned for a site; where it is not given, a search may find another."""
+        return self.given.get(site, self.partitions[site.kind])
+
+    @property
+    def all_given(self) -> bool:
+        """Whether the partition of every converted site is given."""
+        return _all_given(self.sites, self.partitions, self.given)
 
     @property
     def unknowns(self) -> int:
@@ -101,7 +115,8 @@ def make_plan(source: Source, request: Request) -> Plan:
         RecipeError, UnsupportedModelError: as `Request.partitions`.
         CheckpointError: config and weights disagree.
     """
-    partitions = request.partitions(source.config)
+    partitions, given = request.partitions(source.config), request.given_partitions(source.config)
+    method = AUTO if request.chosen_method is None else request.chosen_method.name
     family = family_of(source.config)
     dimensions = family.dimensions(source.config)
     stored = stored_tensors(family, source)
@@ -116,10 +131,11 @@ def make_plan(source: Source, request: Request) -> Plan:
         "source": source.name,
         "revision": source.revision,
         "source_heads": dimensions.heads,
-        "method": request.resolved_method,
+        "method": method,
         "sqa_convert": __version__,
     }
     sites = tuple(family.sites(source.config))
+    all_given = _all_given(sites, partitions, given)
     unknowns = _unknowns(partitions, dimensions)
     dtype = stored.infos[family.consumed(sites[0])[0]].dtype
     before = {name: info.shape for name, info in stored.infos.items()}
@@ -128,14 +144,16 @@ def make_plan(source: Source, request: Request) -> Plan:
     return Plan(
         family=family,
         dimensions=dimensions,
-        method=request.resolved_method,
-        searched=request.searched,
-        partition_given=request.partition is not None,
+        method=method,
+        own_method=None if isinstance(request.method, str) else request.chosen_method,
+        searched=request.searched and not all_given,
+        partition_given=isinstance(request.partition, str) or all_given,
         calibration=None
         if all(p.is_identity for p in partitions.values())
         else request.fitting(unknowns * (_TEXT_PER_TARGET if "cross" in partitions else 1)),
         sites=sites,
         partitions=partitions,
+        given=given,
         shards=_shards(tensors, parse_size(request.max_shard_size)),
         source_config=source.config,
         config=config,
@@ -146,6 +164,10 @@ def make_plan(source: Source, request: Request) -> Plan:
         before=attention_cost(dimensions, sites, source_counts, count_parameters(before, stored.others), dtype),
         after=attention_cost(dimensions, sites, counts, count_parameters(after, stored.others), cast or dtype),
     )
+
+
+def _all_given(sites: Sequence[Site], partitions: Mapping[str, Partition], given: Mapping[Site, Partition]) -> bool:
+    return bool(given) and all(site in given for site in sites if not partitions[site.kind].is_identity)
 
 
 def _unknowns(partitions: Mapping[str, Partition], dimensions: Dimensions) -> int:

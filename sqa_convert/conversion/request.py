@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..amounts import amount, parse_size
 from ..errors import RecipeError
-from ..families import Config, family_of
-from ..heads import Partition, get_method, variant_heads
+from ..families import Config, Site, family_of
+from ..heads import AUTO, Convert, Method, Partition, get_method
 from ..text.documents import SELF, Columns
 from ..text.formats import TEXT_COLUMN
-
-AUTO = "auto"
-"""the method that tries several on calibration text and takes the best; without text it is `BLIND_METHOD`"""
+from .partitions import HeadCounts, given_partitions, partitions_by_kind, site_kinds
 
 BLIND_METHOD = "svd"
+"""what "auto" is without calibration text"""
 
 REFINE_STEPS = 100
-
-PARTITIONS = ("searched", "contiguous")
 
 CASTS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -98,51 +95,62 @@ class Request:
     """key/value heads to keep, a divisor of `q_groups`"""
     variant: str | None = None
     """instead of the two numbers, a name of `sqa_convert.VARIANTS`"""
-    method: str = AUTO
-    """"auto", or a name of `sqa_convert.METHODS`"""
+    method: str | Method | Convert = AUTO
+    """"auto", a name of `sqa_convert.METHODS`, a `Method`, or a function as its `convert`"""
     calibration: Calibration | None = CALIBRATED
     """None: from the weights alone"""
-    partition: str | None = None
-    """which heads go together: "searched" or "contiguous"; None: as suits the method"""
-    sites: Sequence[str] | None = None
-    """kinds of attention to convert, by default all the model has"""
+    partition: str | Partition | Mapping[str, Partition] | None = None
+    """which heads go together: "searched", "contiguous", a `Partition` for all sites, or one for each of some sites,
+    by names such as "decoder" and "decoder.3"; None: as suits the method"""
+    sites: str | Sequence[str] | None = None
+    """kinds of attention to convert, also with commas; by default all the model has"""
     dtype: str = "auto"
     """"auto" keeps each tensor's own; else a name of `CASTS`"""
     max_shard_size: str = DEFAULT_SHARD
     """such as "300MB", at least 1MB"""
 
     def partitions(self, config: Config) -> dict[str, Partition]:
-        """The partition of every kind of attention the model has; needs nothing but its config.json.
+        """Neighbouring heads together, for each kind of attention the model has; needs nothing but its config.json.
 
         Raises:
             RecipeError: the heads, method, sites, dtype or shard size are not possible.
             UnsupportedModelError: the architecture cannot be converted.
         """
         family = family_of(config)
-        heads = family.dimensions(config).heads
         self.fitting(1)
-        if self.partition not in (None, *PARTITIONS):
-            raise RecipeError(f"--partition {self.partition}: choose {' or '.join(PARTITIONS)}")
         parse_size(self.max_shard_size)
         if self.dtype != "auto" and self.dtype not in CASTS:
             raise RecipeError(f"--dtype {self.dtype}: choose auto, {', '.join(CASTS)}")
-        kinds = tuple(dict.fromkeys(site.kind for site in family.sites(config)))
-        for kind in self.sites or ():
-            if kind not in kinds:
-                raise RecipeError(f"--sites {kind}: this model has {', '.join(kinds)}")
-        converted = Partition.contiguous(heads, *self.head_counts(heads))
-        return {kind: converted if kind in (self.sites or kinds) else Partition.identity(heads) for kind in kinds}
+        counts = HeadCounts(self.q_groups, self.kv_groups, self.variant)
+        return partitions_by_kind(family, config, self._kinds(config), counts, self.given_partitions(config))
+
+    def given_partitions(self, config: Config) -> dict[Site, Partition]:
+        """The partitions that are given for single sites. Raises RecipeError."""
+        return given_partitions(self.partition, family_of(config), config, self._kinds(config))
+
+    def _kinds(self, config: Config) -> tuple[str, ...]:
+        """Of attention, to be converted. Raises RecipeError."""
+        known = site_kinds(family_of(config), config)
+        given = self.sites.split(",") if isinstance(self.sites, str) else self.sites or ()
+        asked = [kind for name in given if (kind := str(name).strip())]
+        for kind in asked:
+            if kind not in known:
+                raise RecipeError(f"--sites {kind}: this model has {', '.join(known)}")
+        return tuple(kind for kind in known if kind in asked) if asked else known
 
     @property
-    def resolved_method(self) -> str:
-        return BLIND_METHOD if self.method == AUTO and self.calibration is None else self.method
+    def chosen_method(self) -> Method | None:
+        """None where several are tried. Raises RecipeError."""
+        if isinstance(self.method, str) and self.method == AUTO:
+            return get_method(BLIND_METHOD) if self.calibration is None else None
+        return get_method(self.method)
 
     @property
     def searched(self) -> bool:
-        """Whether the partition is searched for: where not told, with the methods that have something to search by."""
-        if self.partition is not None:
+        """Whether a partition that is not given is searched for: where not told, with methods that can search."""
+        if isinstance(self.partition, str):
             return self.partition == "searched"
-        return self.method == AUTO or get_method(self.method).needs_statistics
+        return self.chosen_method is None or self.chosen_method.needs_statistics
 
     def fitting(self, unknowns: int) -> Fitting | None:
         """What calibration will do, None for a conversion from the weights alone. Raises RecipeError.
@@ -150,7 +158,8 @@ class Request:
         Args:
             unknowns: of one output projection's fit, for each output: Hq d, times the text a position of it needs.
         """
-        uses = self.method == AUTO or get_method(self.method).needs_statistics
+        method = self.chosen_method
+        uses = method is None or method.needs_statistics
         asked = self.calibration
         if asked is None:
             return None
@@ -162,8 +171,8 @@ class Request:
         refit = uses if asked.refit is None else asked.refit
         steps = (REFINE_STEPS if uses else 0) if asked.refine_steps is None else asked.refine_steps
         if not (uses or refit or steps):
-            if asked.text is not None or tokens is not None:
-                raise RecipeError(f"--calibration: {self.method} fits nothing; add --refit or --refine-steps")
+            if method is not None and (asked.text is not None or tokens is not None):
+                raise RecipeError(f"--calibration: {method.name} fits nothing; add --refit or --refine-steps")
             return None
         tokens = tokens or max(_LEAST_TOKENS, TOKENS_PER_UNKNOWN * unknowns)
         length = None if asked.length is None else amount(asked.length, "--calibration-length")
@@ -171,14 +180,3 @@ class Request:
             raise RecipeError(f"--calibration-length {asked.length}: give {LEAST_LENGTH} or more tokens")
         columns = None if asked.text in (None, SELF) else asked.columns
         return Fitting(asked.text, tokens, refit, steps, asked.text_column, length, asked.prompts, columns)
-
-    def head_counts(self, heads: int) -> tuple[int, int]:
-        """Hq and Hkv for a source of `heads` heads. Raises RecipeError."""
-        if self.variant is not None:
-            if self.q_groups is not None or self.kv_groups is not None:
-                raise RecipeError("--variant sets both head counts: leave out --q-groups and --kv-groups")
-            return variant_heads(self.variant, heads)
-        if self.q_groups is None or self.kv_groups is None:
-            missing = [f for f, n in (("--q-groups", self.q_groups), ("--kv-groups", self.kv_groups)) if n is None]
-            raise RecipeError(f"give {' and '.join(missing)} too, or --variant alone")
-        return self.q_groups, self.kv_groups

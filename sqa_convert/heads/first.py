@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .methods import method
+from .methods import register_method
 from .partition import Partition
 from .pool import first_of, pool, sum_of
 from .weights import A, AttentionHeads
 
 
-@method(
+@register_method(
     "first",
     summary="keep the first head of a group, sum its output projections",
     source="Ainslie et al., GQA, arXiv 2305.13245, section 3.3",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .methods import method
+from .methods import register_method
 from .partition import Partition
 from .weights import AttentionHeads
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _ROUNDS = 30
 
 
-@method(
+@register_method(
     "procrustes",
     summary="rotate the heads of a group onto their mean, average, restore the norm",
     source="Jin et al., arXiv 2412.20677 (generalised Procrustes analysis), with the norms restored",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .methods import method
+from .methods import register_method
 from .partition import Partition
 from .pool import pool
 from .weights import A, AttentionHeads
 
 
-@method(
+@register_method(
     "select",
     summary="keep the strongest head of a group whole, drop the others (head pruning)",
     source="Michel et al., arXiv 1905.10650; strength here is the norm of the head's output map",

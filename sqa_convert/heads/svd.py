@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .methods import method
+from .methods import register_method
 from .partition import Partition
 from .weights import AttentionHeads
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .statistics import Statistics
 
 
-@method(
+@register_method(
     "svd",
     summary="factorise score forms and output maps: the best shared key and value of a group in closed form",
     source="Eckart-Young on Wq^T Wk and the summed Wv^T Wo; cf. CLOVER, arXiv 2411.17426, and A3, arXiv 2505.12942",

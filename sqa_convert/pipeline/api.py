@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.staging import expanded
-from ..conversion.request import AUTO, CALIBRATED, DEFAULT_SHARD, Calibration, Request
+from ..conversion.request import CALIBRATED, DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
+from ..heads import AUTO, Convert, Method, Partition
 from ..isolation import undisturbed
 from ..progress import Progress, silent
 from ..text.formats import TEXT_COLUMN
@@ -53,12 +54,12 @@ def convert(
     source: str | Path | PreTrainedModel,
     q_groups: int | None = None,
     kv_groups: int | None = None,
-    method: str = AUTO,
+    method: str | Method | Convert = AUTO,
     output: str | Path | None = None,
     *,
     variant: str | None = None,
-    sites: Sequence[str] | None = None,
-    partition: str | None = None,
+    sites: str | Sequence[str] | None = None,
+    partition: str | Partition | Mapping[str, Partition] | None = None,
     calibration: Calibration | str | Path | None = CALIBRATED,
     dtype: str = "auto",
     revision: str | None = None,
@@ -83,11 +84,15 @@ def convert(
         source: a hub id, a folder, "sample:gpt2", "sample:t5", or a model in memory, compiled or in parallel too.
         q_groups: query heads to keep, Hq <= H.
         kv_groups: key/value heads to keep, a divisor of `q_groups`.
-        method: by default "auto", which tries several on text and takes the best; or a name of `sqa_convert.METHODS`.
+        method: by default "auto", which tries several on text and takes the best; or a name of `sqa_convert.METHODS`,
+            a `Method`, or a function as `register_method` takes it, which is given statistics.
         output: a folder for the result; None keeps it in memory.
         variant: instead of the two numbers, a name of `sqa_convert.VARIANTS`.
-        sites: kinds of attention to convert ("encoder", "decoder", "cross"); by default all.
-        partition: which heads go together: "searched" or "contiguous"; by default as suits the method.
+        sites: kinds of attention to convert ("encoder", "decoder", "cross"), one or several; by default all.
+        partition: which heads go together: "searched" or "contiguous", by default as suits the method; a `Partition`
+            for every layer; or one for each of some sites, named by kind and layer as in report.json: "decoder.3", or
+            "decoder" for those that are not named singly. Head counts that are not given are the partition's; all
+            layers of a kind keep the same numbers.
         calibration: how heads are fitted to what they do on text: a `Calibration`, the text alone, or None to convert
             from the weights alone.
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".
@@ -132,15 +137,9 @@ def convert(
     request = fitted_to(request, data, column or TEXT_COLUMN, recipe)
     place = None if output is None else expanded(output)
     opened, plan = prepared(
-        source,
-        request,
-        lambda partitions: place,
-        overwrite=overwrite,
-        recipe=recipe,
-        revision=revision,
-        subfolder=subfolder,
-        tokenizer=None if tokenizer is None else str(tokenizer),
-    )
+        source, request, lambda partitions: place, overwrite=overwrite, recipe=recipe, revision=revision,
+        subfolder=subfolder, tokenizer=None if tokenizer is None else str(tokenizer),
+    )  # fmt: skip
     options = RunOptions.with_recipe(
         recipe,
         overwrite=overwrite,

@@ -200,7 +200,9 @@ def _measured(
     from ..evaluation.quality import compare
 
     def averaged() -> PreTrainedModel:
-        plain = replace(plan, method="mean", searched=False, partition_given=False, calibration=None)
+        plain = replace(
+            plan, method="mean", own_method=None, searched=False, partition_given=False, given={}, calibration=None
+        )
         return build_model(plain, source, {})[0]
 
     assert source.folder is not None
