@@ -32,7 +32,7 @@ TAKES = {  # parameters in their order; those with a default have a question mar
         "subfolder? tokenizer? max_shard_size? overwrite? verify? evaluate? data? text_column? uptrain? "
         "control? device? seed? trust_remote_code? progress?"
     ),
-    "evaluate": "folder against? data? text_column? tokens? device? seed?",
+    "evaluate": "model against? data? text_column? tokens? device? seed? tokenizer?",
     "load_recipe": "name overrides",
     "prepare": ("folder data? text_column? columns? tokens? device? seed? trust_remote_code? without? writer?"),
     "push_to_hub": "folder repo_id private?",

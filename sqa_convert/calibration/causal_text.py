@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
-from ..errors import SQAError, shown
-from ..text.documents import Skipped
+from ..errors import shown
 from ..text.encoding import Encoder
 from ..text.files import beginnings_of
 from ..text.rows import document_rows, up_to
 from ..text.self_generated import own_rows
+from ..text.tables import Skipped
 from ..text.tokenizers import check_vocabulary
 from .reading import Content, Reading
 
@@ -28,10 +26,8 @@ def causal_text(reading: Reading) -> Content:
     if settings.prompts is not None:
         begin = _beginnings(reading, settings.prompts)
         name = f"{name}, begun with {shown(settings.prompts)}"
-    tokenizer = None
-    with contextlib.suppress(SQAError):  # without one nobody knows of control tokens
-        tokenizer = reading.tokenizer
-    how = (reading.device, reading.generator, tokenizer, begin, reading.progress)
+    # Without a tokenizer nobody knows of control tokens.
+    how = (reading.device, reading.generator, reading.tokenizer_or_none, begin, reading.progress)
     rows = own_rows(reading.model, reading.tokens, reading.length, *how)
     return Content([(row,) for row in rows], name, sampled=True)
 
@@ -39,7 +35,8 @@ def causal_text(reading: Reading) -> Content:
 def _named(reading: Reading) -> Content:
     skipped = Skipped()
     texts, name, unknown = reading.texts(skipped)
-    rows = up_to(document_rows(texts, reading.tokenizer, reading.length), reading.tokens, len)
+    tokenizer = None if unknown is None else reading.tokenizer
+    rows = up_to(document_rows(texts, tokenizer, reading.length), reading.tokens, len)
     name = f"{name}{skipped}"
     reading.check([(row,) for row in rows], name)
     return Content([(row,) for row in rows], name, unknown)

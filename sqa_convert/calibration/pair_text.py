@@ -7,16 +7,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..errors import SQAError, shown
+from ..errors import SQAError
 from ..evaluation.held_out import HeldOut
 from ..evaluation.measure import made_for
-from ..text.documents import SELF, Columns, Skipped, pairs
+from ..text.documents import TOKEN_PAIRS, Columns, is_own, pair_columns, pairs
 from ..text.encoding import encoded_pair
+from ..text.objects import called
 from ..text.plain_generation import own_tokens
 from ..text.rows import document_rows, pair_batches, up_to
 from ..text.self_generated import SHORT, answers
-from ..text.spans import Denoising, denoising
+from ..text.spans import Denoising, PrefixSplit, denoising
 from ..text.suitability import looked_at
+from ..text.tables import Skipped
 from .reading import Content, Reading, Row
 
 _LOOKED_AT = 16  # texts that tell whether a model was made for span corruption
@@ -36,8 +38,9 @@ def pair_text(reading: Reading) -> Content:
         DataError, CheckpointError: the text named is too short or does not fit the model.
     """
     settings = reading.settings
-    if settings.columns is not None:
-        return _pairs(reading, settings.columns)
+    columns = pair_columns(settings.text_named, settings.columns, settings.text_column, "--calibration")
+    if columns is not None:
+        return _pairs(reading, columns)
     if settings.text_named is not None:
         return _from_documents(reading)
     with contextlib.suppress(SQAError):  # whatever keeps it from the built-in corpus, there is another way
@@ -52,14 +55,14 @@ def _from_documents(reading: Reading) -> Content:
     """Drawn across documents, as what is measured on."""
     skipped = Skipped()
     texts, name, unknown = reading.texts(skipped)
-    tokenizer, length = reading.tokenizer, reading.length
+    tokenizer, length = reading.tokenizer_or_none if unknown is None else reading.tokenizer, reading.length
     first = up_to(texts, _CHARACTERS * reading.tokens, len)
     rows = up_to(document_rows(first, tokenizer, length), reading.tokens, len)
     name = f"{name}{skipped}"
     reading.check([(row,) for row in rows], name)
     if not reading.plan.has_language_model_head and "decoder" not in reading.plan.partitions:
         return Content(_unanswered(reading, rows), name, unknown)
-    corrupt = denoising(tokenizer, reading.vocabulary)
+    corrupt = denoising(tokenizer, reading.vocabulary) if tokenizer is not None else PrefixSplit()
     if not reading.plan.has_language_model_head or _made_for(reading, corrupt, rows):
         return Content(_denoised(reading, corrupt, rows), f"{name}, {corrupt.name}", unknown)
     short = up_to(document_rows(first, tokenizer, length, SHORT), reading.tokens, len)
@@ -68,7 +71,7 @@ def _from_documents(reading: Reading) -> Content:
 
 def _made_for(reading: Reading, corrupt: Denoising, rows: Sequence[Tensor]) -> bool:
     """Whether the model was trained to restore what is missing: it predicts that about as well as its own answers."""
-    if reading.settings.text == SELF:
+    if is_own(reading.settings.text):
         return False
     batches = pair_batches(_denoised(reading, corrupt, rows[:_LOOKED_AT]), 0, _BATCH_TOKENS)
     return made_for(reading.model, HeldOut(batches, "", 0, reading.device))
@@ -98,11 +101,13 @@ def _unanswered(reading: Reading, rows: Sequence[Tensor]) -> list[Row]:
 
 
 def _pairs(reading: Reading, columns: Columns) -> Content:
-    named, flag, skipped = reading.settings.text_named or "", "--calibration", Skipped()
+    named, flag, skipped = reading.settings.text_named, "--calibration", Skipped()
     texts = pairs(named, columns, "train", skipped=skipped, flag=flag)
-    name = f"{shown(named)}, training part"
-    texts, unknown = looked_at(texts, reading.tokenizer, name, flag)
-    encoded = (encoded_pair(reading.tokenizer, *pair, reading.length) for pair in texts)
+    name, unknown, tokenizer = f"{called(named)}, training part", None, None
+    if columns != TOKEN_PAIRS:
+        tokenizer = reading.tokenizer
+        texts, unknown = looked_at(texts, tokenizer, name, flag)
+    encoded = (encoded_pair(tokenizer, *pair, reading.length) for pair in texts)
     rows = up_to(encoded, reading.tokens, lambda pair: len(pair[0]))
     reading.check(rows, name)
     return Content(rows, f"{name}{skipped}, {len(rows):,} pairs", unknown)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,12 +15,14 @@ from torch import Tensor
 from ..checkpoints.source import Source
 from ..conversion.plan import Plan
 from ..conversion.request import Fitting
-from ..errors import DataError, shown
+from ..errors import DataError, SQAError
 from ..progress import Progress
-from ..text.documents import BUILT_IN, Skipped, documents
+from ..text.documents import documents
 from ..text.formats import TEXT_COLUMN
+from ..text.objects import called
 from ..text.suitability import looked_at
-from ..text.tokenizers import check_vocabulary, load_tokenizer
+from ..text.tables import Document, Skipped
+from ..text.tokenizers import check_vocabulary, load_tokenizer, tokenizer_in_memory
 
 LONGEST = 1024
 """tokens in one sequence, at most"""
@@ -72,20 +76,34 @@ class Reading:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Raises DataError or CheckpointError where there is none."""
+        """Raises CheckpointError where there is none."""
         if self.source.folder is None:
-            raise DataError("calibration text needs a tokenizer: give a folder or a hub id, not a model in memory")
+            return tokenizer_in_memory(self.model, self.trust_remote_code)
         return load_tokenizer(self.source.folder, self.trust_remote_code, without="leave out --calibration")
 
-    def texts(self, skipped: Skipped) -> tuple[Iterator[str], str, float]:
-        """Documents of the text that was named, or of the built-in corpus; its name, and the share it is unknown by."""
+    def texts(self, skipped: Skipped) -> tuple[Iterator[Document], str, float | None]:
+        """Documents of the text that was named, or of the built-in corpus; its name, and the share it is unknown by.
+
+        What is tokens already needs no tokenizer.
+        """
         settings, flag = self.settings, "--calibration"
         named = settings.text_named
-        column = settings.text_column if named else TEXT_COLUMN
+        column = TEXT_COLUMN if named is None else settings.text_column
         texts = documents(named, "train", column=column, shuffled=True, skipped=skipped, flag=flag)
-        name = f"{shown(named or BUILT_IN)}, training part"
+        name = f"{called(named)}, training part"
+        first = next(texts, "")
+        texts = chain([first], texts) if len(first) else texts
+        if not isinstance(first, str):
+            return texts, name, None
         texts, unknown = looked_at(texts, self.tokenizer, name, flag)
         return texts, name, unknown
+
+    @property
+    def tokenizer_or_none(self) -> Any:
+        """None where there is none."""
+        with contextlib.suppress(SQAError):
+            return self.tokenizer
+        return None
 
     def check(self, rows: Sequence[Row], name: str) -> None:
         """Raises DataError where rows are too few or do not fit the model."""

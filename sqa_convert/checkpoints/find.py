@@ -103,6 +103,12 @@ def open_source(
     return source
 
 
+def tokenizer_folder(tokenizer: str) -> Path:
+    """The folder that `tokenizer` means, of a model in memory. Raises CheckpointError."""
+    place = local_folder(tokenizer) or _download(tokenizer, None, *_TOKENIZER_PATTERNS)[0]
+    return _with_tokenizer(tokenizer, place)
+
+
 def _tokenizer_folder(tokenizer: str, name: str, folder: Path, revision: str | None) -> Path:
     """The folder that `tokenizer` means, for the model `name` in `folder`. Raises CheckpointError."""
     beside = folder.absolute().parent / tokenizer
@@ -110,7 +116,10 @@ def _tokenizer_folder(tokenizer: str, name: str, folder: Path, revision: str | N
     if place is None and local_folder(name) is None and _hub_place(name)[1]:
         beside, _ = _download(f"{_hub_place(name)[0]}/{tokenizer}", revision, *_TOKENIZER_PATTERNS)
         place = beside if beside.is_dir() else None
-    place = place or _download(tokenizer, None, *_TOKENIZER_PATTERNS)[0]
+    return _with_tokenizer(tokenizer, place or _download(tokenizer, None, *_TOKENIZER_PATTERNS)[0])
+
+
+def _with_tokenizer(tokenizer: str, place: Path) -> Path:
     if not has_tokenizer(place):
         raise CheckpointError(f"--tokenizer {tokenizer}: {place} holds no tokenizer")
     check_folder(place)

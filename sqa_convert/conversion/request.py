@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..amounts import amount, parse_size
 from ..errors import RecipeError
 from ..families import Config, Site, family_of
 from ..heads import AUTO, Convert, Method, Partition, get_method
-from ..text.documents import SELF, Columns
+from ..text.documents import Columns, is_own
 from ..text.formats import TEXT_COLUMN
 from .partitions import HeadCounts, given_partitions, partitions_by_kind, site_kinds
 
@@ -34,9 +35,9 @@ _LEAST_TOKENS = 65_536  # of calibration text
 class Calibration:
     """What is asked of calibration: fitting converted heads to what the source's do on text."""
 
-    text: str | None = None
-    """As `sqa_convert.text.documents.documents` takes it; "self": the model's own. None: the training part of `data`
-    where that is named; else GPT-2 samples its own, T5 reads the built-in corpus."""
+    text: Any = None
+    """By name or as an object, as `sqa_convert.text.documents.documents` takes it; "self": the model's own. None: the
+    training part of `data` where that is given; else GPT-2 samples its own, T5 reads the built-in corpus."""
     tokens: int | str | None = None
     """Tokens of text, also as "400k", a tenth of them held out; None: 20 for each unknown of a fit, at least 65,536."""
     refit: bool | None = None
@@ -69,7 +70,7 @@ CALIBRATED = Calibration()
 class Fitting:
     """A `Calibration` with its defaults filled in."""
 
-    text: str | None
+    text: Any
     tokens: int
     refit: bool
     refine_steps: int
@@ -80,9 +81,9 @@ class Fitting:
     """of `text`, where it is pairs"""
 
     @property
-    def text_named(self) -> str | None:
+    def text_named(self) -> Any:
         """Text that somebody else wrote."""
-        return None if self.text == SELF else self.text
+        return None if is_own(self.text) else self.text
 
 
 @dataclass(frozen=True)
@@ -178,5 +179,5 @@ class Request:
         length = None if asked.length is None else amount(asked.length, "--calibration-length")
         if length is not None and length < LEAST_LENGTH:
             raise RecipeError(f"--calibration-length {asked.length}: give {LEAST_LENGTH} or more tokens")
-        columns = None if asked.text in (None, SELF) else asked.columns
+        columns = None if asked.text is None or is_own(asked.text) else asked.columns
         return Fitting(asked.text, tokens, refit, steps, asked.text_column, length, asked.prompts, columns)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.companions import has_tokenizer
 from ..text.collate import IGNORED
 from ..text.plain_generation import generate
 from ..text.tokenizers import load_tokenizer
@@ -32,12 +33,16 @@ def continuations(
     """Greedy continuations of held-out text; of an encoder-decoder, its answers to gaps or sources.
 
     Returns:
-        For each of `count` texts {"given": the text, and per model its answer}; none where a model cannot write.
+        For each of `count` texts {"given": the text, and per model its answer}; none where a model cannot write, or
+        nothing makes words of its tokens.
     """
     rows = list(islice(_inputs(held_out), count))
     texts: list[dict[str, str]] = [{} for _ in rows]
     # A source may have its tokenizer elsewhere; the last, which is the newest result, has it with it.
-    tokenizer: Any = load_tokenizer(list(models.values())[-1], trust_remote_code)
+    newest = list(models.values())[-1]
+    if not has_tokenizer(newest):
+        return []
+    tokenizer: Any = load_tokenizer(newest, trust_remote_code)
     for name, folder in models.items():
         model: Any = load_model(folder, trust_remote_code=trust_remote_code).to(held_out.device)
         try:
@@ -84,7 +89,7 @@ def answer_scores(model: Any, tokenizer: Any, held_out: HeldOut) -> dict[str, fl
         inputs = {name: tensor.to(held_out.device) for name, tensor in batch.items() if name != "labels"}
         written = generate(model, inputs, max_new_tokens=batch["labels"].shape[1])
         given += tokenizer.batch_decode(written, skip_special_tokens=True)
-        targets = batch["labels"].masked_fill(batch["labels"] == IGNORED, tokenizer.pad_token_id)
+        targets = [row[row != IGNORED] for row in batch["labels"]]
         wanted += tokenizer.batch_decode(targets, skip_special_tokens=True)
     pairs = [(want.strip(), answer.strip()) for want, answer in zip(wanted, given, strict=True)]
     scores = {"exact_match": sum(want == answer for want, answer in pairs) / len(pairs)}

@@ -2,17 +2,88 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
-from ..checkpoints.find import check_folder, read_generation_config
+from ..checkpoints.find import check_folder, read_generation_config, resolve
+from ..checkpoints.in_memory import unwrapped
 from ..errors import CheckpointError, one_line
 from ..text.plain_generation import settle
+from ..text.tokenizers import load_tokenizer, tokenizer_in_memory, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model to be measured or trained, in a folder or in memory; what is asked of it is loaded once."""
+
+    given: str | Path | PreTrainedModel
+    given_tokenizer: Any = None
+    """or its name"""
+    trust_remote_code: bool = False
+    without: str = "copy the source's there"
+    """what to do where there is no tokenizer, for messages"""
+
+    @cached_property
+    def config(self) -> Any:
+        """Raises CheckpointError."""
+        if isinstance(self.given, str | Path):
+            return load_config(self.given, self.trust_remote_code)
+        return self.given.config
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The one that was given, else the one that lies beside the model. Raises CheckpointError."""
+        if self.given_tokenizer is not None:
+            return tokenizer_of(self.given_tokenizer, self.trust_remote_code)
+        if isinstance(self.given, str | Path):
+            return load_tokenizer(self.given, self.trust_remote_code, self.without)
+        return tokenizer_in_memory(self.given, self.trust_remote_code)
+
+    @cached_property
+    def model(self) -> Any:
+        """Raises CheckpointError."""
+        if isinstance(self.given, str | Path):
+            return load_model(self.given, trust_remote_code=self.trust_remote_code)
+        return self.given
+
+
+@runtime_checkable
+class Converted(Protocol):
+    """What `sqa_convert.convert` returns, as far as it is measured."""
+
+    output: Path | None
+    report: dict[str, Any]
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+
+def located(given: str | Path | PreTrainedModel | Converted) -> Path | PreTrainedModel:
+    """The folder of a model, or the model where it is in memory. Raises CheckpointError, UnsupportedModelError."""
+    if isinstance(given, str | Path):
+        return resolve(given)
+    return given.model if isinstance(given, Converted) else unwrapped(given)
+
+
+@contextlib.contextmanager
+def unmoved(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards a model is on the device and in the mode that it was in before."""
+    device, training = model.device, {name for name, module in model.named_modules() if module.training}
+    try:
+        yield
+    finally:
+        model.to(device)
+        for name, module in model.named_modules():
+            module.training = name in training
 
 
 def load_config(folder: str | Path, trust_remote_code: bool = False) -> Any:

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from functools import lru_cache, partial
-from itertools import islice
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..amounts import amount, check_seed
 from ..devices import choose_device
-from ..errors import DataError, RecipeError, UnreadableTextError, one_line, shown
-from ..families.special_tokens import end_of_text
+from ..errors import DataError, RecipeError, UnreadableTextError, one_line
+from ..families.special_tokens import SpecialTokens, end_of_text
 from ..text.blocks import token_blocks
 from ..text.collate import IGNORED, CausalCollator, PairCollator
-from ..text.documents import BUILT_IN, SELF, Columns, Skipped, Split, check_data, documents, pairs
+from ..text.documents import TOKEN_PAIRS, Columns, check_data, documents, is_own, pair_columns, pairs
 from ..text.encoding import encoded_pair
 from ..text.formats import TEXT_COLUMN
+from ..text.objects import called, repeatable
 from ..text.plain_generation import own_tokens
-from ..text.rows import causal_batches, pair_batches
+from ..text.rows import causal_batches, document_rows, pair_batches, up_to
 from ..text.self_generated import own_pairs, own_rows
 from ..text.spans import denoising
 from ..text.suitability import built_in_does_not_fit, looked_at
-from ..text.tokenizers import check_vocabulary, load_tokenizer
+from ..text.tables import Document, Skipped, Split
+from ..text.tokenizers import check_vocabulary
 from .held_out import HeldOut
-from .load import load_config, load_model
+from .load import Measured
 from .measure import made_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEFAULT_TOKENS = 16_384
 """tokens of held-out text"""
@@ -48,34 +52,39 @@ _BATCH = 32  # pairs
 
 
 def prepare(
-    folder: str | Path,
-    data: str | Path | None = None,
+    model: str | Path | PreTrainedModel,
+    data: Any = None,
     *,
     text_column: str = TEXT_COLUMN,
     columns: Columns | None = None,
     tokens: int = DEFAULT_TOKENS,
     device: str = "auto",
     seed: int = 0,
+    tokenizer: Any = None,
     trust_remote_code: bool = False,
     without: str = "copy the source's there",
-    writer: str | Path | None = None,
+    writer: str | Path | PreTrainedModel | None = None,
 ) -> HeldOut:
-    """Held-out text as inputs of the model in `folder`, and of every model with its tokenizer.
+    """Held-out text as inputs of a model, and of every model with its tokenizer.
 
     Where none is named it is the built-in corpus; or, if the model was not made for that, what it writes itself.
 
-    It is drawn across documents, a block of each at most while there are others. A decoder-only model reads it as it
-    is trained: no document sees another in its block, and positions start again with each.
+    Text is drawn across documents, a block of each at most while there are others. A decoder-only model reads it as it
+    is trained: no document sees another in its block, and positions start again with each. What is tokens already is
+    read row by row, each from position 0; no tokenizer is needed for it.
 
     Args:
+        model: in a folder, or in memory.
         data: as `sqa_convert.text.documents.documents` takes it; its held-out part is used.
         text_column: of a table, the one that holds the text.
-        columns: of a table of pairs for an encoder-decoder; 256 of them are measured.
+        columns: of a table of pairs for an encoder-decoder; 256 of them are measured. Of rows of tokens with labels
+            these are the pairs.
         tokens: of text.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of the span corruption.
+        tokenizer: of the model, or its name; by default the one in its folder.
         without: what to do where there is no tokenizer, for messages.
-        writer: the model whose own text is taken, by default the one in `folder`.
+        writer: the model whose own text is taken, by default `model`.
 
     Raises:
         CheckpointError: config or tokenizer do not load.
@@ -86,46 +95,54 @@ def prepare(
     if tokens < 2:
         raise RecipeError(f"--tokens {tokens}: of one nothing is predicted; give 2 or more")
     check_seed(seed)
-    config = load_config(folder, trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code, without)
+    data = repeatable(data)
+    measured = Measured(model, tokenizer, trust_remote_code, without)
+    config = measured.config
+    if config.is_encoder_decoder:
+        columns = pair_columns(data, columns, text_column)
     if columns is not None:
-        return held_out_pairs(config, tokenizer, str(data or BUILT_IN), columns, chosen)
-    if data not in (None, SELF):
-        return _of_documents(config, tokenizer, str(data), text_column, tokens, chosen, seed)
-    load = lru_cache(1)(partial(load_model, writer or folder, trust_remote_code=trust_remote_code))
+        return held_out_pairs(measured, data, columns, chosen)
+    if not is_own(data) and data is not None:
+        return _of_documents(measured, data, text_column, tokens, chosen, seed)
+    writes = Measured(writer, measured.tokenizer, trust_remote_code) if writer is not None else measured
     why = ""
     if data is None:
         check_data(None, column=text_column)
-        built_in, why = built_in_text(load, config, tokenizer, tokens, chosen, seed)
+        built_in, why = built_in_text(writes, tokens, chosen, seed)
         if built_in is not None:
             return built_in
-    return own_text(load(), tokenizer, tokens, chosen, seed, why)
+    return own_text(writes.model, writes.tokenizer, tokens, chosen, seed, why)
 
 
-def built_in_text(
-    load: Callable[[], Any], config: Any, tokenizer: Any, tokens: int, device: torch.device, seed: int
-) -> tuple[HeldOut | None, str]:
-    """The held-out part of the built-in corpus; or None, and why the model that `load` gives was not made for it.
+def built_in_text(measured: Measured, tokens: int, device: torch.device, seed: int) -> tuple[HeldOut | None, str]:
+    """The held-out part of the built-in corpus; or None, and why a model was not made for it.
 
     Raises CheckpointError, DataError: the weights do not load, or the tokenizer does not fit them.
     """
     try:
-        built_in = _of_documents(config, tokenizer, None, TEXT_COLUMN, tokens, device, seed)
+        built_in = _of_documents(measured, None, TEXT_COLUMN, tokens, device, seed)
     except UnreadableTextError as error:
         return None, one_line(error)
-    if made_for(load(), built_in):
+    if made_for(measured.model, built_in):
         return built_in, ""
     return None, "the model was not made for the built-in text, Python source"
 
 
 def _of_documents(
-    config: Any, tokenizer: Any, data: str | None, text_column: str, tokens: int, device: torch.device, seed: int
+    measured: Measured, data: Any, text_column: str, tokens: int, device: torch.device, seed: int
 ) -> HeldOut:
-    name = f"{shown(data or BUILT_IN)}, held-out part"
+    config, name = measured.config, f"{called(data)}, held-out part"
     longest = getattr(config, "n_positions", None) or 512
     length = min(longest, LONGEST, tokens)
     skipped = Skipped()
     texts = documents(data, "heldout", column=text_column, shuffled=True, skipped=skipped)
+    first = next(texts, None)
+    if first is None:
+        raise DataError(f"{name} holds no text: give more with --data")
+    texts = chain([first], texts)
+    if not isinstance(first, str) and not config.is_encoder_decoder:
+        return _of_tokens(config, texts, name, length, tokens, device)
+    tokenizer = measured.tokenizer
     texts, unknown = looked_at(texts, tokenizer, name, "--data")
     blocks = token_blocks(texts, tokenizer, length, tokens, name, drawn=True)
     name = f"{name}{skipped}"
@@ -141,6 +158,18 @@ def _of_documents(
     batches = [{"input_ids": inputs, "labels": labels} for inputs, labels in pairs]
     count = sum(labels.numel() for _, labels in pairs)
     return HeldOut(batches, f"{name}, {corrupt.name}", count, device, unknown)
+
+
+def _of_tokens(
+    config: Any, texts: Iterator[Document], name: str, length: int, tokens: int, device: torch.device
+) -> HeldOut:
+    """Rows of tokens as a decoder-only model reads them."""
+    rows = up_to(document_rows(texts, None, length, (1,)), tokens, len)
+    if not rows:
+        raise DataError(f"{name} holds no two tokens: give more with --data")
+    check_vocabulary(torch.cat(rows), config.vocab_size)
+    batches = causal_batches(rows, SpecialTokens.of(config).padding, _BATCH_TOKENS)
+    return HeldOut(batches, name, sum(len(row) - 1 for row in rows), device)
 
 
 def own_text(model: Any, tokenizer: Any, tokens: int, device: torch.device, seed: int, why: str = "") -> HeldOut:
@@ -160,23 +189,22 @@ def own_text(model: Any, tokenizer: Any, tokens: int, device: torch.device, seed
 
 
 def held_out_pairs(
-    config: Any, tokenizer: Any, data: str, columns: Columns, device: torch.device, length: int = LONGEST_PAIR
+    measured: Measured, data: Any, columns: Columns, device: torch.device, length: int = LONGEST_PAIR
 ) -> HeldOut:
     """Pairs of the held-out part of `data`, cut to `length` tokens. Raises DataError."""
-    content, unknown = encoded_pairs(config, tokenizer, data, columns, "heldout", HELD_OUT_PAIRS, length)
-    name = f"{shown(data)}, held-out part"
+    content, unknown = encoded_pairs(measured, data, columns, "heldout", HELD_OUT_PAIRS, length)
+    name = f"{called(data)}, held-out part"
     if not content:
-        raise DataError(f"--data {shown(data)}: no pairs in its heldout part")
-    collate, rows = PairCollator(tokenizer.pad_token_id), list(enumerate(content))
+        raise DataError(f"--data {called(data)}: no pairs in its heldout part")
+    collate, rows = PairCollator(SpecialTokens.of(measured.config).padding), list(enumerate(content))
     batches = [collate(rows[i : i + _BATCH]) for i in range(0, len(rows), _BATCH)]
     count = sum(len(target) for _, target in content)
     return HeldOut(batches, f"{name}, {len(rows)} pairs", count, device, unknown)
 
 
 def encoded_pairs(
-    config: Any,
-    tokenizer: Any,
-    data: str,
+    measured: Measured,
+    data: Any,
     columns: Columns,
     split: Split,
     most: int,
@@ -187,11 +215,13 @@ def encoded_pairs(
 
     Raises DataError where they do not fit the model.
     """
+    config = measured.config
     if not config.is_encoder_decoder:
         raise DataError("--source-column and --target-column are for encoder-decoder models; this one is decoder-only")
-    if tokenizer.pad_token_id is None:
-        raise DataError("the tokenizer has no padding token, which pairs need")
-    texts, unknown = looked_at(pairs(data, columns, split, skipped=skipped), tokenizer, shown(data), "--data")
+    texts, unknown, tokenizer = pairs(data, columns, split, skipped=skipped), 0.0, None
+    if columns != TOKEN_PAIRS:
+        tokenizer = measured.tokenizer
+        texts, unknown = looked_at(texts, tokenizer, called(data), "--data")
     rows = [encoded_pair(tokenizer, *pair, length) for pair in islice(texts, most)]
     if rows:
         check_vocabulary(torch.cat([ids for pair in rows for ids in pair]), config.vocab_size)

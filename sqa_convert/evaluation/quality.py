@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,9 +17,12 @@ from ..isolation import undisturbed
 from ..text.formats import TEXT_COLUMN
 from ..text.suitability import Fit, misfits
 from .held_out import HeldOut
-from .load import load_model
+from .load import Converted, load_model, located, unmoved
 from .measure import Predictions, measure, predict
 from .prepare import DEFAULT_TOKENS, prepare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def compare(
@@ -106,19 +110,21 @@ def untrained(folder: Path, against: str) -> set[str]:
 
 @undisturbed
 def evaluate(
-    folder: str | Path,
-    against: str | Path | None = None,
+    model: str | Path | PreTrainedModel | Converted,
+    against: str | Path | PreTrainedModel | Converted | None = None,
     *,
-    data: str | Path | None = None,
+    data: Any = None,
     text_column: str | None = None,
     tokens: int = DEFAULT_TOKENS,
     device: str = "auto",
     seed: int = 0,
+    tokenizer: Any = None,
 ) -> dict[str, Any]:
     """Loss and perplexity of a model on held-out text; with `against`, also KL and agreement with that model.
 
     Args:
-        folder: a model folder, "sample:gpt2" or a hub id.
+        model: a model folder, "sample:gpt2" or a hub id; a model in memory, which is left where and as it is; or what
+            `convert` returned.
         against: likewise, usually the source; of the same kind and vocabulary.
         data: as `sqa_convert.text.documents.documents` takes it; its held-out part is used. By default the built-in
             corpus; if the model was not made for that, what the first of the two writes itself, as with "self".
@@ -126,6 +132,8 @@ def evaluate(
         tokens: of text.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of the span corruption of T5.
+        tokenizer: of the models, or its name; by default the one beside the first that is in a folder. Data that are
+            tokens already need none.
 
     Returns:
         "data" (what the text is), "tokens" (predicted), "device", "warnings" (a list of {"rule", "value", "bound",
@@ -139,17 +147,23 @@ def evaluate(
         RecipeError: the models cannot be compared, or one does not fit into the device's memory.
         QualityError: the loss is not finite.
     """
-    from ..checkpoints.find import resolve
-
-    models = {} if against is None else {"against": resolve(str(against))}
-    models["model"] = resolve(str(folder))
-    held_out = prepare(
-        models["model"],
-        data,
-        text_column=text_column or TEXT_COLUMN,
-        tokens=tokens,
-        device=device,
-        seed=seed,
-        writer=next(iter(models.values())),
-    )
-    return compare(models, held_out, untrained=untrained(models["model"], str(against)))
+    models = {} if against is None else {"against": located(against)}
+    models["model"] = located(model)
+    if tokenizer is None and not isinstance(models["model"], Path) and isinstance(models.get("against"), Path):
+        tokenizer = models["against"]
+    with contextlib.ExitStack() as stack:
+        for measured in models.values():
+            if not isinstance(measured, Path):
+                stack.enter_context(unmoved(measured))
+        held_out = prepare(
+            models["model"],
+            data,
+            text_column=text_column or TEXT_COLUMN,
+            tokens=tokens,
+            device=device,
+            seed=seed,
+            tokenizer=tokenizer,
+            writer=next(iter(models.values())),
+        )
+        of = models["model"]
+        return compare(models, held_out, untrained=untrained(of, str(against)) if isinstance(of, Path) else ())

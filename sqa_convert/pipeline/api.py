@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from ..errors import RecipeError
 from ..heads import AUTO, Convert, Method, Partition
 from ..isolation import undisturbed
 from ..progress import Progress, silent
+from ..text.documents import GIVEN
 from ..text.formats import TEXT_COLUMN
+from ..text.objects import is_named, repeatable
 from ..uptraining.recipe import Recipe, override
 from .preflight import fitted_to, prepared
 from .run import RunOptions, run, run_in_memory
@@ -60,16 +62,16 @@ def convert(
     variant: str | None = None,
     sites: str | Sequence[str] | None = None,
     partition: str | Partition | Mapping[str, Partition] | None = None,
-    calibration: Calibration | str | Path | None = CALIBRATED,
+    calibration: Any = CALIBRATED,
     dtype: str = "auto",
     revision: str | None = None,
     subfolder: str | None = None,
-    tokenizer: str | Path | None = None,
+    tokenizer: Any = None,
     max_shard_size: str = DEFAULT_SHARD,
     overwrite: bool = False,
     verify: bool = True,
     evaluate: bool = False,
-    data: str | Path | None = None,
+    data: Any = None,
     text_column: str | None = None,
     uptrain: str | Path | Recipe | None = None,
     control: bool = False,
@@ -98,7 +100,7 @@ def convert(
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".
         revision: of a hub id.
         subfolder: of a pipeline of several models, the one meant.
-        tokenizer: where it lies if not beside the weights: a folder beside the model's, any folder, or a hub id.
+        tokenizer: if not beside the weights: a tokenizer, a folder beside the model's, any folder, or a hub id.
         max_shard_size: of the largest weight file, such as "300MB"; by default "2GB".
         overwrite: replace an existing `output`.
         verify: of an `output`, read every tensor again; with `evaluate` also load it without this package.
@@ -128,17 +130,17 @@ def convert(
 
     Source: Filipek, Sparse Query Attention, arXiv 2510.01817, for the architecture; of a method `METHODS[name].source`.
     """
+    data = repeatable(data)
     fitting = _calibration(calibration, text_column)
     column = _column_of_data(text_column, data, calibration, uptrain)
     recipe = _recipe(uptrain, control, source, output, data=data, text_column=column, seed=seed)
     method = (recipe.method or AUTO) if recipe is not None and method == AUTO else method
-    data = None if data is None else str(data)
     request = Request(q_groups, kv_groups, variant, method, fitting, partition, sites, dtype, max_shard_size)
     request = fitted_to(request, data, column or TEXT_COLUMN, recipe)
     place = None if output is None else expanded(output)
     opened, plan = prepared(
         source, request, lambda partitions: place, overwrite=overwrite, recipe=recipe, revision=revision,
-        subfolder=subfolder, tokenizer=None if tokenizer is None else str(tokenizer),
+        subfolder=subfolder, tokenizer=str(tokenizer) if isinstance(tokenizer, Path) else tokenizer,
     )  # fmt: skip
     options = RunOptions.with_recipe(
         recipe,
@@ -160,7 +162,7 @@ def convert(
 
 def _column_of_data(text_column: str | None, data: Any, calibration: Any, uptrain: Any) -> str | None:
     """The column of `data`; None where `text_column` is of calibration's text alone. Raises RecipeError."""
-    of_calibration = isinstance(calibration, str | Path)
+    of_calibration = not isinstance(calibration, Calibration | None)
     if text_column is not None and data is None and uptrain is None and not of_calibration:
         raise RecipeError(f"text_column={text_column!r} is of data, or of the text given as calibration: give one")
     return None if data is None and of_calibration else text_column
@@ -168,15 +170,17 @@ def _column_of_data(text_column: str | None, data: Any, calibration: Any, uptrai
 
 def _calibration(asked: Any, text_column: str | None) -> Calibration | None:
     """What is asked of calibration, where that may be its text alone. Raises RecipeError."""
-    if isinstance(asked, str | Path):
-        return Calibration(str(asked), text_column=text_column or TEXT_COLUMN)
-    if not isinstance(asked, Calibration | None):
-        raise RecipeError(f"calibration={asked!r}: give a Calibration, its text, or None for none")
-    return asked
+    if asked is None:
+        return None
+    if isinstance(asked, Calibration):
+        return replace(asked, text=repeatable(asked.text))
+    if isinstance(asked, str | Path | Iterable):
+        return Calibration(repeatable(asked), text_column=text_column or TEXT_COLUMN)
+    raise RecipeError(f"calibration={asked!r}: give a Calibration, its text, or None for none")
 
 
 def _recipe(
-    asked: str | Path | Recipe | None, control: bool, source: Any, output: str | Path | None, **changes: Any
+    asked: str | Path | Recipe | None, control: bool, source: Any, output: str | Path | None, data: Any, **changes: Any
 ) -> Recipe | None:
     """The recipe to train by, as the other arguments change it; None without training. Raises RecipeError."""
     if asked is None:
@@ -185,7 +189,7 @@ def _recipe(
         return None
     if output is None:
         raise RecipeError("uptrain needs an output folder")
-    recipe = override(asked, control=control or None, **changes)
+    recipe = override(asked, control=control or None, data=data if is_named(data) else GIVEN, **changes)
     if not isinstance(source, str | Path):
         raise RecipeError("uptrain needs a source in a folder or on the hub, not a model in memory: save it first")
     return recipe

@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..amounts import check_seed
-from ..checkpoints.find import open_source
+from ..checkpoints.find import open_source, tokenizer_folder
 from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import HeadersSource, Source
 from ..checkpoints.staging import check_output
 from ..conversion.plan import Plan, make_plan
 from ..conversion.request import Fitting, Request
-from ..errors import DataError, OutputError, RecipeError, shown
+from ..errors import CheckpointError, DataError, OutputError, RecipeError, one_line, shown
 from ..families import Config, family_of
 from ..heads import Partition
-from ..text.documents import AUTO_TEXT, BUILT_IN, SELF, check_data
+from ..text.documents import AUTO_TEXT, BUILT_IN, GIVEN, check_data, is_own
 from ..text.files import beginnings_of
 
 if TYPE_CHECKING:
@@ -68,8 +69,34 @@ def prepared(
         if recipe is not None:
             check_config(config, recipe)
 
-    source = open_source(str(given), accept=accept, **where) if isinstance(given, str | Path) else ModelSource(given)
+    saved = _saved(where.get("tokenizer"))
+    if saved is not None:
+        where["tokenizer"] = saved.name
+    if isinstance(given, str | Path):
+        source = open_source(str(given), accept=accept, **where)
+    else:
+        source = ModelSource(given)
+        if where.get("tokenizer") is not None:
+            source.folder = tokenizer_folder(where["tokenizer"])
+    if saved is not None:
+        source.assembled = source.assembled or saved
     return source, make_plan(source, request)
+
+
+def _saved(tokenizer: Any) -> TemporaryDirectory[str] | None:
+    """A folder with the files of a tokenizer that was given as it is in memory. Raises CheckpointError."""
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        return None
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise CheckpointError(f"--tokenizer is a {type(tokenizer).__name__}: give a tokenizer, a folder or a hub id")
+    folder = TemporaryDirectory(prefix="sqa-tokenizer-")
+    try:
+        tokenizer.save_pretrained(folder.name)
+    except Exception as error:  # every tokenizer library fails in its own way
+        raise CheckpointError(
+            f"--tokenizer: a {type(tokenizer).__name__} cannot be saved: {one_line(error)}"
+        ) from error
+    return folder
 
 
 def check_run(
@@ -122,7 +149,7 @@ def _check_calibration(plan: Plan, fitting: Fitting) -> None:
         raise DataError(f"--calibration-prompts {shown(fitting.prompts)} holds no text: give one beginning a line")
 
 
-def fitted_to(request: Request, data: str | None, text_column: str, recipe: Recipe | None) -> Request:
+def fitted_to(request: Request, data: Any, text_column: str, recipe: Recipe | None) -> Request:
     """Calibration on the training part of what a model is measured or trained on, where no other text is asked for.
 
     Raises RecipeError.
@@ -131,7 +158,7 @@ def fitted_to(request: Request, data: str | None, text_column: str, recipe: Reci
     if asked is None or asked.text is not None or asked.prompts is not None or request.fitting(1) is None:
         return request
     if recipe is not None:
-        data = None if recipe.data in (AUTO_TEXT, BUILT_IN) else recipe.data
+        data = data if recipe.data == GIVEN else None if recipe.data in (AUTO_TEXT, BUILT_IN) else recipe.data
         text_column = recipe.text_column
         names = ("source_column", "target_column", "prefix")
         asked = replace(asked, **{name: getattr(recipe, name) for name in names})
@@ -162,9 +189,11 @@ def _check_training(source: Source, output: Path, options: RunOptions, recipe: R
     device = choose_device(options.device)
     check_recipe(recipe, options.measure_training, device)
     if isinstance(source, HeadersSource):  # its tokenizer is not here
-        check_text(recipe)
+        check_text(recipe, options.data)
         return
     trust = options.trust_remote_code
-    first = training_data(str(source.folder), recipe, tokens=recipe.sequence_length, trust_remote_code=trust)
-    if options.measure_training and recipe.data not in (AUTO_TEXT, SELF):  # else weights are needed for it
+    first = training_data(
+        str(source.folder), recipe, data=options.data, tokens=recipe.sequence_length, trust_remote_code=trust
+    )
+    if options.measure_training and not is_own(recipe.data):  # else weights are needed for it
         first.held_out(device)

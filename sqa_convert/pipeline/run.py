@@ -25,7 +25,7 @@ from ..errors import CheckpointError, DataError, RecipeError, one_line
 from ..progress import Progress, silent
 from ..report.content import conversion_report
 from ..report.write import write_report
-from ..text.documents import Columns
+from ..text.documents import GIVEN, Columns
 from ..text.formats import TEXT_COLUMN
 from ..text.suitability import fitted_elsewhere
 from .preflight import check_run
@@ -44,7 +44,7 @@ class RunOptions:
     overwrite: bool = False
     verify: bool = True
     evaluate: bool = False
-    data: str | None = None
+    data: Any = None
     text_column: str = TEXT_COLUMN
     columns: Columns | None = None
     """of `data`, where it is pairs"""
@@ -86,6 +86,7 @@ def run(
         output,
         recipe,
         source=str(source.folder),
+        data=options.data if recipe.data == GIVEN else None,
         device=options.device,
         evaluate=options.measure_training,
         restart=True,

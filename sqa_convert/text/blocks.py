@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ..errors import DataError
 from .encoding import CHARACTERS, Encoder
+from .tables import Document
 
 WAITING = 2**24  # characters of the documents held to go on with
 
 
 def token_stream(
-    texts: Iterable[str], tokenizer: Any, length: int, dtype: torch.dtype = torch.long
+    texts: Iterable[Document], tokenizer: Any, length: int, dtype: torch.dtype = torch.long
 ) -> Iterator[Tensor]:
     """Documents, each closed by the end-of-text token, packed into blocks (length,); a rest is dropped."""
     encoder, tokens = Encoder(tokenizer), array("i")
@@ -31,18 +32,18 @@ def token_stream(
                 tokens = tokens[whole:]
 
 
-def drawn_stream(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[Tensor]:
+def drawn_stream(texts: Iterable[Document], tokenizer: Any, length: int) -> Iterator[Tensor]:
     """Blocks as of `token_stream`, but of each document one block at most, while there are others.
 
     It is taken from a line somewhere in the document. When all have had their turn they go on where they stopped. What
     a block cuts off is never followed by another document within the block: an end-of-text token is between any two.
     """
     chance, encoder = random.Random(0), Encoder(tokenizer)
-    turn: Iterator[tuple[str, Iterator[int]]]
+    turn: Iterator[tuple[Document, Iterator[int]]]
     turn = ((text, from_a_line(text, encoder, length, chance)) for text in texts)
     block: list[int] = []
     while True:
-        waiting: list[tuple[str, Iterator[int]]] = []
+        waiting: list[tuple[Document, Iterator[int]]] = []
         room = WAITING
         for text, document in turn:
             block += islice(document, length - len(block))
@@ -57,7 +58,7 @@ def drawn_stream(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[
         turn = iter(waiting)
 
 
-def from_a_line(text: str, encoder: Encoder, length: int, chance: random.Random) -> Iterator[int]:
+def from_a_line(text: Document, encoder: Encoder, length: int, chance: random.Random) -> Iterator[int]:
     """The tokens of a document from a line on that a block or so follows; last what comes before that line."""
     start, size = line_within(text, length, chance), 4 * CHARACTERS * length
     yield from encoder.stream(text[start:], size, whole=start == 0)
@@ -65,14 +66,16 @@ def from_a_line(text: str, encoder: Encoder, length: int, chance: random.Random)
         yield from encoder.stream(text[:start], size)
 
 
-def line_within(text: str, length: int, chance: random.Random) -> int:
-    """Where a line begins, anywhere in a text, that about `length` tokens follow."""
+def line_within(text: Document, length: int, chance: random.Random) -> int:
+    """Where a line begins, anywhere in a text, that about `length` tokens follow; of tokens it is anywhere."""
+    if not isinstance(text, str):
+        return chance.randrange(max(0, len(text) - length) + 1)
     before = max(0, len(text) - CHARACTERS * length)
     return text.find("\n", chance.randrange(before)) + 1 if before else 0
 
 
 def token_blocks(
-    texts: Iterable[str],
+    texts: Iterable[Document],
     tokenizer: Any,
     length: int,
     max_tokens: int | None = None,

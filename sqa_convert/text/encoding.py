@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, one_line
+from ..errors import CheckpointError, DataError, one_line
 from ..families.special_tokens import end_of_text
 from .formats import pieces
+from .tables import Document
 
 _PIECE = 2**16  # characters given to a tokenizer at once, about
 
@@ -31,8 +32,10 @@ class Encoder:
         self.end = suffix if closed is None or closed in suffix else [*suffix, closed]
         """what every document ends with"""
 
-    def stream(self, text: str, size: int = _PIECE, *, whole: bool = True) -> Iterator[int]:
+    def stream(self, text: Document, size: int = _PIECE, *, whole: bool = True) -> Iterator[int]:
         """A document's tokens, of about `size` characters at a time; special tokens that it holds are not doubled.
+
+        A document that is tokens already is taken as it is.
 
         Args:
             whole: whether the text begins where its document does.
@@ -42,8 +45,14 @@ class Encoder:
         """
         return chain.from_iterable(self.parts(text, size, whole=whole))
 
-    def parts(self, text: str, size: int = _PIECE, *, whole: bool = True) -> Iterator[array[int]]:
+    def parts(self, text: Document, size: int = _PIECE, *, whole: bool = True) -> Iterator[array[int]]:
         """The same as several arrays."""
+        if not isinstance(text, str):
+            try:
+                yield from (array("i", text[i : i + size].tolist()) for i in range(0, len(text), size))
+            except OverflowError as error:
+                raise DataError(f"the text holds token {int(text.max())}, which no model knows") from error
+            return
         tokens = array("i")
         try:
             begin, end = array("i", self.begin if whole else []), array("i", self.end)
@@ -58,7 +67,7 @@ class Encoder:
         if tokens[len(tokens) - len(end) :] != end:
             yield end
 
-    def whole(self, text: str, most: int) -> list[int] | None:
+    def whole(self, text: Document, most: int) -> list[int] | None:
         """A document's tokens, or None where there are more than `most`."""
         tokens = list(islice(self.stream(text, 4 * CHARACTERS * most), most + 1))
         return tokens if len(tokens) <= most else None
@@ -78,11 +87,18 @@ def control_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
     return sorted({id_ for id_ in special if id_ not in others and id_ < vocabulary})
 
 
-def encoded_pair(tokenizer: Any, source: str, target: str, length: int) -> tuple[Tensor, Tensor]:
+def encoded_pair(tokenizer: Any, source: Document, target: Document, length: int) -> tuple[Tensor, Tensor]:
     """What an encoder-decoder reads and answers, each (T,), cut to `length`, as its tokenizer encodes them."""
+    if not (isinstance(source, str) and isinstance(target, str)):
+        return tensor_of(source[:length]), tensor_of(target[:length])
     limit = {"truncation": True, "max_length": length}
     inputs, labels = tokenizer(source, **limit), tokenizer(text_target=target, **limit)
     return torch.tensor(inputs["input_ids"]), torch.tensor(labels["input_ids"])
+
+
+def tensor_of(ids: Any) -> Tensor:
+    """Token ids of any integer type as a tensor of its own, int64."""
+    return torch.tensor(ids.tolist())
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:

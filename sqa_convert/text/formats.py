@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from ..errors import DataError, one_line, shown
+from .tokens import INPUT_IDS, MASK
 
 TEXT_COLUMN = "text"
 
@@ -117,9 +118,16 @@ def missing_column(columns: Sequence[str], known: Sequence[str], name: str) -> D
     return DataError(f'{name} has no column "{missing}" of text (columns: {", ".join(map(str, known))}){way_out}')
 
 
-def _check_columns(columns: Sequence[str], known: Sequence[str], name: str) -> None:
+def _columns_read(columns: Sequence[str], known: Sequence[str], name: str) -> list[str]:
+    """The columns asked for; of a table without text its tokens. With tokens, what says which are padding.
+
+    Raises DataError where there are none.
+    """
+    if tuple(columns) == (TEXT_COLUMN,) and TEXT_COLUMN not in known and INPUT_IDS in known:
+        columns = (INPUT_IDS,)
     if error := missing_column(columns, known, name):
         raise error
+    return [*columns, MASK] if INPUT_IDS in columns and MASK in known else list(columns)
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
@@ -139,7 +147,7 @@ def _decoded(content: Any, newline: str | None = None) -> TextIO:
 
 
 def _text(content: Any, path: Path, columns: Sequence[str], name: str) -> Iterator[dict[str, Any]]:
-    _check_columns(columns, [TEXT_COLUMN], name)
+    _columns_read(columns, [TEXT_COLUMN], name)
     text = _decoded(content)
     while piece := text.read(PIECE):
         yield {TEXT_COLUMN: piece + text.readline(PIECE)}
@@ -200,16 +208,15 @@ def _csv(content: Any, path: Path, columns: Sequence[str], name: str) -> Iterato
         return
     with table:
         for part in table:
-            _check_columns(columns, list(part.columns), name)
-            yield from part[list(columns)].to_dict("records")
+            yield from part[_columns_read(columns, list(part.columns), name)].to_dict("records")
 
 
 def _parquet(content: Any, path: Path, columns: Sequence[str], name: str) -> Iterator[Mapping[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
     table = ParquetFile(_seekable(content))
-    _check_columns(columns, table.schema_arrow.names, name)
-    for batch in table.iter_batches(batch_size=_BATCH, columns=list(columns)):
+    wanted = _columns_read(columns, table.schema_arrow.names, name)
+    for batch in table.iter_batches(batch_size=_BATCH, columns=wanted):
         yield from batch.to_pylist()
 
 
@@ -225,9 +232,9 @@ def _arrow(content: Any, path: Path, columns: Sequence[str], name: str) -> Itera
         content.seek(0)
         reader = ipc.open_file(content)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-    _check_columns(columns, reader.schema.names, name)
+    wanted = _columns_read(columns, reader.schema.names, name)
     for batch in batches:
-        batch = batch.select(list(columns))
+        batch = batch.select(wanted)
         for start in range(0, batch.num_rows, _BATCH):
             yield from batch.slice(start, _BATCH).to_pylist()
 

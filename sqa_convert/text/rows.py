@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .blocks import WAITING, from_a_line
 from .collate import IGNORED
 from .encoding import Encoder
+from .tables import Document
 
 Item = TypeVar("Item")
 
@@ -31,16 +32,16 @@ LENGTHS = 8
 
 
 def document_rows(
-    texts: Iterable[str], tokenizer: Any, length: int, shares: Sequence[int] | None = None
+    texts: Iterable[Document], tokenizer: Any, length: int, shares: Sequence[int] | None = None
 ) -> Iterator[Tensor]:
     """Rows (T,), T up to `length`: short documents whole, of long ones a part from their beginning or from a line.
 
     Of each long document one row at most, while there are others; when all have had their turn they go on.
     """
     chance, encoder = random.Random(0), Encoder(tokenizer)
-    turn: Iterable[tuple[str, Iterator[int] | None]] = ((text, None) for text in texts)
+    turn: Iterable[tuple[Document, Iterator[int] | None]] = ((text, None) for text in texts)
     while True:
-        waiting: list[tuple[str, Iterator[int] | None]] = []
+        waiting: list[tuple[Document, Iterator[int] | None]] = []
         room = WAITING
         for text, document in turn:
             if document is None:
@@ -70,6 +71,18 @@ def up_to(items: Iterable[Item], most: int, size: Callable[[Item], int]) -> list
         if total >= most:
             break
     return taken
+
+
+def packed(rows: Iterable[Tensor], length: int) -> Iterator[list[Tensor]]:
+    """Rows in the order they come, as many together as `length` tokens hold."""
+    block: list[Tensor] = []
+    for row in rows:
+        if block and sum(map(len, block)) + len(row) > length:
+            yield block
+            block = []
+        block.append(row)
+    if block:
+        yield block
 
 
 def causal_batches(rows: Sequence[Tensor], padding: int, tokens: int) -> list[dict[str, Tensor]]:

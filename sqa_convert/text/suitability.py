@@ -10,9 +10,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UnreadableTextError
+
+if TYPE_CHECKING:
+    from .tables import Document
 
 UNKNOWN = 0.1
 """share of a text's characters that the tokenizer may not know without a warning"""
@@ -41,7 +44,7 @@ SPREAD, PAIRED = 3.0, 0.5
 
 _LOOKED_AT = 20_000  # characters of a text
 
-Item = TypeVar("Item", str, tuple[str, str])
+Item = TypeVar("Item", "Document", "tuple[Document, Document]")
 
 Warning_ = dict[str, Any]
 """{"rule", "value", "bound", "text"}: which rule, what it saw, what it allows, and one line for a person"""
@@ -87,7 +90,8 @@ def looked_at(texts: Iterator[Item], tokenizer: Any, name: str, flag: str) -> tu
         characters += sum(map(len, _parts(item)))
         if characters >= _LOOKED_AT:
             break
-    unknown = unknown_share([part[:_LOOKED_AT] for item in first for part in _parts(item)], tokenizer)
+    looked = [part[:_LOOKED_AT] for item in first for part in _parts(item) if isinstance(part, str)]
+    unknown = unknown_share(looked, tokenizer)
     if unknown >= UNREADABLE:
         raise UnreadableTextError(
             f"{name}: {unknown:.0%} of its characters are unknown to the model's tokenizer; "
@@ -96,8 +100,8 @@ def looked_at(texts: Iterator[Item], tokenizer: Any, name: str, flag: str) -> tu
     return chain(first, texts), unknown
 
 
-def _parts(item: str | tuple[str, str]) -> tuple[str, ...]:
-    return (item,) if isinstance(item, str) else item
+def _parts(item: Document | tuple[Document, Document]) -> tuple[Document, ...]:
+    return item if isinstance(item, tuple) else (item,)
 
 
 def unknown_share(texts: list[str], tokenizer: Any) -> float:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ..checkpoints.companions import has_tokenizer
 from ..checkpoints.files import read_config, sha256_of
-from ..checkpoints.find import check_folder
+from ..checkpoints.find import check_folder, resolve
 from ..checkpoints.source import stamp
 from ..errors import CheckpointError, DataError, one_line
 
@@ -52,6 +52,27 @@ def load_tokenizer(
         raise CheckpointError(f"{folder}: its tokenizer does not load ({one_line(error, 200)}){way_out}") from error
 
 
+def tokenizer_of(given: Any, trust_remote_code: bool = False) -> Any:
+    """A tokenizer as it was given, or by its name: a folder or a hub id. Raises CheckpointError."""
+    if isinstance(given, str | Path):
+        return load_tokenizer(resolve(given), trust_remote_code, without="")
+    if not callable(given):
+        raise CheckpointError(f"tokenizer={type(given).__name__}: give a tokenizer, a folder or a hub id")
+    return given
+
+
+def tokenizer_in_memory(model: Any, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model in memory: what lies where the model was loaded from. Raises CheckpointError."""
+    name = getattr(model.config, "name_or_path", "")
+    way_out = "give its tokenizer too"
+    if not name:
+        raise CheckpointError(f"nothing says which tokenizer a {type(model).__name__} in memory has: {way_out}")
+    try:
+        return load_tokenizer(resolve(name), trust_remote_code, without="")
+    except CheckpointError as error:
+        raise CheckpointError(f"the tokenizer of the model in memory: {one_line(error)}; {way_out}") from error
+
+
 @lru_cache(maxsize=8)  # a tokenizer that has encoded keeps 0.4 MB for ever, even when it is gone
 def _load(files: _Files) -> Any:
     return AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
@@ -72,7 +93,8 @@ def _content(path: Path) -> object:
 
 
 def check_vocabulary(blocks: Tensor, vocabulary: int) -> None:
-    """Raises DataError when the tokenizer makes tokens that the model does not know."""
-    largest = int(blocks.max())
-    if largest >= vocabulary:
-        raise DataError(f"the tokenizer makes token {largest}, the model knows {vocabulary} tokens")
+    """Raises DataError when a text holds tokens that the model does not know."""
+    smallest, largest = int(blocks.min()), int(blocks.max())
+    if smallest < 0 or largest >= vocabulary:
+        wrong = smallest if smallest < 0 else largest
+        raise DataError(f"the text holds token {wrong}, the model knows {vocabulary} tokens: their tokenizers differ")

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import DataError, shown
+from ..errors import DataError, RecipeError
 from ..evaluation.held_out import HeldOut
-from ..evaluation.load import load_config, load_model
+from ..evaluation.load import Measured
 from ..evaluation.prepare import built_in_text, encoded_pairs, held_out_pairs, prepare
 from ..families.special_tokens import SpecialTokens, end_of_text
 from ..text.blocks import token_blocks, token_stream
 from ..text.collate import CausalCollator, PackedCollator, PairCollator, Rows, SpanCollator, Stream
-from ..text.documents import AUTO_TEXT, BUILT_IN, SELF, Columns, Skipped, check_data, documents
+from ..text.documents import (
+    AUTO_TEXT,
+    BUILT_IN,
+    GIVEN,
+    SELF,
+    Columns,
+    check_data,
+    documents,
+    is_own,
+    pair_columns,
+)
+from ..text.encoding import tensor_of
+from ..text.objects import called
+from ..text.rows import packed
 from ..text.spans import denoising
 from ..text.suitability import looked_at
-from ..text.tokenizers import check_vocabulary, load_tokenizer
+from ..text.tables import Document, Skipped
+from ..text.tokenizers import check_vocabulary
 from .recipe import Recipe
 
 MOST_HELD = 200_000_000
@@ -33,9 +47,10 @@ MOST_HELD = 200_000_000
 class TrainingData:
     """Rows of a recipe's data, and what makes batches of them."""
 
-    tokenizer: Any
+    measured: Measured
+    """the model they are for"""
     content: Sequence[Any]
-    """token blocks (n, T), or pairs of source and target tokens"""
+    """token blocks (n, T), blocks of rows (T,), or pairs of source and target tokens"""
     collate: Callable[[Sequence[tuple[int, Any]]], dict[str, Tensor]]
     held_out: Callable[[torch.device], HeldOut]
     """the held-out part of the same data, on a device; the same whatever the recipe's seed"""
@@ -57,6 +72,7 @@ def training_data(
     folder: str | Path,
     settings: Recipe,
     *,
+    data: Any = None,
     tokens: int | None = None,
     trust_remote_code: bool = False,
     source: str | Path | None = None,
@@ -65,55 +81,92 @@ def training_data(
 
     Args:
         folder: source or result; they share tokenizer and vocabulary.
+        data: what was given from Python, where the recipe says so.
         source: the unconverted model, where its own text is measured on.
         tokens: read no more than this, to see whether a recipe can be run at all.
 
     Raises:
         CheckpointError, DataError: the tokenizer does not load, there is too little data, or they do not fit the model.
     """
-    config = load_config(folder, trust_remote_code)
+    measured = Measured(folder, None, trust_remote_code, "training needs one")
+    config = measured.config
     settings.check_fits(None if config.is_encoder_decoder else config.n_positions)
-    tokenizer = load_tokenizer(folder, trust_remote_code, without="training needs one")
-    if settings.columns is not None:
-        return _pairs(config, tokenizer, settings, settings.columns, tokens)
-    if settings.data in (SELF, AUTO_TEXT):
-        return _own(config, tokenizer, settings, source or folder, trust_remote_code)
-    length, wanted = settings.sequence_length, tokens or settings.tokens
+    if settings.data != GIVEN:
+        data = settings.data
+    elif data is None:
+        raise RecipeError("this run trains on data that were given from Python: give them again")
+    columns = settings.columns
+    if config.is_encoder_decoder:
+        columns = pair_columns(data, columns, settings.text_column)
+    if columns is not None:
+        return _pairs(measured, data, settings, columns, tokens)
+    if is_own(data):
+        return _own(measured, settings, source or folder)
+    return _documents(measured, data, settings, tokens)
+
+
+def _documents(measured: Measured, data: Any, settings: Recipe, tokens: int | None) -> TrainingData:
+    """Of texts, packed into blocks; of what is tokens already, rows of which several are a block."""
+    config, length, wanted = measured.config, settings.sequence_length, tokens or settings.tokens
     streamed = wanted > MOST_HELD
     skipped = Skipped()
 
-    def texts() -> Iterator[str]:
-        return documents(settings.data, "train", column=settings.text_column, shuffled=True, skipped=skipped)
+    def texts() -> Iterator[Document]:
+        return documents(data, "train", column=settings.text_column, shuffled=True, skipped=skipped)
 
-    name = shown(settings.data)
+    def held_out(device: torch.device) -> HeldOut:
+        return prepare(
+            str(measured.given),
+            data,
+            text_column=settings.text_column,
+            tokens=settings.held_out_tokens,
+            device=str(device),
+            trust_remote_code=measured.trust_remote_code,
+        )
+
+    name = called(data)
+    if not config.is_encoder_decoder and not isinstance(next(texts(), ""), str):
+        padding = SpecialTokens.of(config).padding
+
+        def blocks_of_rows() -> Iterator[list[Tensor]]:
+            return packed(_checked(_cut(texts(), length), config.vocab_size), length)
+
+        rows = list(islice(blocks_of_rows(), max(1, (length if streamed else wanted) // length)))
+        if not rows:
+            raise DataError(f"{name} holds no two tokens: give more with --data")
+        collate: Any = PackedCollator(length, padding)
+        return TrainingData(measured, rows, collate, held_out, skipped, blocks_of_rows if streamed else None)
+    tokenizer = measured.tokenizer
     read, _ = looked_at(texts(), tokenizer, name, "--data")
     blocks = token_blocks(read, tokenizer, length, length if streamed else wanted, name, dtype=torch.int32)
     corrupt = denoising(tokenizer, config.vocab_size) if config.is_encoder_decoder else None
     check_vocabulary(blocks, config.vocab_size)
 
     def stream() -> Iterator[Tensor]:
-        for block in token_stream(texts(), tokenizer, length):
-            check_vocabulary(block, config.vocab_size)
-            yield block
+        return _checked(token_stream(texts(), tokenizer, length), config.vocab_size)
 
     end = end_of_text(tokenizer) if settings.separate_documents else None
-
-    def held_out(device: torch.device) -> HeldOut:
-        return prepare(
-            folder,
-            settings.data,
-            text_column=settings.text_column,
-            tokens=settings.held_out_tokens,
-            device=str(device),
-            trust_remote_code=trust_remote_code,
-        )
-
     collate = SpanCollator(corrupt, settings.seed) if corrupt else CausalCollator(end)
-    return TrainingData(tokenizer, blocks, collate, held_out, skipped, stream if streamed else None)
+    return TrainingData(measured, blocks, collate, held_out, skipped, stream if streamed else None)
 
 
-def _own(config: Any, tokenizer: Any, settings: Recipe, source: str | Path, trust_remote_code: bool) -> TrainingData:
-    how: dict[str, Any] = {"tokens": settings.held_out_tokens, "trust_remote_code": trust_remote_code}
+def _cut(documents: Iterable[Document], length: int) -> Iterator[Tensor]:
+    """All of each document of tokens in rows of at most `length`, but for a last one of a single token."""
+    for document in documents:
+        rows = tensor_of(document).int().split(length)
+        yield from (row for row in rows if len(row) > 1)
+
+
+def _checked(rows: Iterable[Tensor], vocabulary: int) -> Iterator[Tensor]:
+    for row in rows:
+        check_vocabulary(row, vocabulary)
+        yield row
+
+
+def _own(measured: Measured, settings: Recipe, source: str | Path) -> TrainingData:
+    trust = measured.trust_remote_code
+    how: dict[str, Any] = {"tokens": settings.held_out_tokens, "trust_remote_code": trust}
+    config = measured.config
     tokens = SpecialTokens.of(config)
     if config.is_encoder_decoder:
         collate: Any = PairCollator(tokens.padding)
@@ -121,7 +174,7 @@ def _own(config: Any, tokenizer: Any, settings: Recipe, source: str | Path, trus
         collate = PackedCollator(settings.sequence_length, tokens.padding)
     data = SELF if settings.data == SELF else None
     return TrainingData(
-        tokenizer, [], collate, lambda device: prepare(source, data, device=str(device), **how), Skipped()
+        measured, [], collate, lambda device: prepare(source, data, device=str(device), **how), Skipped()
     )
 
 
@@ -129,26 +182,30 @@ def with_text_named(settings: Recipe, source: str | Path, trust_remote_code: boo
     """A recipe whose data are not "auto" any more."""
     if settings.data != AUTO_TEXT:
         return settings
-    load = partial(load_model, source, trust_remote_code=trust_remote_code)
-    config, tokenizer = load_config(source, trust_remote_code), load_tokenizer(source, trust_remote_code)
-    built_in, _ = built_in_text(load, config, tokenizer, settings.held_out_tokens, torch.device("cpu"), 0)
+    measured = Measured(source, None, trust_remote_code)
+    built_in, _ = built_in_text(measured, settings.held_out_tokens, torch.device("cpu"), 0)
     return dataclasses.replace(settings, data=SELF if built_in is None else BUILT_IN)
 
 
-def _pairs(config: Any, tokenizer: Any, settings: Recipe, columns: Columns, tokens: int | None) -> TrainingData:
-    name, skipped = shown(settings.data), Skipped()
+def _pairs(measured: Measured, data: Any, settings: Recipe, columns: Columns, tokens: int | None) -> TrainingData:
+    skipped = Skipped()
     most = max(1, (tokens or settings.tokens) // settings.sequence_length)
     length = settings.sequence_length
 
     def held_out(device: torch.device) -> HeldOut:
-        return held_out_pairs(config, tokenizer, settings.data, columns, device, length=length)
+        return held_out_pairs(measured, data, columns, device, length=length)
 
-    content, _ = encoded_pairs(config, tokenizer, settings.data, columns, "train", most, length, skipped)
+    content, _ = encoded_pairs(measured, data, columns, "train", most, length, skipped)
     if not content:
-        raise DataError(f"--data {name}: no pairs in its train part")
-    return TrainingData(tokenizer, content, PairCollator(tokenizer.pad_token_id), held_out, skipped)
+        raise DataError(f"--data {called(data)}: no pairs in its train part")
+    collate = PairCollator(SpecialTokens.of(measured.config).padding)
+    return TrainingData(measured, content, collate, held_out, skipped)
 
 
-def check_text(settings: Recipe) -> None:
-    """Raises DataError where there is no text to train on, as far as can be told without a tokenizer."""
-    check_data(settings.data, column=settings.text_column, columns=settings.columns)
+def check_text(settings: Recipe, data: Any = None) -> None:
+    """Raises DataError where there is no text to train on, as far as can be told without a tokenizer.
+
+    Args:
+        data: what was given from Python, where the recipe says so.
+    """
+    check_data(data if settings.data == GIVEN else settings.data, column=settings.text_column, columns=settings.columns)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..evaluation.load import load_model
 from ..progress import Progress
+from ..text.rows import packed
 from ..text.self_generated import own_pairs, own_rows
 from .run_folder import Run
 
@@ -53,25 +54,12 @@ def read_own_text(run: Run, pairs: bool) -> list[Any]:
         rows += stored["tokens"].split(stored["lengths"].tolist())
     if pairs:
         return list(zip(rows[::2], rows[1::2], strict=True))
-    return packed(rows, run.recipe.sequence_length)
+    return list(packed(rows, run.recipe.sequence_length))
 
 
 def _parts(run: Run) -> list[Path]:
     count = -(-run.recipe.tokens // PART)
     return [run.checkpoints / FOLDER / f"{number:05d}.safetensors" for number in range(count)]
-
-
-def packed(rows: Sequence[Tensor], length: int) -> list[list[Tensor]]:
-    """Rows in the order they come, as many together as `length` tokens hold."""
-    blocks: list[list[Tensor]] = []
-    room = 0
-    for row in rows:
-        if len(row) > room:
-            blocks.append([])
-            room = length
-        blocks[-1].append(row)
-        room -= len(row)
-    return blocks
 
 
 def _save(rows: Sequence[Tensor], path: Path) -> None:

@@ -27,7 +27,7 @@ class Recipe:
 
     data: Text = AUTO_TEXT
     """Text to train on: "stdlib", a file, folder or glob, a data set on the hub (ID[:CONFIG]), or "self": what the
-    source writes. "auto": "stdlib" where the source was made for such text, else "self"."""
+    source writes. "auto": "stdlib" where the source was made for such text, else "self". "given": from Python."""
     text_column: Text = "text"
     """Of `data`, where it is a table: the column that holds the text."""
     source_column: Text = ""

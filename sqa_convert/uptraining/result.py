@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,12 @@ def _measure(
     control = {}
     if run.recipe.control:  # which was saved as it was trained; `compare` measures it in the source's dtype
         control = {"control": partial(load_model, run.checkpoints / "control" / FINAL)}
-    scores = partial(answer_scores, tokenizer=job.text.tokenizer, held_out=job.held_out)
     quality = compare(
         models | control,
         job.held_out,
         trust_remote_code=job.trust_remote_code,
         progress=progress,
-        also=scores if run.recipe.columns else None,
+        also=_answer_scores(job) if run.recipe.columns else None,
         untrained=set() if run.trained_before else {"converted"},
         own=own_loss,
     )
@@ -114,6 +114,10 @@ def _measure(
             quality["mean"] = known["mean"]
     report["quality"] = quality
     report["samples"] = continuations(models, job.held_out, trust_remote_code=job.trust_remote_code)
+
+
+def _answer_scores(job: Job) -> Callable[[Any], dict[str, float]]:
+    return partial(answer_scores, tokenizer=job.text.measured.tokenizer, held_out=job.held_out)
 
 
 def not_better(run: Run, start: dict[str, float], best: dict[str, float]) -> NotBetterError:

@@ -19,7 +19,8 @@ from ..isolation import undisturbed
 from ..progress import Progress, silent
 from ..report.content import read_report
 from ..text.collate import PairCollator
-from ..text.documents import AUTO_TEXT, SELF
+from ..text.documents import GIVEN, SELF, is_own
+from ..text.objects import is_named, repeatable
 from ..text.suitability import misfits
 from . import processes
 from .arguments import check_recipe, uses_bfloat16
@@ -38,7 +39,7 @@ def uptrain(
     recipe: str | Path | Recipe | None = None,
     *,
     source: str | Path | None = None,
-    data: str | Path | None = None,
+    data: Any = None,
     text_column: str | None = None,
     device: str = "auto",
     seed: int | None = None,
@@ -63,7 +64,8 @@ def uptrain(
         folder: the converted model.
         recipe: a packaged recipe's name, a YAML file, or a Recipe; by default "quick".
         source: the unconverted model, by default the one named in the report.
-        data: text to train on instead of the recipe's; its held-out part is measured on.
+        data: to train on instead of the recipe's, as `sqa_convert.text.documents.documents` takes it; its held-out
+            part is measured on. A run that goes on is given again what was no name.
         text_column: of that, where it is a table, instead of the recipe's.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: instead of the recipe's.
@@ -95,42 +97,57 @@ def uptrain(
     output = None if output is None else expanded(output)
     chosen = own_device(choose_device(device))
     processes.join(chosen)
-    changes = {"data": data, "text_column": text_column, "seed": seed, "control": control}
+    data = repeatable(data)
+    given, named = (None, data) if is_named(data) else (data, None if resume else GIVEN)
+    changes = {"data": named, "text_column": text_column, "seed": seed, "control": control}
+    decision = _decided(folder, recipe, resume, restart, output, keep_anyway, **changes)
+    report = read_report(folder)
     with processes.together():
-        report, conversion = read_report(folder), conversion_id(folder)
-        check_output(folder, overwrite=True, flag="FOLDER")
-        first = processes.is_first()
-        decision = _decide(folder, recipe, resume, restart, output, keep_anyway, **changes) if first else None
-    decision = processes.from_first(decision)
-    assert decision is not None
-    with processes.together():
-        if conversion != decision.conversion:
-            raise CheckpointError(f"{folder} is another conversion than the one the first process sees under that name")
         run = Run(folder, find_source(report, source), decision.target, decision.recipe, "uptraining" in report)
         check_recipe(run.recipe, evaluate, chosen)
-        named = with_text_named(run.recipe, run.source, trust_remote_code) if first else run.recipe
+        named = with_text_named(run.recipe, run.source, trust_remote_code) if processes.is_first() else run.recipe
     run = dataclasses.replace(run, recipe=processes.from_first(named))
     with processes.together():
-        text = training_data(folder, run.recipe, trust_remote_code=trust_remote_code, source=run.source)
+        text = training_data(folder, run.recipe, data=given, trust_remote_code=trust_remote_code, source=run.source)
         held_out = text.held_out(chosen) if evaluate else None
-    with alone(run.checkpoints, folder), recoverable(run.checkpoints, folder):
+    job = Job(text, held_out, None, chosen, trust_remote_code, keep_anyway)
+    return _carry_out(run, job, report, decision.resume, progress)
+
+
+def _carry_out(run: Run, job: Job, report: dict[str, Any], resume: bool, progress: Progress) -> dict[str, Any]:
+    """Trains, and puts the result in its place; returns its report."""
+    with alone(run.checkpoints, run.folder), recoverable(run.checkpoints, run.folder):
         with processes.together():
-            if not decision.resume and processes.is_writer():
+            if not resume and processes.is_writer():
                 empty(run.checkpoints)
             begin(run)
         if run.recipe.data == SELF:
-            text = _with_own_text(run, text, chosen, trust_remote_code, progress)
-        job = Job(text, held_out, None, chosen, trust_remote_code, keep_anyway)
+            text = _with_own_text(run, job.text, job.device, job.trust_remote_code, progress)
+            job = dataclasses.replace(job, text=text)
         results, own_loss = _train_all(run, job, progress)
         with processes.together():  # none says that it is done before it is
             if processes.is_first():
-                note_training(report, run.recipe, results, text, chosen)
-                if run.target != folder:
+                note_training(report, run.recipe, results, job.text, job.device)
+                if run.target != run.folder:
                     report["output"] = str(run.target)
                 put_in_place(run, report, job, own_loss, progress)
         if processes.apart():
             report["uptrained_on"] = f"{run.target} on {processes.first_host()}"
     return report
+
+
+def _decided(folder: Path, *asked: Any, **changes: Any) -> _Decision:
+    """What the first process decides, in all of them; arguments as of `_decide`."""
+    with processes.together():
+        conversion = conversion_id(folder)
+        check_output(folder, overwrite=True, flag="FOLDER")
+        decision = _decide(folder, *asked, **changes) if processes.is_first() else None
+    decision = processes.from_first(decision)
+    assert decision is not None
+    with processes.together():
+        if conversion != decision.conversion:
+            raise CheckpointError(f"{folder} is another conversion than the one the first process sees under that name")
+    return decision
 
 
 def check_uptrain(
@@ -163,7 +180,7 @@ def check_uptrain(
     if local_folder(source or report["source"]["name"], None if source else report["source"]["revision"]) is not None:
         find_source(report, source)
     text = training_data(folder, settled, tokens=settled.sequence_length, trust_remote_code=trust_remote_code)
-    if evaluate and settled.data not in (AUTO_TEXT, SELF):  # else weights are needed for it
+    if evaluate and not is_own(settled.data):  # else weights are needed for it
         text.held_out(chosen)
     return settled
 
@@ -174,7 +191,7 @@ def _with_own_text(
     """With the rows that the source writes; one process writes them, for all that see its disk."""
     with processes.together():
         if processes.is_writer():
-            write_own_text(run, text.tokenizer, device, progress, trust_remote_code)
+            write_own_text(run, text.measured.tokenizer, device, progress, trust_remote_code)
     with processes.together():
         return dataclasses.replace(text, content=read_own_text(run, pairs=isinstance(text.collate, PairCollator)))
 
