@@ -62,15 +62,15 @@ def tokenizer_of(given: Any, trust_remote_code: bool = False) -> Any:
 
 
 def tokenizer_in_memory(model: Any, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model in memory: what lies where the model was loaded from. Raises CheckpointError."""
+    """The tokenizer of a model in memory: what lies where the model was loaded from. Raises DataError."""
     name = getattr(model.config, "name_or_path", "")
     way_out = "give its tokenizer too"
     if not name:
-        raise CheckpointError(f"nothing says which tokenizer a {type(model).__name__} in memory has: {way_out}")
+        raise DataError(f"nothing says which tokenizer a {type(model).__name__} in memory has: {way_out}")
     try:
         return load_tokenizer(resolve(name), trust_remote_code, without="")
     except CheckpointError as error:
-        raise CheckpointError(f"the tokenizer of the model in memory: {one_line(error)}; {way_out}") from error
+        raise DataError(f"the tokenizer of the model in memory: {one_line(error)}; {way_out}") from error
 
 
 @lru_cache(maxsize=8)  # a tokenizer that has encoded keeps 0.4 MB for ever, even when it is gone

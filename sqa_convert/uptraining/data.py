@@ -166,7 +166,7 @@ def _checked(rows: Iterable[Tensor], vocabulary: int) -> Iterator[Tensor]:
 def _own(measured: Measured, settings: Recipe, source: str | Path) -> TrainingData:
     trust = measured.trust_remote_code
     how: dict[str, Any] = {"tokens": settings.held_out_tokens, "trust_remote_code": trust}
-    config = measured.config
+    config, _ = measured.config, measured.tokenizer  # without which it is not known what texts begin with
     tokens = SpecialTokens.of(config)
     if config.is_encoder_decoder:
         collate: Any = PairCollator(tokens.padding)
