@@ -34,7 +34,9 @@ TAKES = {  # parameters in their order; those with a default have a question mar
     ),
     "evaluate": "model against? data? text_column? tokens? device? seed? tokenizer?",
     "load_recipe": "name overrides",
-    "prepare": ("folder data? text_column? columns? tokens? device? seed? trust_remote_code? without? writer?"),
+    "prepare": (
+        "model data? text_column? columns? tokens? device? seed? tokenizer? trust_remote_code? without? writer?"
+    ),
     "push_to_hub": "folder repo_id private?",
     "register_method": "name summary? source? needs_statistics?",
     "resolve": "name revision?",

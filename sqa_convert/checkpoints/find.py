@@ -98,28 +98,19 @@ def open_source(
         source.notes = _passed_over(folder, files)
     source.name, source.revision, source.folder, source.config = name, commit, folder, config
     if tokenizer is not None:
-        source.assembled = assembled(folder, _tokenizer_folder(tokenizer, name, folder, revision))
+        source.assembled = assembled(folder, tokenizer_folder(tokenizer, name, folder, revision))
         source.folder = Path(source.assembled.name)
     return source
 
 
-def tokenizer_folder(tokenizer: str) -> Path:
-    """The folder that `tokenizer` means, of a model in memory. Raises CheckpointError."""
-    place = local_folder(tokenizer) or _download(tokenizer, None, *_TOKENIZER_PATTERNS)[0]
-    return _with_tokenizer(tokenizer, place)
-
-
-def _tokenizer_folder(tokenizer: str, name: str, folder: Path, revision: str | None) -> Path:
-    """The folder that `tokenizer` means, for the model `name` in `folder`. Raises CheckpointError."""
-    beside = folder.absolute().parent / tokenizer
-    place = beside if is_folder(beside) else local_folder(tokenizer)
-    if place is None and local_folder(name) is None and _hub_place(name)[1]:
+def tokenizer_folder(tokenizer: str, name: str = "", folder: Path | None = None, revision: str | None = None) -> Path:
+    """The folder that `tokenizer` means, for the model `name` in `folder` or one in memory. Raises CheckpointError."""
+    beside = None if folder is None else folder.absolute().parent / tokenizer
+    place = beside if beside is not None and is_folder(beside) else local_folder(tokenizer)
+    if place is None and folder is not None and local_folder(name) is None and _hub_place(name)[1]:
         beside, _ = _download(f"{_hub_place(name)[0]}/{tokenizer}", revision, *_TOKENIZER_PATTERNS)
         place = beside if beside.is_dir() else None
-    return _with_tokenizer(tokenizer, place or _download(tokenizer, None, *_TOKENIZER_PATTERNS)[0])
-
-
-def _with_tokenizer(tokenizer: str, place: Path) -> Path:
+    place = place or _download(tokenizer, None, *_TOKENIZER_PATTERNS)[0]
     if not has_tokenizer(place):
         raise CheckpointError(f"--tokenizer {tokenizer}: {place} holds no tokenizer")
     check_folder(place)
