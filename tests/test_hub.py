@@ -9,13 +9,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import gpt2, plain_convert
+from helpers import gpt2, plain_convert, t5
 from huggingface_hub import ModelCard, constants
+from transformers import AutoModel, Trainer, TrainingArguments
 
 from sqa_convert import push_to_hub
 from sqa_convert.cli.convert import main as convert
 from sqa_convert.cli.uptrain import main as uptrain
+from sqa_convert.conversion.write import MODELS
 from sqa_convert.errors import OutputError
+from sqa_convert.families import FAMILIES
 from sqa_convert.report.card import model_card
 from sqa_convert.report.content import read_report
 
@@ -44,7 +47,12 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer({"type": "user", "name": "me", "auth": {}})
         if "/tree/main" in self.path:
             return self.answer([{"type": "file", "path": p, "size": 1, "oid": "0" * 40} for p in self.server.files])
-        return self.answer({"id": "me/model", "sha": "0" * 40, "siblings": []})
+        return self.answer({"id": "me/model", "sha": "0" * 40, "siblings": [], "tags": []})
+
+    def do_HEAD(self):
+        self.send_response(404)  # of a file, for instance a card: there is none
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
 
     def do_PUT(self):
         content = self.body()
@@ -98,7 +106,9 @@ def hub(monkeypatch):
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.files, server.large, server.puts, server.requests, server.fails = {}, {}, [], [], {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the first hub it spoke to
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{server.url}/{{repo_id}}/{{revision}}/{{filename}}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -239,3 +249,34 @@ def test_a_card_that_cannot_be_read_stops_nothing(tmp_path, text):
     (tmp_path / "source/README.md").write_text(text)
     card = ModelCard.load(plain_convert(tmp_path / "source", 8, 4, output=tmp_path / "out").output / "README.md")
     assert card.data.license is None
+
+
+def trained_further(model):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    return model.merge_and_unload()
+
+
+def by_the_trainer(model, place):
+    Trainer(model, TrainingArguments(output_dir=place, hub_model_id="me/model", use_cpu=True)).push_to_hub()
+
+
+PUSHES = {
+    "model": lambda model, place: model.push_to_hub("me/model"),
+    "body": lambda model, place: AutoModel.from_pretrained(place).push_to_hub("me/model"),
+    "merged": lambda model, place: trained_further(model).push_to_hub("me/model"),
+    "save": lambda model, place: model.save_pretrained(place, push_to_hub=True, repo_id="me/model"),
+    "trainer": by_the_trainer,
+}
+
+
+@pytest.mark.parametrize("push", PUSHES)
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_what_transformers_pushes_holds_the_code(hub, name, push, tmp_path):
+    model = plain_convert({"gpt2": gpt2, "t5": t5}[name](), 8, 4).model
+    model.save_pretrained(tmp_path / "out")
+    PUSHES[push](model, tmp_path / "out")
+    assert json.loads(hub.files["config.json"])["auto_map"] == FAMILIES[name].auto_map
+    for file in FAMILIES[name].model_files:
+        assert hub.files[file] == (MODELS / file).read_bytes()
+    assert "model.safetensors" in hub.files

@@ -5,7 +5,7 @@ Exports: the configurations and models of both architectures.
 """
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from .configuration_sqa_gpt2 import SQAGPT2Config
 from .configuration_sqa_t5 import SQAT5Config
@@ -30,6 +30,7 @@ for _class, _autos in _CLASSES.items():
     for _auto in _autos:
         getattr(transformers, _auto).register(_class.config_class, _class, exist_ok=True)
     _class.register_for_auto_class(_autos[0])  # `save_pretrained` writes the modeling files, too
+AutoModel.register(SQAT5Config, (SQAT5Model, SQAT5EncoderModel), exist_ok=True)  # the one that `architectures` names
 
 __all__ = [
     "SQAGPT2Config",

@@ -30,6 +30,7 @@ class SQAT5Config(T5Config):
         super().__post_init__(**kwargs)
         if scale_decoder_outputs is not None:
             self.scale_decoder_outputs = scale_decoder_outputs
+        self.architectures = self.architectures or []  # AutoModel looks through them, and fails on None
 
     def heads(self, site: str = "decoder", layer: int = 0) -> tuple[int, int]:
         """Query heads and key/value heads of one attention site: "encoder", "decoder" or "cross"."""

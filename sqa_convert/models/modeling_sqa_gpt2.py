@@ -101,6 +101,17 @@ class SQAGPT2PreTrainedModel(GPT2PreTrainedModel):
         None  # serving engines would read "attn.bias" as a pattern and drop real biases
     )
 
+    def save_pretrained(self, *args, **kwargs):
+        own = type(self)
+        if own.__name__.startswith(
+            "FSDP"
+        ):  # a class that FSDP 2 made in a module of torch, which would be saved as code
+            self.__class__ = next(c for c in own.__mro__ if issubclass(c, GPT2PreTrainedModel) and c is not own)
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = own
+
 
 class SQAGPT2Model(SQAGPT2PreTrainedModel, GPT2Model):
     """GPT-2 without a head: hidden states (B, T, D)."""

@@ -170,6 +170,17 @@ class SQAT5PreTrainedModel(T5PreTrainedModel):
     _supports_flex_attn = False  # flex cannot compile the bias of grouped heads on CPU; eager and sdpa are tested
     _keys_to_ignore_on_load_unexpected = None
 
+    def save_pretrained(self, *args, **kwargs):
+        own = type(self)
+        if own.__name__.startswith(
+            "FSDP"
+        ):  # a class that FSDP 2 made in a module of torch, which would be saved as code
+            self.__class__ = next(c for c in own.__mro__ if issubclass(c, T5PreTrainedModel) and c is not own)
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = own
+
 
 class SQAT5Stack(SQAT5PreTrainedModel, T5Stack):
     def __init__(self, config):
@@ -214,6 +225,10 @@ class SQAT5EncoderModel(SQAT5PreTrainedModel, T5EncoderModel):
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         config.use_cache = False
         config.is_encoder_decoder = False
+        if getattr(config, "auto_map", None):  # saved from here, it is no T5 with a decoder any more
+            this = config.auto_map.get("AutoModelForTextEncoding", "modeling_sqa_t5.SQAT5EncoderModel")
+            autos = {"AutoModel": this, "AutoModelForTextEncoding": this}
+            config.auto_map = {auto: place for auto, place in config.auto_map.items() if auto == "AutoConfig"} | autos
         self.encoder = SQAT5Stack(config)
         self.post_init()
 
