@@ -63,7 +63,7 @@ def own_device(device: torch.device) -> torch.device:
     if device.index is not None:
         raise RecipeError(f"--device {device}: each process has a GPU of its own; give --device cuda")
     if int(os.environ.get("LOCAL_WORLD_SIZE", number + 1)) > count:
-        raise RecipeError(f"there are more processes here than GPUs ({count}): lower --nproc-per-node, or --device cpu")
+        raise RecipeError(f"there are more processes here than GPUs ({count}): start fewer, or --device cpu")
     return torch.device("cuda", number)
 
 

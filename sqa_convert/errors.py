@@ -6,7 +6,8 @@ Exit codes: 0 done · 2 usage, recipe, data or output · 3 source missing, damag
 
 
 class SQAError(Exception):
-    """A fault the user can mend. The message says what was given, what is allowed and which flag."""
+    """A fault the user can mend. The message says what was given, what is allowed and which flag; where it comes out of
+    a public function, which argument."""
 
     exit_code = 1
 

@@ -18,6 +18,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
+from .spelling import names_arguments
+
 P = ParamSpec("P")
 
 R = TypeVar("R")
@@ -30,7 +32,7 @@ _KERNELS = ("flash", "mem_efficient", "math", "cudnn")  # of scaled dot product 
 
 
 def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
-    """A public function that neither depends on what its caller has set, nor changes it."""
+    """A public function that neither depends on what its caller has set, nor changes it; its errors name arguments."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -44,7 +46,7 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
                 stack.enter_context(_torch())
             return function(*args, **kwargs)
 
-    return wrapper
+    return names_arguments(wrapper)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from .checkpoints.companions import CARD
@@ -74,10 +73,8 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> st
             path_or_fileobj=there.encode(), path_in_repo=CARD, repo_id=address.repo_id, commit_message=_MESSAGE
         )
     except Exception as error:
-        private_flag = "--private " if private else ""
-        again = f"hf upload {private_flag}{shlex.quote(repo_id)} {shlex.quote(str(folder))}"
         raise OutputError(
-            f"{folder} is complete, but not on the hub as {repo_id}: {_said(error)}; try again with: {again}"
+            f"{folder} is complete, but not on the hub as {repo_id}: {_said(error)}; try again"
         ) from error
     return str(address)
 

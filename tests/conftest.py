@@ -1,4 +1,5 @@
 import os
+import re
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -6,6 +7,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+from sqa_convert import spelling
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +23,25 @@ def brief():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sqa_convert.evaluation.generation.WRITTEN", 8)
         patch.setattr("sqa_convert.text.self_generated._OWN_LENGTH", 16)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_flags_in_python():
+    """No error that a test gets from a public function names a flag, but in what the user or a library has written."""
+    spelled = spelling.in_arguments
+
+    def looked_at(message, function, given, foreign=()):
+        said = spelled(message, function, given, foreign)
+        assert (
+            not re.search(r"(?<![\w/-])--[a-z]", said)
+            or foreign
+            or any("--" in text for text in spelling._texts(given))
+        ), said
+        return said
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spelling, "in_arguments", looked_at)
         yield
 
 

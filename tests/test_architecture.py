@@ -17,7 +17,9 @@ FLOORS = [  # a folder, or a module beside them, may import only from floors bel
     {"checkpoints"},
     {"families"},
     {"amounts", "devices", "heads"},
-    {"isolation", "errors", "models", "progress"},
+    {"isolation"},
+    {"spelling"},
+    {"errors", "models", "progress"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}
 MAY_BE_HEAVY = {"calibration", "devices", "evaluation", "models", "pipeline", "speed", "text", "uptraining"}

@@ -310,11 +310,11 @@ def test_bad_arguments_get_one_line_and_their_exit_code(run, source, tmp_path, a
 
 
 IMPOSSIBLE = [
-    ({"device": "gpu"}, "--device gpu"),
-    ({"evaluate": True, "data": "nothere.txt"}, "--data nothere.txt"),
-    ({"method": "svd", "calibration": "nothere.txt"}, "--calibration nothere.txt"),
-    ({"max_shard_size": "2"}, "--max-shard-size 2"),
-    ({"output": "~nobody-of-this-name/x"}, "--output ~nobody"),
+    ({"device": "gpu"}, "device='gpu'"),
+    ({"evaluate": True, "data": "nothere.txt"}, "data='nothere.txt'"),
+    ({"method": "svd", "calibration": "nothere.txt"}, "calibration='nothere.txt'"),
+    ({"max_shard_size": "2"}, "max_shard_size='2'"),
+    ({"output": "~nobody-of-this-name/x"}, "output='~nobody"),
     ({"output": "exists"}, "exists already"),
     ({"output": "a\0b"}, "cannot be used"),
 ]

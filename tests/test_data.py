@@ -205,7 +205,7 @@ def test_skipped_rows_are_told_with_the_name_of_the_text(name, tmp_path):
 
 
 def test_a_column_of_the_built_in_corpus_is_refused():
-    with pytest.raises(DataError, match="stdlib has no column content: --text-column is for tables"):
+    with pytest.raises(DataError, match="stdlib has no column content: text_column is for tables"):
         prepare(SAMPLES / "gpt2", text_column="content")
 
 

@@ -336,7 +336,7 @@ def test_a_run_that_goes_on_keeps_what_it_goes_on_by(converted, monkeypatch, rec
         raise KeyboardInterrupt
 
     stand_in(monkeypatch, train)
-    with pytest.raises(InterruptedByUserError, match="--resume"):
+    with pytest.raises(InterruptedByUserError, match="resume=True"):
         uptrain(converted, recipe, device="cpu", evaluate=False)
     write, written = Path.write_text, []
     monkeypatch.setattr(Path, "write_text", lambda path, *rest, **o: (written.append(path), write(path, *rest, **o))[1])

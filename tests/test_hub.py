@@ -188,7 +188,7 @@ def test_an_uptrained_model_replaces_the_weights_there(run, hub):
 
 def test_what_is_there_is_not_sent_again(hub, folder):
     hub.fails["/api/models/me/model/commit/main"] = 400
-    with pytest.raises(OutputError, match=r"is complete, but not on the hub .*hf upload --private me/model"):
+    with pytest.raises(OutputError, match=r"is complete, but not on the hub .*; try again$"):
         push_to_hub(folder, "me/model")
     sent = list(hub.puts)
     hub.fails.clear()

@@ -89,12 +89,12 @@ def test_after_no_run_is_a_folder_worse(rate, steps, folder, place, recipe):
 
 def test_what_got_worse_is_not_taken_but_kept_beside_and_can_be_taken(folder, place, recipe):
     before, start = content(folder), kl(folder, place)
-    with pytest.raises(QualityError, match=r"made it worse: KL .* --keep-anyway") as error:
+    with pytest.raises(QualityError, match=r"made it worse: KL .*keep_anyway=True") as error:
         uptrain(folder, recipe(1, 10.0))
     assert error.value.exit_code == 4 and "e+" not in str(error.value)
     assert content(folder) == before
     assert (run_folder(folder) / "uptrain" / "final" / "model.safetensors").is_file()
-    with pytest.raises(RecipeError, match=r"--keep-anyway .*--restart"):
+    with pytest.raises(RecipeError, match=r"keep_anyway=True .*restart=True"):
         uptrain(folder, recipe(1, 10.0))
     with pytest.raises(QualityError, match="made it worse"):
         uptrain(folder, resume=True)
@@ -148,10 +148,10 @@ def test_a_result_goes_to_another_folder_also_when_the_run_is_resumed(folder, re
     assert content(folder) == before and sorted(os.listdir(tmp_path)) == ["other", "out"]
     assert json.loads((other / "report.json").read_text())["uptraining"]["steps"] == 2
     assert report["output"] == str(other)
-    with pytest.raises(OutputError, match=r"--output .* exists already: give another$"):
+    with pytest.raises(OutputError, match=r"output=.* exists already: give another$"):
         uptrain(folder, recipe(2, 1e-3), output=other)
     for inside in (folder / "in", run_folder(folder) / "in"):
-        with pytest.raises(RecipeError, match=r"--output .*(inside|checkpoints are kept)"):
+        with pytest.raises(RecipeError, match=r"output=.*(inside|checkpoints are kept)"):
             uptrain(folder, recipe(2, 1e-3), output=inside)
 
 
@@ -215,7 +215,7 @@ def test_a_teacher_of_other_weights_is_refused(place, folder, recipe, tmp_path):
         other.transformer.h[0].mlp.c_fc.weight.add_(1e-3)
     other.save_pretrained(tmp_path / "other")
     before = content(folder)
-    with pytest.raises(CheckpointError, match="other holds other weights than this model was made from"):
+    with pytest.raises(CheckpointError, match="other' holds other weights than this model was made from"):
         uptrain(folder, recipe(1, 1e-4), source=str(tmp_path / "other"))
     assert content(folder) == before
 

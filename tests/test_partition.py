@@ -38,13 +38,13 @@ def test_twelve_heads_to_eight_and_four():
 @pytest.mark.parametrize(
     ("case", "says"),
     [
-        ((12, 9, 4), "use --kv-groups 1 or 3 or 9, with 4 key/value heads use --q-groups 4 or 8 or 12"),
+        ((12, 9, 4), "use kv_groups=1 or 3 or 9, with 4 key/value heads use q_groups=4 or 8 or 12"),
         ((12, 13, 1), "1 to 12 query heads"),
-        ((12, 0, 1), "--q-groups 0"),
-        ((12, 8, 0), "--kv-groups 0"),
-        ((12, 8, -4), "--kv-groups -4"),
-        ((12, 4, 8), "use --kv-groups 1 or 2 or 4, with 8 key/value heads use --q-groups 8$"),
-        ((25, 12, 5), "use --kv-groups 2 or 3 or 4 or 6, with 5 key/value heads use --q-groups 5 or 10 or 15 or 20$"),
+        ((12, 0, 1), "q_groups=0"),
+        ((12, 8, 0), "kv_groups=0"),
+        ((12, 8, -4), "kv_groups=-4"),
+        ((12, 4, 8), "use kv_groups=1 or 2 or 4, with 8 key/value heads use q_groups=8$"),
+        ((25, 12, 5), "use kv_groups=2 or 3 or 4 or 6, with 5 key/value heads use q_groups=5 or 10 or 15 or 20$"),
     ],
 )
 def test_impossible_counts_are_refused_with_the_nearest_possible(case, says):
@@ -77,7 +77,7 @@ def test_variants_follow_the_rounding_rule():
     assert variant_heads("xsqa", 6) == (2, 2)
     assert variant_heads("gqa", 6) == (6, 2)
     assert variant_heads("xsqa", 1) == (1, 1)
-    with pytest.raises(RecipeError, match="--variant rsqa"):
+    with pytest.raises(RecipeError, match="variant='rsqa'"):
         variant_heads("rsqa", 12)
 
 

@@ -43,7 +43,7 @@ def hub(tmp_path, monkeypatch):
     return repository / "snapshots" / COMMIT
 
 
-PARTS = r"--subfolder text_encoder \(and --tokenizer tokenizer\)"
+PARTS = r"subfolder text_encoder \(and tokenizer tokenizer\)"
 
 
 def test_the_parts_of_a_pipeline_that_convert_are_named(tmp_path):

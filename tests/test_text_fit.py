@@ -195,9 +195,9 @@ def test_nothing_is_trained_or_measured_on_text_that_cannot_be_read(protein, tmp
     convert(protein, 6, 2, "mean", tmp_path / "out")
     recipe = load_recipe("quick", tokens=2048)
     for data in ("stdlib", str(tmp_path / "code.txt")):
-        with pytest.raises(DataError, match=r"unknown to the model's tokenizer.*--data"):
+        with pytest.raises(DataError, match=r"unknown to the model's tokenizer.*with data$"):
             uptrain(tmp_path / "out", recipe, data=data)
-        with pytest.raises(DataError, match=r"unknown to the model's tokenizer.*--data"):
+        with pytest.raises(DataError, match=r"unknown to the model's tokenizer.*with data$"):
             evaluate(tmp_path / "out", data=data)
 
 

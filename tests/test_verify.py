@@ -95,7 +95,7 @@ def test_code_that_is_not_ours_is_not_run(folder, tmp_path):
     canary = tmp_path / "canary"
     with (folder / "modeling_sqa_gpt2.py").open("a") as file:
         file.write(f"\nopen({str(canary)!r}, 'w').close()\n")
-    refused(folder, "modeling_sqa_gpt2.py is not .* --trust-remote-code runs it")
+    refused(folder, "modeling_sqa_gpt2.py is not .* trust_remote_code=True runs it")
     assert not canary.exists()
     assert verify(folder, trust_remote_code=True)["difference"] == 0 and canary.exists()
 

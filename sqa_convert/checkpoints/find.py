@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError, RecipeError, SQAError, one_line, shown
 from ..families import completed
+from ..spelling import names_arguments
 from .adapters import ADAPTER, refuse_adapter
 from .companions import (
     CONFIG,
@@ -121,6 +122,7 @@ def _stamps(folder: Path) -> dict[Path, Stamp]:
     return {folder / file: stamp(folder / file) for file in (CONFIG, *_WEIGHTS, *companions(folder))}
 
 
+@names_arguments
 def resolve(name: str | Path, revision: str | None = None) -> Path:
     """The local folder of a whole model, downloaded where it has to be.
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ..checkpoints.staging import NOWHERE, here
 from ..errors import RecipeError, SQAError
+from ..spelling import flags_named
 from .streams import forgiving_streams
 
 INTERRUPTED = 130
@@ -133,7 +134,7 @@ def run_app(app: Any, name: str) -> NoReturn:
         # A terminated run clears its temporary folder as an interrupted one does.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.unraisablehook = _stop_after_all
-    with forgiving_streams():
+    with forgiving_streams(), flags_named():
         _run(app, name)
 
 

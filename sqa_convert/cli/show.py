@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conversion.plan import Plan
+from ..errors import OutputError
 from ..report.content import auto_class
 from ..report.page import PAGE
 from ..report.sentences import (
@@ -102,4 +103,9 @@ def push(out: Out, folder: Path, repo_id: str | None, public: bool) -> None:
     if repo_id is not None:
         from ..publish import push_to_hub
 
-        out.result(f"pushed: {push_to_hub(folder, repo_id, private=not public)}")
+        try:
+            address = push_to_hub(folder, repo_id, private=not public)
+        except OutputError as error:
+            again = f"hf upload {'' if public else '--private '}{shlex.quote(repo_id)} {shlex.quote(str(folder))}"
+            raise OutputError(f"{error} with: {again}") from error
+        out.result(f"pushed: {address}")

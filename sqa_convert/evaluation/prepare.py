@@ -15,6 +15,7 @@ from ..amounts import amount, check_seed
 from ..devices import choose_device
 from ..errors import DataError, RecipeError, UnreadableTextError, one_line
 from ..families.special_tokens import SpecialTokens, end_of_text
+from ..spelling import names_arguments
 from ..text.blocks import token_blocks
 from ..text.collate import IGNORED, CausalCollator, PairCollator
 from ..text.documents import TOKEN_PAIRS, Columns, check_data, documents, is_own, pair_columns, pairs
@@ -51,6 +52,7 @@ _BATCH_TOKENS = 4096
 _BATCH = 32  # pairs
 
 
+@names_arguments
 def prepare(
     model: str | Path | PreTrainedModel,
     data: Any = None,

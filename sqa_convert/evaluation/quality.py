@@ -14,6 +14,7 @@ from ..checkpoints.files import REPORT, is_ours, read_json
 from ..devices import device_name
 from ..errors import CheckpointError, RecipeError
 from ..isolation import undisturbed
+from ..spelling import names_arguments
 from ..text.formats import TEXT_COLUMN
 from ..text.suitability import Fit, misfits
 from .held_out import HeldOut
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@names_arguments
 def compare(
     models: Mapping[str, Any],
     held_out: HeldOut,

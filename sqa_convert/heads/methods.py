@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import RecipeError, shown
+from ..spelling import names_arguments
 from .partition import Partition
 from .weights import AttentionHeads
 
@@ -83,6 +84,7 @@ def register_method(
     return register
 
 
+@names_arguments
 def get_method(given: str | Method | Convert) -> Method:
     """The method of a name; of a function, which is given statistics; or the one given.
 

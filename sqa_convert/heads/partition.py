@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import RecipeError
+from ..spelling import names_arguments
 
 VARIANTS: dict[str, tuple[float, float]] = {
     "gqa": (1.0, 0.25),
@@ -38,6 +39,7 @@ class Partition:
             )
 
     @classmethod
+    @names_arguments
     def contiguous(cls, heads: int, q_groups: int, kv_groups: int) -> Partition:
         """Neighbouring heads together, sizes differing by at most one.
 
@@ -90,6 +92,7 @@ def _spread(members: tuple[int, ...], parts: int) -> Iterable[tuple[int, ...]]:
         start = stop
 
 
+@names_arguments
 def check_head_counts(heads: int, q_groups: int, kv_groups: int) -> None:
     """Refuses counts that are not possible.
 
@@ -123,6 +126,7 @@ def _nearest(allowed: list[int], wanted: int, count: int = 4) -> str:
     return " or ".join(str(n) for n in sorted(sorted(allowed, key=lambda n: abs(n - wanted))[:count]))
 
 
+@names_arguments
 def variant_heads(variant: str, heads: int) -> tuple[int, int]:
     """Query and key/value heads of a named variant of a source with `heads` heads.
 

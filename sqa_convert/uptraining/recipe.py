@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
 from ..errors import DataError, RecipeError, one_line, shown
+from ..spelling import names_arguments
 from ..text.documents import AUTO_TEXT, Columns
 from .validation import Count, Number, Seed, Switch, Text, in_one_line, must_be, sentence
 
@@ -155,6 +156,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
+@names_arguments
 def load_recipe(name: str, **overrides: Any) -> Recipe:
     """A packaged recipe by name, or a YAML file by path.
 

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ..amounts import amount, check_seed
 from ..errors import RecipeError
+from ..spelling import names_arguments
 from .other_trainers import HINTS
 
 _Class = TypeVar("_Class", bound=Any)
@@ -73,7 +74,7 @@ def in_one_line(recipe: type[_Class]) -> type[_Class]:
         except ValidationError as error:
             raise RecipeError("; ".join(_said(fault, names) for fault in error.errors())) from error
 
-    recipe.__init__ = init
+    recipe.__init__ = names_arguments(init)
     return recipe
 
 
