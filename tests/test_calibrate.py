@@ -334,8 +334,6 @@ def test_calibration_recovers_most_of_what_mean_loses(tmp_path):
     mean = measured["mean", True]
     assert measured["svd", True] < mean / 5
     assert measured["auto", False] < mean / 25
-    config = json.loads((out / "config.json").read_text())
-    assert len(config["sqa"]["partition"]["cross"]) == 4
     assert "</svg>" in (out / "similarity.svg").read_text() and "similarity.svg" in (out / "README.md").read_text()
     assert AutoConfig.from_pretrained(out, trust_remote_code=True).num_key_value_heads == 4
 

@@ -547,6 +547,8 @@ def test_one_call_converts_and_trains_as_the_command_does(tmp_path):
     )
     assert conversion.report["quality"].keys() >= {"source", "converted", "uptrained", "control"}
     assert conversion.report == json.loads((out / "report.json").read_text())
+    assert conversion.report["command"] == conversion.report["uptraining"]["command"]
+    assert conversion.report["command"].startswith("sqa_convert.convert('sample:gpt2', 6, 2, 'mean', ")
     assert load_recipe(str(out / "recipe.yaml")) == dataclasses.replace(FEW, data="stdlib", control=True, seed=3)
     assert os.listdir(tmp_path) == ["out"]
 

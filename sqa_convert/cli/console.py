@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from ..checkpoints.staging import NOWHERE, here
 from ..errors import RecipeError, SQAError
+from ..report.origin import asked_by
 from ..spelling import flags_named
 from .streams import forgiving_streams
 
@@ -134,7 +136,7 @@ def run_app(app: Any, name: str) -> NoReturn:
         # A terminated run clears its temporary folder as an interrupted one does.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.unraisablehook = _stop_after_all
-    with forgiving_streams(), flags_named():
+    with asked_by(shlex.join([name, *sys.argv[1:]])), forgiving_streams(), flags_named():
         _run(app, name)
 
 

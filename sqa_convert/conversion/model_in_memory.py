@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from ..progress import Progress, silent
 from .convert_site import SiteRecord, Sites
 from .execute import convert_all
 from .plan import OutputTensor, Plan
-from .result_config import config_class, model_class, result_config
+from .result_config import config_class, model_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,6 @@ def build_model(
 
     records = convert_all(plan, source, calibrated, store, progress)
     tensors = {tensor.name: stored[tensor.name] for tensor in plan.tensors}  # "auto" takes the dtype of the first
-    config = config_class(plan).from_dict(result_config(plan, records))
+    config = config_class(plan).from_dict(copy.deepcopy(plan.config))
     model = model_class(plan).from_pretrained(None, config=config, state_dict=tensors, dtype="auto")
     return model.eval(), records

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, one_line
 from ..families import Site
-from .convert_site import SiteRecord
 from .plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-
-def result_config(plan: Plan, records: Mapping[Site, SiteRecord]) -> dict[str, Any]:
-    """config.json of the result, with the partition of every layer."""
-    partition: dict[str, list[Any]] = {kind: [] for kind in plan.partitions}
-    for site in plan.sites:
-        partition[site.kind].append(records[site].partition.groups)
-    return plan.config | {"sqa": plan.config["sqa"] | {"partition": partition}}
 
 
 def check_loads(plan: Plan) -> None:

@@ -17,7 +17,6 @@ from ..progress import Progress
 from .convert_site import SiteRecord, Sites
 from .execute import convert_all
 from .plan import OutputTensor, Plan
-from .result_config import result_config
 
 _READERS = 2  # files verified at a time
 
@@ -48,7 +47,7 @@ def write_model(
         weight_map = {tensor.name: file for file, tensors in plan.shards.items() for tensor in tensors}
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
-    write_json(folder / "config.json", result_config(plan, records))
+    write_json(folder / "config.json", plan.config)
     for file in plan.family.model_files:
         shutil.copyfile(MODELS / file, folder / file)
     if isinstance(source, ModelSource) and source.generation_config is not None:

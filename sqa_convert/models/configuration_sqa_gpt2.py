@@ -13,8 +13,8 @@ class SQAGPT2Config(GPT2Config):
     Attributes:
         num_key_value_heads (int): key/value heads, a divisor of the query heads.
         head_dim (int): size of one head, the source's; `hidden_size // num_attention_heads` does not give it.
-        sqa (dict | None): where the weights come from, with the keys source, revision, source_heads, method,
-            partition and sqa_convert (the converter's version).
+        sqa (dict | None): where the weights come from, with the keys source, revision, source_heads, method
+            and sqa_convert (the converter's version).
     """
 
     model_type = "sqa_gpt2"

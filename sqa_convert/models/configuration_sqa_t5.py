@@ -14,8 +14,8 @@ class SQAT5Config(T5Config):
     Attributes:
         num_key_value_heads (int): key/value heads of the same attention, a divisor of its query heads.
         site_heads (dict | None): by site, "encoder" or "cross", its query and key/value heads where they differ.
-        sqa (dict | None): where the weights come from, with the keys source, revision, source_heads, method,
-            partition and sqa_convert (the converter's version).
+        sqa (dict | None): where the weights come from, with the keys source, revision, source_heads, method
+            and sqa_convert (the converter's version).
     """
 
     model_type = "sqa_t5"

@@ -13,6 +13,7 @@ from ..errors import RecipeError
 from ..heads import AUTO, Convert, Method, Partition
 from ..isolation import undisturbed
 from ..progress import Progress, silent
+from ..report.origin import asked_from_python
 from ..text.documents import GIVEN
 from ..text.formats import TEXT_COLUMN
 from ..text.objects import is_named, repeatable
@@ -52,6 +53,7 @@ class Conversion:
 
 
 @undisturbed
+@asked_from_python
 def convert(
     source: str | Path | PreTrainedModel,
     q_groups: int | None = None,

@@ -106,10 +106,19 @@ def run_in_memory(
     calibrated = _calibrated(plan, source, options, progress)
     model, records = build_model(plan, source, calibrated.sites, progress)
     _carry_generation(source, model)
-    report = conversion_report(plan, source, None, records, calibrated.report, options.seed)
+    report = conversion_report(plan, source, None, records, calibrated.report, options.seed, _device(plan, options))
     report["source_weights"] = fingerprint(source, plan.source_names)
     report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
     return model, report
+
+
+def _device(plan: Plan, options: RunOptions) -> str:
+    """What is computed on; a conversion from the weights alone is a CPU's work, whatever there is."""
+    if plan.calibration is None and not options.evaluate:
+        return "cpu"
+    from ..devices import choose_device, device_name
+
+    return device_name(choose_device(options.device))
 
 
 def _carry_generation(source: Source, model: PreTrainedModel) -> None:
@@ -137,7 +146,8 @@ def _to_folder(plan: Plan, source: Source, output: Path, options: RunOptions, pr
         calibrated = _calibrated(plan, source, options, progress)
         calibrating, start = time.perf_counter() - start, time.perf_counter()
         records, sums = write_model(plan, source, folder, calibrated.sites, options.verify, progress)
-        report = conversion_report(plan, source, output, records, calibrated.report, options.seed)
+        device = _device(plan, options)
+        report = conversion_report(plan, source, output, records, calibrated.report, options.seed, device)
         report["source_weights"] = fingerprint(source, plan.source_names)
         if sums:
             report["sha256"] = sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..checkpoints.source import Source
 from ..conversion.attention_cost import Cost
 from ..conversion.plan import Plan
 from ..errors import CheckpointError, shown
+from .origin import machine, origin
 from .source_card import source_card
 
 if TYPE_CHECKING:
@@ -43,16 +45,19 @@ def conversion_report(
     sites: Mapping[Site, SiteRecord] | None = None,
     calibration: dict[str, Any] | None = None,
     seed: int = 0,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """The report of a conversion, before anything is measured.
 
     Args:
         sites: how each was converted; None before any was.
         calibration: what calibration reports of itself.
+        device: what is computed on, where that is known.
     """
     report = {
         "schema": SCHEMA,
         "sqa_convert": __version__,
+        **origin(),
         "source": {
             "name": source.name,
             "revision": source.revision,
@@ -70,7 +75,8 @@ def conversion_report(
         "context_tokens": plan.dimensions.context,
         "cost": {"before": _cost(plan.before), "after": _cost(plan.after)},
         "seconds": {},
-        "versions": {name: version(name) for name in _LIBRARIES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
+        "machine": machine(device),
     }
     return report if calibration is None else report | {"calibration": calibration}
 

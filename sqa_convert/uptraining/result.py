@@ -23,6 +23,7 @@ from ..evaluation.load import load_model
 from ..evaluation.quality import compare
 from ..progress import Progress
 from ..report.formatting import nats
+from ..report.origin import origin
 from ..report.write import write_report
 from .data import TrainingData
 from .recipe import Recipe, dump_recipe
@@ -41,7 +42,7 @@ def note_training(
     spent = {stage: result["seconds"] for stage, result in results.items()}
     others = {stage: seconds for stage, seconds in report["seconds"].items() if stage not in ("uptrain", "control")}
     report["seconds"] = others | spent
-    report["uptraining"] = dataclasses.asdict(recipe) | results["uptrain"] | {"device": device_name(device)}
+    report["uptraining"] = dataclasses.asdict(recipe) | results["uptrain"] | {"device": device_name(device)} | origin()
     if text.skipped.rows:
         report["uptraining"]["skipped_rows"] = text.skipped.rows
     if recipe.control:

@@ -18,6 +18,7 @@ from ..evaluation.measure import measure, predict
 from ..isolation import undisturbed
 from ..progress import Progress, silent
 from ..report.content import read_report
+from ..report.origin import asked_from_python
 from ..text.collate import PairCollator
 from ..text.documents import GIVEN, SELF, is_own
 from ..text.objects import is_named, repeatable
@@ -34,6 +35,7 @@ from .train import Job, train
 
 
 @undisturbed
+@asked_from_python
 def uptrain(
     folder: str | Path,
     recipe: str | Path | Recipe | None = None,
