@@ -87,9 +87,9 @@ def test_own_texts_go_on_from_the_beginnings_in_a_file(tmp_path):
     [
         ({"prompts": "none.txt"}, "cannot be read"),
         ({"prompts": "empty.txt"}, "holds no text"),
-        ({"prompts": "lines.txt", "text": "lines.txt"}, "leave out --calibration"),
+        ({"prompts": "lines.txt", "text": "lines.txt"}, r"leave out calibration$"),
         ({"length": 4}, "give 8 or more"),
-        ({"text": "lines.txt", "source_column": "a"}, "needs --target-column"),
+        ({"text": "lines.txt", "source_column": "a"}, r"needs Calibration\(target_column=…\)"),
         ({"text": "lines.txt", "source_column": "a", "target_column": "b"}, "for encoder-decoder models"),
     ],
 )

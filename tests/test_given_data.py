@@ -222,12 +222,12 @@ def test_labels_of_padding_are_no_answer(tmp_path):
         (lambda folder: as_npy(folder / "x.npy", np.full((40, 8), 10_000)), "token 10000, the model knows 61 tokens"),
         (lambda folder: np.full((40, 8), -1), "token -1"),
         (lambda folder: np.full((40, 8), 2**40), f"token {2**40}"),
-        (lambda folder: 3, "--data is a int"),
-        (lambda folder: [3.5, 2.5], "--data holds a float"),
-        (lambda folder: [object()], "--data holds a object"),
+        (lambda folder: 3, "data is a int"),
+        (lambda folder: [3.5, 2.5], "data holds a float"),
+        (lambda folder: [object()], "data holds a object"),
         (lambda folder: [], "holds no text"),
         (lambda folder: [{"body": "x"}] * 30, 'no column "text"'),
-        (lambda folder: b"bytes", "--data is a bytes"),
+        (lambda folder: b"bytes", "data is a bytes"),
     ],
 )  # fmt: skip
 def test_what_is_no_data_is_said_in_one_line(data, said, folder, tmp_path):
