@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .evaluation.prepare import prepare
     from .evaluation.quality import compare, evaluate
     from .heads import METHODS, VARIANTS, Method, Partition, register_method
-    from .pipeline.api import Conversion, convert
+    from .pipeline.api import convert
+    from .pipeline.conversion import Conversion, load
     from .publish import push_to_hub
     from .speed.bench import bench
     from .uptraining.recipe import Recipe, load_recipe
@@ -28,7 +29,8 @@ _HOMES = {
     "bench": "speed.bench",
     "compare": "evaluation.quality",
     "convert": "pipeline.api",
-    "Conversion": "pipeline.api",
+    "Conversion": "pipeline.conversion",
+    "load": "pipeline.conversion",
     "evaluate": "evaluation.quality",
     "METHODS": "heads",
     "Method": "heads",
@@ -57,6 +59,7 @@ __all__ = [
     "convert",
     "errors",
     "evaluate",
+    "load",
     "load_recipe",
     "prepare",
     "push_to_hub",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 
@@ -13,3 +15,17 @@ class Progress(Protocol):
 
 def silent(stage: str, done: int, total: int, news: str = "") -> None:
     """A Progress that shows nothing."""
+
+
+@contextlib.contextmanager
+def no_bars_of_others() -> Iterator[None]:
+    """Without the bars that transformers shows for a moment's reading and writing of weights."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

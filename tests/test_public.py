@@ -16,7 +16,7 @@ TAKES = {  # parameters in their order; those with a default have a question mar
     "Calibration": (
         "text? tokens? refit? refine_steps? text_column? length? prompts? source_column? target_column? prefix?"
     ),
-    "Conversion": "report output _model?",
+    "Conversion": "report output _model? _origin? _tokenizer?",
     "Method": "name summary source convert needs_statistics?",
     "Partition": "groups",
     "Recipe": (
@@ -33,6 +33,7 @@ TAKES = {  # parameters in their order; those with a default have a question mar
         "control? device? seed? trust_remote_code? progress?"
     ),
     "evaluate": "model against? data? text_column? tokens? device? seed? tokenizer?",
+    "load": "model source? tokenizer?",
     "load_recipe": "name overrides",
     "prepare": (
         "model data? text_column? columns? tokens? device? seed? tokenizer? trust_remote_code? without? writer?"
@@ -41,7 +42,7 @@ TAKES = {  # parameters in their order; those with a default have a question mar
     "register_method": "name summary? source? needs_statistics?",
     "resolve": "name revision?",
     "uptrain": (
-        "folder recipe? source? data? text_column? device? seed? evaluate? control? resume? restart? output? "
+        "model recipe? source? data? text_column? device? seed? evaluate? control? resume? restart? output? "
         "keep_anyway? trust_remote_code? progress?"
     ),
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..checkpoints.dtypes import torch_dtype
 from ..checkpoints.source import Source
 from ..families import Site
-from ..progress import Progress, silent
+from ..progress import Progress, no_bars_of_others, silent
 from .convert_site import SiteRecord, Sites
 from .execute import convert_all
 from .plan import OutputTensor, Plan
@@ -38,5 +38,6 @@ def build_model(
     records = convert_all(plan, source, calibrated, store, progress)
     tensors = {tensor.name: stored[tensor.name] for tensor in plan.tensors}  # "auto" takes the dtype of the first
     config = config_class(plan).from_dict(copy.deepcopy(plan.config))
-    model = model_class(plan).from_pretrained(None, config=config, state_dict=tensors, dtype="auto")
+    with no_bars_of_others():
+        model = model_class(plan).from_pretrained(None, config=config, state_dict=tensors, dtype="auto")
     return model.eval(), records

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..checkpoints.find import check_folder, read_generation_config, resolve
 from ..checkpoints.in_memory import unwrapped
 from ..errors import CheckpointError, one_line
+from ..progress import no_bars_of_others
 from ..text.plain_generation import settle
 from ..text.tokenizers import load_tokenizer, tokenizer_in_memory, tokenizer_of
 
@@ -56,22 +58,41 @@ class Measured:
         return self.given
 
 
-@runtime_checkable
-class Converted(Protocol):
-    """What `sqa_convert.convert` returns, as far as it is measured."""
+class Converted(ABC):
+    """What `sqa_convert.convert` returns, as far as it is measured and trained."""
 
     output: Path | None
+    """the folder, where there is one"""
     report: dict[str, Any]
 
     @property
-    def model(self) -> PreTrainedModel: ...
+    @abstractmethod
+    def model(self) -> PreTrainedModel:
+        """The converted model."""
+
+    @property
+    @abstractmethod
+    def loaded(self) -> PreTrainedModel | None:
+        """The same, where it is in memory."""
+
+    @property
+    @abstractmethod
+    def source(self) -> Path | PreTrainedModel:
+        """The unconverted model: its folder, or the model itself."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """Of the model, or the folder it lies in; None where nothing is known of one."""
 
 
 def located(given: str | Path | PreTrainedModel | Converted) -> Path | PreTrainedModel:
     """The folder of a model, or the model where it is in memory. Raises CheckpointError, UnsupportedModelError."""
     if isinstance(given, str | Path):
         return resolve(given)
-    return given.model if isinstance(given, Converted) else unwrapped(given)
+    if not isinstance(given, Converted):
+        return unwrapped(given)
+    return given.model if given.loaded is not None or given.output is None else given.output
 
 
 @contextlib.contextmanager
@@ -112,7 +133,9 @@ def load_model(
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     overrides |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "generation_config": GenerationConfig()}
     try:
-        return settle(auto.from_pretrained(folder, **overrides).eval(), read_generation_config(Path(folder)))
+        with no_bars_of_others():
+            model = auto.from_pretrained(folder, **overrides).eval()
+        return settle(model, read_generation_config(Path(folder)))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # config.json can make it fail in any way

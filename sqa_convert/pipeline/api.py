@@ -1,9 +1,9 @@
-"""`sqa_convert.convert`: what is given to it, put in order and handed on; and what it returns."""
+"""`sqa_convert.convert`: what is given to it, put in order and handed on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,38 +18,12 @@ from ..text.documents import GIVEN
 from ..text.formats import TEXT_COLUMN
 from ..text.objects import is_named, repeatable
 from ..uptraining.recipe import Recipe, override
+from .conversion import Conversion
 from .preflight import fitted_to, prepared
 from .run import RunOptions, run, run_in_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass
-class Conversion:
-    """What `convert` returns."""
-
-    report: dict[str, Any]
-    """As written to report.json: sites and their partitions, costs, quality, seconds, versions."""
-    output: Path | None
-    """The folder, where one was asked for."""
-    _model: PreTrainedModel | None = None
-
-    @property
-    @undisturbed
-    def model(self) -> PreTrainedModel:
-        """The converted model in eval mode, in the source's dtype; loaded from `output` when first asked for."""
-        if self._model is None:
-            from transformers import GenerationConfig
-
-            from .. import models
-            from ..text.plain_generation import refusal
-
-            assert self.output is not None
-            model_class = getattr(models, self.report["architecture"])
-            options = {} if refusal(self.output) is None else {"generation_config": GenerationConfig()}
-            self._model = model_class.from_pretrained(self.output, dtype="auto", **options).eval()
-        return self._model
 
 
 @undisturbed
@@ -158,8 +132,8 @@ def convert(
     )
     if place is None:
         model, report = run_in_memory(plan, opened, options, progress)
-        return Conversion(report, None, model)
-    return Conversion(run(plan, opened, place, options, recipe, progress), place)
+        return Conversion(report, None, model, opened)
+    return Conversion(run(plan, opened, place, options, recipe, progress), place, None, opened)
 
 
 def _column_of_data(text_column: str | None, data: Any, calibration: Any, uptrain: Any) -> str | None:

@@ -50,6 +50,7 @@ def report_page(report: dict[str, Any], similarity: bytes | None = None) -> str:
         heads=[
             picture(heads_picture(site["partition"], f"{site['kind']} {site['layer']}", likeness))
             for site, likeness in zip(sites, alike, strict=True)
+            if "partition" in site
         ],
         scale=[similarity_colour(i / 10) for i in range(11)] if any(map(bool, alike)) else [],
         pictures=pictures,

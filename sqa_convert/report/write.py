@@ -25,7 +25,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     """report.json, and everything that is made from it."""
     write_json(folder / REPORT, report)
     site = _most_merged(report)
-    (folder / PICTURE).write_text(heads_picture(site["partition"], f"{site['kind']} {site['layer']}"), encoding="utf-8")
+    picture = heads_picture(site["partition"], f"{site['kind']} {site['layer']}").encode() if site else None
+    _put(folder / PICTURE, picture)
     known = any("similarity" in site for site in report["sites"])
     similarity = similarity_picture(report["sites"]) if known else None
     _put(folder / SIMILARITY, similarity)
@@ -50,7 +51,8 @@ def _put(path: Path, content: bytes | None) -> None:
         path.write_bytes(content)
 
 
-def _most_merged(report: dict[str, Any]) -> dict[str, Any]:
-    """The first site whose heads were merged, for a picture."""
-    sites = report["sites"]
-    return next((site for site in sites if any(len(c) > 1 for g in site["partition"] for c in g)), sites[0])
+def _most_merged(report: dict[str, Any]) -> dict[str, Any] | None:
+    """The first site whose heads were merged, for a picture; None where no partition is known."""
+    sites = [site for site in report["sites"] if "partition" in site]
+    merged = (site for site in sites if any(len(c) > 1 for g in site["partition"] for c in g))
+    return next(merged, sites[0] if sites else None)

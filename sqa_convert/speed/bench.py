@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..devices import choose_device, device_name
 from ..errors import RecipeError
-from ..evaluation.load import load_model
+from ..evaluation.load import Converted, load_model, located
 from ..heads.partition import VARIANTS, variant_heads
 from ..isolation import undisturbed
 from ..progress import Progress, silent
@@ -24,18 +25,22 @@ from .settings import GRID, LENGTHS, Settings
 from .timing import alternate, peak_memory
 from .workloads import Workload, attention_layer, bytes_read, extend_positions, flops, layer_workload, model_workload
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 DEFAULTS = Settings()
 
 
 @undisturbed
 def bench(
-    models: Mapping[str, str | Path], settings: Settings = DEFAULTS, *, trust_remote_code: bool = False,
-    progress: Progress = silent,
+    models: Mapping[str, str | Path | PreTrainedModel | Converted] | Converted, settings: Settings = DEFAULTS, *,
+    trust_remote_code: bool = False, progress: Progress = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures models side by side, each against the first.
 
     Args:
-        models: what to call them, and their folders.
+        models: what to call them, and each one's folder, or the model in memory, of which a copy is timed; or what
+            `convert` returned alone, which is timed beside its source.
         settings: how to measure.
         trust_remote_code: let code that the folders bring along run.
         progress: called as the work goes on.
@@ -53,10 +58,10 @@ def bench(
     device = choose_device(settings.device)
     lengths = settings.lengths or LENGTHS.get(device.type, LENGTHS["cuda"])
     loaded, extended = {}, []
-    for name, folder in models.items():
-        model = load_model(
-            folder, dtype=settings.dtype, trust_remote_code=trust_remote_code, attn_implementation=settings.attention
-        )
+    if isinstance(models, Converted):
+        models = {"source": models.source, "converted": models}
+    for name, given in models.items():
+        model = _timed(located(given), settings, trust_remote_code)
         if extend_positions(model, max(lengths)):
             extended.append(name)
         loaded[name] = model.to(device)
@@ -74,6 +79,20 @@ def bench(
     progress("measure", len(cells), len(cells))
     heads = {name: heads_of(model.config) for name, model in loaded.items()}
     return _result(measured, settings, device, heads, extended)
+
+
+def _timed(given: Path | PreTrainedModel, settings: Settings, trust_remote_code: bool) -> PreTrainedModel:
+    """The model to time, on the CPU. Raises CheckpointError."""
+    from transformers import PreTrainedModel
+
+    attention, dtype = settings.attention, settings.dtype
+    if isinstance(given, Path):
+        return load_model(given, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention)
+    model = copy.deepcopy(given).eval()
+    for module in model.modules():  # transformers 5.17 leaves out the stacks inside
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation(attention)
+    return model if dtype == "auto" else model.to(getattr(torch, dtype))
 
 
 @undisturbed

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ..checkpoints.companions import has_tokenizer
+from ..checkpoints.companions import CONFIG, has_tokenizer
 from ..checkpoints.files import read_config, sha256_of
 from ..checkpoints.find import check_folder, resolve
 from ..checkpoints.source import stamp
@@ -80,7 +80,7 @@ def _load(files: _Files) -> Any:
 
 def _files(folder: Path) -> _Files:
     """All that a tokenizer may be made of: what the config says of it, the folder's small files."""
-    config = read_config(str(folder), folder)
+    config = read_config(str(folder), folder) if (folder / CONFIG).is_file() else {}
     paths = sorted((*folder.iterdir(), *folder.glob("additional_chat_templates/*")))
     files = [p for p in paths if p.suffix in _MAY_BE_A_TOKENIZERS and p.name not in _NEVER_A_TOKENIZERS and p.is_file()]
     contents = ((str(path.relative_to(folder)), _content(path)) for path in files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -13,12 +13,13 @@ from ..checkpoints.find import local_folder
 from ..checkpoints.staging import check_output, empty, expanded
 from ..devices import choose_device, own_device
 from ..errors import CheckpointError
-from ..evaluation.load import load_model
+from ..evaluation.load import Converted, load_model
 from ..evaluation.measure import measure, predict
 from ..isolation import undisturbed
-from ..progress import Progress, silent
+from ..progress import Progress, no_bars_of_others, silent
 from ..report.content import read_report
 from ..report.origin import asked_from_python
+from ..report.rebuilt import with_report
 from ..text.collate import PairCollator
 from ..text.documents import GIVEN, SELF, is_own
 from ..text.objects import is_named, repeatable
@@ -26,6 +27,7 @@ from ..text.suitability import misfits
 from . import processes
 from .arguments import check_recipe, uses_bfloat16
 from .data import TrainingData, training_data, with_text_named
+from .in_memory import in_folder
 from .own_text import read_own_text, write_own_text
 from .recipe import Recipe
 from .result import not_better, note_training, put_in_place
@@ -33,14 +35,17 @@ from .run_folder import Run, alone, begin, conversion_id, goes_on, recoverable, 
 from .source_model import find_source
 from .train import Job, train
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @undisturbed
 @asked_from_python
 def uptrain(
-    folder: str | Path,
+    model: str | Path | PreTrainedModel | Converted,
     recipe: str | Path | Recipe | None = None,
     *,
-    source: str | Path | None = None,
+    source: str | Path | PreTrainedModel | Converted | None = None,
     data: Any = None,
     text_column: str | None = None,
     device: str = "auto",
@@ -54,7 +59,7 @@ def uptrain(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Uptrains a folder made by `convert`, in place: it stays as it was until the new weights are complete.
+    """Uptrains a converted model, in place: it stays as it was until the new weights are complete.
 
     Of the measurements of a run the best is kept: by KL to the source, with loss "ce" by the held-out loss. Where none
     is as good as the start the folder stays as it was, and what was trained stays in FOLDER.uptraining.
@@ -63,7 +68,8 @@ def uptrain(
     processes train and the first one writes.
 
     Args:
-        folder: the converted model.
+        model: what `convert` returned, the folder it made, or a converted model in memory, which has no checkpoints
+            that outlast the call.
         recipe: a packaged recipe's name, a YAML file, or a Recipe; by default "quick".
         source: the unconverted model, by default the one named in the report.
         data: to train on instead of the recipe's, as `sqa_convert.text.documents.documents` takes it; its held-out
@@ -75,7 +81,7 @@ def uptrain(
         control: also train the source on the same tokens; instead of the recipe's.
         resume: go on with a run that was stopped, by its own recipe.
         restart: throw such a run away.
-        output: a new folder for the result, instead of the place of `folder`.
+        output: a new folder for the result, instead of the place of `model`.
         keep_anyway: take what was trained even if it is worse than the start; alone, that of the run that ended so.
         trust_remote_code: let code that the source brings along run.
         progress: called as the work goes on.
@@ -95,30 +101,41 @@ def uptrain(
 
     Source: distillation on the source's logits alone as in Minitron, arXiv 2407.14679.
     """
-    folder = expanded(folder, "FOLDER")
     output = None if output is None else expanded(output)
     chosen = own_device(choose_device(device))
     processes.join(chosen)
     data = repeatable(data)
     given, named = (None, data) if is_named(data) else (data, None if resume else GIVEN)
     changes = {"data": named, "text_column": text_column, "seed": seed, "control": control}
-    decision = _decided(folder, recipe, resume, restart, output, keep_anyway, **changes)
+    with in_folder(model, source, output is None) as (folder, source):
+        decision = _decided(folder, source, recipe, resume, restart, output, keep_anyway, **changes)
+        run, job = _prepared(folder, source, decision, given, chosen, evaluate, keep_anyway, trust_remote_code)
+        report = _carry_out(run, job, read_report(folder), decision.resume, progress)
+    if isinstance(model, Converted):
+        model.report, model.output = report, output or model.output
+    return report
+
+
+def _prepared(
+    folder: Path, source: Any, decision: _Decision, given: Any, device: torch.device, evaluate: bool,
+    keep_anyway: bool, trust_remote_code: bool,
+) -> tuple[Run, Job]:  # fmt: skip
+    """Recipe, text and source of a run; raises what can be known before a weight is trained."""
     report = read_report(folder)
     with processes.together():
         run = Run(folder, find_source(report, source), decision.target, decision.recipe, "uptraining" in report)
-        check_recipe(run.recipe, evaluate, chosen)
+        check_recipe(run.recipe, evaluate, device)
         named = with_text_named(run.recipe, run.source, trust_remote_code) if processes.is_first() else run.recipe
     run = dataclasses.replace(run, recipe=processes.from_first(named))
     with processes.together():
         text = training_data(folder, run.recipe, data=given, trust_remote_code=trust_remote_code, source=run.source)
-        held_out = text.held_out(chosen) if evaluate else None
-    job = Job(text, held_out, None, chosen, trust_remote_code, keep_anyway)
-    return _carry_out(run, job, report, decision.resume, progress)
+        held_out = text.held_out(device) if evaluate else None
+    return run, Job(text, held_out, None, device, trust_remote_code, keep_anyway)
 
 
 def _carry_out(run: Run, job: Job, report: dict[str, Any], resume: bool, progress: Progress) -> dict[str, Any]:
     """Trains, and puts the result in its place; returns its report."""
-    with alone(run.checkpoints, run.folder), recoverable(run.checkpoints, run.folder):
+    with no_bars_of_others(), alone(run.checkpoints, run.folder), recoverable(run.checkpoints, run.folder):
         with processes.together():
             if not resume and processes.is_writer():
                 empty(run.checkpoints)
@@ -138,8 +155,11 @@ def _carry_out(run: Run, job: Job, report: dict[str, Any], resume: bool, progres
     return report
 
 
-def _decided(folder: Path, *asked: Any, **changes: Any) -> _Decision:
+def _decided(folder: Path, source: Any, *asked: Any, **changes: Any) -> _Decision:
     """What the first process decides, in all of them; arguments as of `_decide`."""
+    with processes.together():
+        if processes.is_writer():
+            with_report(folder, source)
     with processes.together():
         conversion = conversion_id(folder)
         check_output(folder, overwrite=True, flag="FOLDER")
@@ -173,6 +193,7 @@ def check_uptrain(
         The recipe as it would run.
     """
     folder = expanded(folder, "FOLDER")
+    with_report(folder, source)
     report = read_report(folder)
     check_output(folder, overwrite=True, flag="FOLDER")
     output = None if output is None else expanded(output)

@@ -1,0 +1,76 @@
+"""The report of a converted model that has none with it: one that transformers' own `save_pretrained` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.files import REPORT, is_folder, read_config, write_json
+from ..checkpoints.find import open_source
+from ..checkpoints.in_memory import ModelSource
+from ..conversion.plan import make_plan
+from ..conversion.request import Request
+from ..errors import CheckpointError
+from ..families import family_of
+from .content import conversion_report, read_report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def report_of(folder: Path, source: str | Path | PreTrainedModel | None = None) -> dict[str, Any]:
+    """The report of a folder, made anew where it has none. Raises CheckpointError."""
+    if (folder / REPORT).is_file():
+        return read_report(folder)
+    from .. import models
+
+    table = read_config(str(folder), folder) if is_folder(folder) else {}
+    classes = {known.model_type: known for known in (models.SQAGPT2Config, models.SQAT5Config)}
+    if table.get("model_type") not in classes:
+        return read_report(folder)  # which says what it is not
+    config = classes[table["model_type"]].from_dict(table)
+    return rebuilt_report(config, source) | {"output": str(folder)}
+
+
+def with_report(folder: Path, source: str | Path | None) -> None:
+    """Puts a report into a folder that has a converted model and none. Raises CheckpointError."""
+    if not (folder / REPORT).is_file():
+        write_json(folder / REPORT, report_of(folder, source))
+
+
+def rebuilt_report(config: Any, source: str | Path | PreTrainedModel | None = None) -> dict[str, Any]:
+    """What is known of a converted model by its config and its source: all but how each site was converted.
+
+    Args:
+        config: of the converted model.
+        source: the unconverted model, by default the one that the config names.
+
+    Raises:
+        CheckpointError: it is no converted model, the source is not there, or it is not its source.
+    """
+    made = getattr(config, "sqa", None)
+    if not isinstance(made, Mapping) or not {"source", "source_heads"} <= made.keys():
+        raise CheckpointError("the model's config does not say what it was made from: it was not made by sqa-convert")
+    if source is None:
+        opened = open_source(str(made["source"]), made.get("revision"))
+    else:
+        opened = open_source(str(source)) if isinstance(source, str | Path) else ModelSource(source)
+    family = family_of(opened.config)
+    kinds = dict.fromkeys(site.kind for site in family.sites(opened.config))
+    heads = {kind: config.heads(kind) for kind in kinds}
+    changed = [kind for kind, counts in heads.items() if counts != (made["source_heads"],) * 2]
+    counts = {heads[kind] for kind in changed} or {(made["source_heads"],) * 2}
+    if len(counts) > 1:
+        raise CheckpointError("the model's kinds of attention have different numbers of heads, which its report tells")
+    q_heads, kv_heads = counts.pop()
+    request = Request(q_heads, kv_heads, method="mean", calibration=None, sites=changed or None)
+    report = conversion_report(make_plan(opened, request), opened, None)
+    report |= {"method": made.get("method", "unknown"), "architecture": config.architectures[0]}
+    known = made.get("partition") or {}
+    for site in report["sites"]:
+        layers = known.get(site["kind"], ())
+        site.pop("partition")  # it is not in the weights
+        if site["layer"] < len(layers):
+            site["partition"] = layers[site["layer"]]
+    return report
