@@ -106,7 +106,7 @@ def test_rows_are_measured_as_they_are(folder, expected):
     assert expected["model"]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lists", "Dataset", "DataLoader", "Parquet"])
+@pytest.mark.parametrize("kind", ["DataLoader", "Parquet"])
 def test_token_rows_calibrate_and_train_the_same(kind, folder, converted, tmp_path):
     ids = drawn_tokens(ROWS, LENGTH)
 
@@ -189,11 +189,16 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("kind", PAIRS)
-def test_an_encoder_decoder_takes_labels_and_no_tokenizer(kind, tmp_path):
+def test_an_encoder_decoder_takes_labels_however_they_are_given(tmp_path):
     t5(heads=4, layers=2).save_pretrained(tmp_path / "t5")
     inputs, labels = drawn_tokens(ROWS, LENGTH), drawn_tokens(ROWS, 9)
-    data = PAIRS[kind](inputs, labels, tmp_path)
+    found = [evaluate(tmp_path / "t5", data=make(inputs, labels, tmp_path))["model"] for make in PAIRS.values()]
+    assert found == found[:1] * len(PAIRS)
+
+
+def test_an_encoder_decoder_takes_labels_and_no_tokenizer(tmp_path):
+    t5(heads=4, layers=2).save_pretrained(tmp_path / "t5")
+    data = PAIRS["Parquet"](drawn_tokens(ROWS, LENGTH), drawn_tokens(ROWS, 9), tmp_path)
     conversion = sqa_convert.convert(
         tmp_path / "t5", 2, 1, "svd", output=tmp_path / "out", evaluate=True, data=data,
         calibration=Calibration(tokens=2000, refine_steps=1),

@@ -150,5 +150,7 @@ def test_a_model_in_memory_is_published(source, tmp_path, monkeypatch):
         return f"https://hub/{repo_id}"
 
     monkeypatch.setattr("sqa_convert.publish.push_to_hub", push)
-    assert convert(source, 2, 1, calibration=None).push_to_hub("me/it") == "https://hub/me/it"
+    conversion = convert(source, 2, 1, calibration=None)
+    monkeypatch.setattr("sqa_convert.pipeline.verify.verify", lambda folder: {})  # which has a test of its own
+    assert conversion.push_to_hub("me/it") == "https://hub/me/it"
     assert {"model.safetensors", "config.json", "modeling_sqa_gpt2.py", "README.md", "report.json"} <= sent["me/it"]

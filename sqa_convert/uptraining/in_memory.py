@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from ..checkpoints.files import REPORT, write_json
 from ..checkpoints.in_memory import unwrapped
 from ..checkpoints.staging import expanded
@@ -39,7 +41,7 @@ def in_folder(given: Any, source: Any, in_place: bool) -> Iterator[tuple[Path, A
         if isinstance(given, Converted) and source is None:
             source = given.source
         in_memory = isinstance(source, Converted) or not isinstance(source, str | Path | None)
-        named = isinstance(given, str | Path)
+        named = not isinstance(given, Converted | nn.Module)
         if processes.count() > 1 and (in_memory or not named):
             raise RecipeError("a model in memory cannot be trained in several processes: save it, and give the folder")
         tokenizer = given.tokenizer if isinstance(given, Converted) else None
