@@ -54,6 +54,7 @@ VOCABULARY = 1024
 END, PADDING = "<|end|>", "<|pad|>"
 IGNORED = -100
 MEASURED = 512  # documents
+PAIRS_ARE_READ = "source_column" in sqa_convert.Calibration.__dataclass_fields__  # by this version, to calibrate on
 
 Row = dict[str, str]
 """A document: its `text`, of pairs also `prompt` and `answer`"""
@@ -328,12 +329,13 @@ def train(name: str, output: Path) -> dict[str, Any]:
 # What conversions lose
 
 
-def ways(data: Path) -> dict[str, dict[str, Any]]:
-    """Options of `sqa_convert.convert`, one column of the table each. Of pairs the text is what the encoder reads."""
+def ways(data: Path, is_t5: bool) -> dict[str, dict[str, Any]]:
+    """Options of `sqa_convert.convert`, one column of the table each."""
+    columns = {"source_column": "prompt", "target_column": "answer"} if is_t5 and PAIRS_ARE_READ else {}
     return {
         "mean": {"method": "mean", "calibration": None},
         "default": {},
-        "true documents": {"calibration": sqa_convert.Calibration(text=str(data))},
+        "true documents": {"calibration": sqa_convert.Calibration(text=str(data), **columns)},
     }
 
 
@@ -359,7 +361,7 @@ def measure(name: str, output: Path) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for q, kv in stranger.heads:
         row = table[f"{q}/{kv}"] = {}
-        for way, options in ways(output / f"{name}.train.jsonl").items():
+        for way, options in ways(output / f"{name}.train.jsonl", is_t5).items():
             try:
                 result = sqa_convert.convert(output / name, q, kv, device="cpu", **options)
                 row[way] = round(kl(source, result.model, held_out), 4)
@@ -371,7 +373,7 @@ def measure(name: str, output: Path) -> dict[str, dict[str, Any]]:
 
 def markdown(labels: dict[str, Any]) -> str:
     """KL in nats a token, a column for each way of each label."""
-    columns = [(label, way) for label in labels for way in ways(Path())]
+    columns = [(label, way) for label in labels for way in ways(Path(), False)]
     lines = ["| source | heads | " + " | ".join(f"{way}, {label}" for label, way in columns) + " |"]
     lines.append("|---|---|" + "--:|" * len(columns))
     for name, stranger in STRANGERS.items():

@@ -36,7 +36,7 @@ _LITERAL = re.compile(r"-?\d[\d_,.]*(?:e[+-]?\d+)?(?<![,.])(?!\w)|(?:cpu|cuda|mp
 _FEW = 100
 """what is longer is text itself, not names"""
 
-_OTHER_NAMES = {"--attn": "--attention", "--compile": "--compiled", "FOLDER": "--folder"}
+_OTHER_NAMES = {"--attn": ("--attention",), "--compile": ("--compiled",), "FOLDER": ("--folder", "--model")}
 
 _FUNCTIONS = {"eval": "evaluate"}
 """of commands, where they are called otherwise"""
@@ -118,7 +118,7 @@ def _spelled(found: re.Match[str], known: Mapping[str, _Argument], values: Itera
     flag, message, end = found[0], found.string, found.end()
     if flag.startswith("the flag"):
         return flag.replace("flag", "argument"), end, False
-    flag = _OTHER_NAMES.get(flag, flag)
+    flag = next((name for name in _OTHER_NAMES.get(flag, ()) if name in known), flag)
     argument = known.get(flag) or _Argument(_name(flag), fixed="False" if flag.startswith("--no-") else "")
     if argument.fixed:
         return argument.with_value(argument.fixed), end, False
@@ -143,7 +143,7 @@ def _forms(value: Any) -> dict[str, str]:
         home = f"{Path.home()}{text[1:]}" if text.startswith("~/") else text
         texts = {text, str(Path(text)), home, shown(text), text[:100], text[:200]}
         return {t: repr(t) for t in sorted(texts, key=len, reverse=True)} | {repr(text): repr(text)}
-    if isinstance(value, tuple | list) and value:
+    if isinstance(value, tuple | list) and 0 < len(value) <= _FEW:
         return {",".join(map(str, value)): repr(value)}
     if value is None or isinstance(value, int | float):
         return {repr(str(value)): repr(value), str(value): repr(value)}

@@ -56,7 +56,7 @@ SAYS = [
     (lambda: evaluate(GPT2, tokens=1), "tokens=1: of one nothing is predicted; give 2 or more"),
     (lambda: evaluate(GPT2, data="none.txt"), "data='none.txt'"),
     (lambda: evaluate(GPT2, device=None), "device=None is not available"),
-    (lambda: uptrain(b"out"), "folder"),
+    (lambda: uptrain(b"out"), "model"),
     (lambda: bench({"it": GPT2}, Settings(lengths=(1, 2))), "Settings(lengths=(1, 2)): give 2 to"),
     (lambda: bench({"it": GPT2}, Settings(attention="none")), "Settings(attention='none'): choose sdpa"),
     (lambda: bench_layers(0, 8), "heads=0 head_dim=8: give 1 or more of each"),

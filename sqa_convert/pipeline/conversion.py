@@ -22,6 +22,7 @@ from ..isolation import undisturbed
 from ..progress import Progress, no_bars_of_others, silent
 from ..report.rebuilt import rebuilt_report, report_of
 from ..report.summary import html_summary, text_summary
+from ..spelling import names_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +82,7 @@ class Conversion(Converted):
         places = [self.output, self._origin.folder if isinstance(self._origin, Source) else None]
         return next((place for place in places if place is not None and has_tokenizer(place)), None)
 
+    @names_arguments
     def evaluate(self, data: Any = None, **options: Any) -> dict[str, Any]:
         """How well the model predicts, and how near it is to its source: `sqa_convert.evaluate` against the source.
 
@@ -92,6 +94,7 @@ class Conversion(Converted):
         options.setdefault("tokenizer", self.tokenizer)
         return evaluate(self, self.source, data=data, **options)
 
+    @names_arguments
     def uptrain(self, data: Any = None, recipe: str | Path | Recipe | None = None, **options: Any) -> Conversion:
         """Trains the model towards its source, in place: afterwards this is the trained model and its report.
 
@@ -118,6 +121,7 @@ class Conversion(Converted):
         uptrain(self, recipe, data=data, **options)
         return self
 
+    @names_arguments
     def bench(self, settings: Any = None, *, progress: Progress = silent) -> dict[str, Any]:
         """How fast the model is beside its source: `sqa_convert.bench` of "source" and "converted"."""
         from ..speed.bench import DEFAULTS, bench
@@ -125,6 +129,7 @@ class Conversion(Converted):
         models: dict[str, Any] = {"source": self.source, "converted": self}
         return bench(models, DEFAULTS if settings is None else settings, progress=progress)
 
+    @undisturbed
     def save_pretrained(
         self,
         path: str | Path,
@@ -165,6 +170,7 @@ class Conversion(Converted):
                 verified(folder)
         return place
 
+    @names_arguments
     def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
         """Uploads the model as it is now; arguments, result and errors as of `sqa_convert.push_to_hub`."""
         from ..publish import push_to_hub
