@@ -865,7 +865,7 @@ def bench(options: argparse.Namespace) -> int:
     import transformers
 
     import sqa_convert.calibration.calibrate
-    import sqa_convert.evaluation.quality
+    import sqa_convert.evaluation.evaluate
     import sqa_convert.models
     import sqa_convert.pipeline.run
     import sqa_convert.uptraining.uptrain  # noqa: F401 - loaded here once, not in every trial

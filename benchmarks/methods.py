@@ -27,12 +27,12 @@ import transformers
 from sqa_convert.calibration.calibrate import CANDIDATES, Calibrator, load_source
 from sqa_convert.calibration.fitter import SiteFitter
 from sqa_convert.checkpoints.find import open_source
+from sqa_convert.conversion.build_model import build_model
 from sqa_convert.conversion.convert_site import ConvertedSite
-from sqa_convert.conversion.model_in_memory import build_model
 from sqa_convert.conversion.plan import Plan, make_plan
 from sqa_convert.conversion.request import REFINE_STEPS, Request
+from sqa_convert.evaluation.held_out_text import prepare
 from sqa_convert.evaluation.measure import measure, predict
-from sqa_convert.evaluation.prepare import prepare
 from sqa_convert.families import Site
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from . import errors
     from .checkpoints.find import resolve
     from .conversion.request import Calibration
-    from .evaluation.prepare import prepare
-    from .evaluation.quality import compare, evaluate
+    from .evaluation.evaluate import compare, evaluate
+    from .evaluation.held_out_text import prepare
     from .heads import METHODS, VARIANTS, Method, Partition, register_method
-    from .pipeline.api import convert
-    from .pipeline.conversion import Conversion, load
+    from .pipeline.conversion_object import Conversion, load
+    from .pipeline.convert import convert
     from .publish import push_to_hub
     from .speed.bench import bench
     from .uptraining.recipe import Recipe, load_recipe
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "Calibration": "conversion.request",
     "bench": "speed.bench",
-    "compare": "evaluation.quality",
-    "convert": "pipeline.api",
-    "Conversion": "pipeline.conversion",
-    "load": "pipeline.conversion",
-    "evaluate": "evaluation.quality",
+    "compare": "evaluation.evaluate",
+    "convert": "pipeline.convert",
+    "Conversion": "pipeline.conversion_object",
+    "load": "pipeline.conversion_object",
+    "evaluate": "evaluation.evaluate",
     "METHODS": "heads",
     "Method": "heads",
     "VARIANTS": "heads",
     "Partition": "heads",
     "Recipe": "uptraining.recipe",
     "load_recipe": "uptraining.recipe",
-    "prepare": "evaluation.prepare",
+    "prepare": "evaluation.held_out_text",
     "push_to_hub": "publish",
     "register_method": "heads",
     "resolve": "checkpoints.find",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .caller_settings import undisturbed
 from .checkpoints.companions import CARD
 from .checkpoints.staging import expanded
 from .errors import CheckpointError, OutputError, RecipeError, one_line
-from .isolation import undisturbed
-from .report.content import read_report
+from .report.report_json import read_report
 from .report.sentences import literal, result_name
 
 FLAG = "--push-to-hub"

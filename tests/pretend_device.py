@@ -11,11 +11,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from sqa_convert import Calibration, convert
+from sqa_convert.evaluation.evaluate import compare
 from sqa_convert.evaluation.generation import answer_scores, continuations
-from sqa_convert.evaluation.held_out import HeldOut
+from sqa_convert.evaluation.held_out_batches import HeldOut
+from sqa_convert.evaluation.held_out_text import prepare
 from sqa_convert.evaluation.load import load_config, load_model
-from sqa_convert.evaluation.prepare import prepare
-from sqa_convert.evaluation.quality import compare
 from sqa_convert.speed.bench import bench
 from sqa_convert.speed.settings import Settings
 from sqa_convert.text.tokenizers import load_tokenizer

@@ -17,8 +17,8 @@ FLOORS = [  # a folder, or a module beside them, may import only from floors bel
     {"checkpoints"},
     {"families"},
     {"amounts", "devices", "heads"},
-    {"isolation"},
-    {"spelling"},
+    {"caller_settings"},
+    {"error_wording"},
     {"errors", "models", "progress"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}
@@ -29,14 +29,24 @@ LIGHT = {
     "text/files.py",
     "text/formats.py",
     "text/suitability.py",
-    "pipeline/api.py",
+    "pipeline/convert.py",
     "pipeline/run.py",
     "pipeline/preflight.py",
     "uptraining/recipe.py",
-    "uptraining/validation.py",
-    "uptraining/other_trainers.py",
+    "uptraining/recipe_rules.py",
+    "uptraining/setting_hints.py",
 }
-MATHEMATICS = {"arrange", "attend", "circuits", "group_cost", "inputs", "refine", "refit", "search", "statistics"}
+MATHEMATICS = {
+    "attend",
+    "cheapest_sets",
+    "circuits",
+    "group_cost",
+    "layer_inputs",
+    "refine",
+    "refit",
+    "search",
+    "statistics",
+}
 """modules of heads/ that are loaded when a site is computed"""
 MOST_LINES = 300  # of a module
 MOST_BODY = 80  # lines of a function, its docstring too; its signature, which may be a list of options, apart

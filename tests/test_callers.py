@@ -311,7 +311,7 @@ def test_a_progress_callback_may_call_again():
 
 
 def test_an_empty_environment_variable_and_a_removed_one_come_back(monkeypatch):
-    from sqa_convert.isolation import undisturbed
+    from sqa_convert.caller_settings import undisturbed
 
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.setenv("THERE", "1")

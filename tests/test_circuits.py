@@ -15,10 +15,10 @@ from sqa_convert.conversion.convert_site import read_norm, read_site
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Request
 from sqa_convert.heads import AttentionHeads, Partition, get_method
-from sqa_convert.heads.arrange import arrange
 from sqa_convert.heads.attend import Attention
+from sqa_convert.heads.cheapest_sets import arrange
 from sqa_convert.heads.group_cost import GroupCost
-from sqa_convert.heads.inputs import Inputs
+from sqa_convert.heads.layer_inputs import Inputs
 from sqa_convert.heads.refine import refine
 from sqa_convert.heads.refit import output_error, refit
 from sqa_convert.heads.search import search

@@ -467,7 +467,7 @@ def test_an_uptraining_that_was_stopped_is_not_thrown_away_unasked(run):
 
 
 def test_a_loss_that_is_not_finite_is_an_error_not_a_result(run, source, monkeypatch):
-    from sqa_convert.evaluation import quality as evaluation
+    from sqa_convert.evaluation import evaluate as evaluation
 
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (source / file).write_bytes((SAMPLES / "gpt2" / file).read_bytes())

@@ -14,9 +14,9 @@ from sqa_convert.checkpoints.find import SAMPLES, open_source
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Calibration, Request
 from sqa_convert.errors import DataError
+from sqa_convert.evaluation.evaluate import evaluate
+from sqa_convert.evaluation.held_out_text import prepare
 from sqa_convert.evaluation.load import load_model
-from sqa_convert.evaluation.prepare import prepare
-from sqa_convert.evaluation.quality import evaluate
 from sqa_convert.text.blocks import token_blocks
 from sqa_convert.text.documents import check_data, documents
 from sqa_convert.text.spans import SpanCorruption, denoising

@@ -25,8 +25,8 @@ from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.checkpoints.staging import hold, staged_output
 from sqa_convert.conversion import write as writing
 from sqa_convert.errors import CheckpointError, InterruptedByUserError, OutputError
-from sqa_convert.report.content import read_report
-from sqa_convert.uptraining import result
+from sqa_convert.report.report_json import read_report
+from sqa_convert.uptraining import put_in_place
 from sqa_convert.uptraining import uptrain as uptraining
 from sqa_convert.uptraining.run_folder import run_folder
 from sqa_convert.uptraining.trainer import UptrainingTrainer
@@ -248,9 +248,9 @@ def stand_in(monkeypatch, train):
     """In the place of the training, and of what is made of it."""
     monkeypatch.setattr(uptraining, "train", train)
     monkeypatch.setattr(
-        result, "_save", lambda model, folder, staging: shutil.copytree(folder, staging, dirs_exist_ok=True)
+        put_in_place, "_save", lambda model, folder, staging: shutil.copytree(folder, staging, dirs_exist_ok=True)
     )
-    monkeypatch.setattr(result, "load_model", lambda *arguments, **options: None)
+    monkeypatch.setattr(put_in_place, "load_model", lambda *arguments, **options: None)
 
 
 def trained(*arguments):

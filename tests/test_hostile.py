@@ -22,8 +22,8 @@ from sqa_convert import convert
 from sqa_convert.checkpoints.find import open_source, resolve
 from sqa_convert.cli.convert import main
 from sqa_convert.errors import CheckpointError, SQAError, one_line, shown
+from sqa_convert.evaluation.held_out_text import prepare
 from sqa_convert.evaluation.load import load_config
-from sqa_convert.evaluation.prepare import prepare
 from sqa_convert.text.tokenizers import load_tokenizer
 
 SECONDS = 20

@@ -20,7 +20,7 @@ from sqa_convert.conversion.write import MODELS
 from sqa_convert.errors import OutputError
 from sqa_convert.families import FAMILIES
 from sqa_convert.report.card import model_card
-from sqa_convert.report.content import read_report
+from sqa_convert.report.report_json import read_report
 
 TOKEN = "hf_" + "secret" * 6
 LARGE = 10_000  # bytes from which a file goes to the large file storage

@@ -20,7 +20,7 @@ from sqa_convert.evaluation.load import load_model
 from sqa_convert.report.formatting import nats, perplexity
 from sqa_convert.report.sentences import uptraining_lines
 from sqa_convert.report.tables import quality_rows
-from sqa_convert.uptraining import result, source_model
+from sqa_convert.uptraining import find_source, put_in_place
 from sqa_convert.uptraining import uptrain as uptraining
 from sqa_convert.uptraining.data import training_data
 from sqa_convert.uptraining.run_folder import run_folder
@@ -39,7 +39,9 @@ def place(tmp_path_factory):
     gpt2(heads=4, head_dim=4, layers=1, vocab_size=vocabulary).save_pretrained(work / "source")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(SAMPLES / "gpt2" / name, work / "source" / name)
-    (work / "text.txt").write_text("".join(Path(module.__file__).read_text() for module in (uptraining, result)) * 2)
+    (work / "text.txt").write_text(
+        "".join(Path(module.__file__).read_text() for module in (uptraining, put_in_place)) * 2
+    )
     plain_convert(work / "source", 2, 1, output=work / "converted")
     return work
 
@@ -48,8 +50,8 @@ def place(tmp_path_factory):
 def plain(request, monkeypatch):
     """No pictures, pages and samples, which take longer than the training, where they are not looked at."""
     if "beside_and_can_be_taken" not in request.node.name:
-        monkeypatch.setattr(result, "write_report", lambda folder, report: write_json(folder / REPORT, report))
-        monkeypatch.setattr(result, "continuations", lambda *arguments, **options: [])
+        monkeypatch.setattr(put_in_place, "write_report", lambda folder, report: write_json(folder / REPORT, report))
+        monkeypatch.setattr(put_in_place, "continuations", lambda *arguments, **options: [])
 
 
 @pytest.fixture
@@ -233,11 +235,11 @@ def test_the_same_weights_are_known_again_however_they_are_stored(place, tmp_pat
     torch.save(tensors, tmp_path / "bin" / "pytorch_model.bin")
     shutil.copyfile(tmp_path / "moved" / "config.json", tmp_path / "bin" / "config.json")
     for name in ("moved", "shards", "base", "bin"):
-        assert source_model.find_source(report, str(tmp_path / name)) == tmp_path / name
+        assert find_source.find_source(report, str(tmp_path / name)) == tmp_path / name
     assert report["source_weights"]
     del report["source_weights"]  # as of an older version
     gpt2(heads=4, head_dim=4, layers=1).save_pretrained(tmp_path / "random")
-    assert source_model.find_source(report, str(tmp_path / "random")) == tmp_path / "random"
+    assert find_source.find_source(report, str(tmp_path / "random")) == tmp_path / "random"
 
 
 def test_a_corpus_is_held_in_32_bits_and_handed_out_in_64(place, recipe):

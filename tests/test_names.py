@@ -15,7 +15,7 @@ from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.convert import main as convert_main
 from sqa_convert.cli.uptrain import main as uptrain_main
 from sqa_convert.errors import CheckpointError, OutputError, RecipeError
-from sqa_convert.report.content import read_report
+from sqa_convert.report.report_json import read_report
 
 NAMES = [f"a{character}b" for character in "[]*?{}~ :%#'\"\\\n\t\udcff"] + ["~x", "-", "ü→", "[red]", ":car:"]
 RECIPE = "tokens: 512\nsequence_length: 32\nbatch_size: 8\nevaluations: 1\nheld_out_tokens: 256\n"

@@ -13,10 +13,10 @@ from sqa_convert.checkpoints.in_memory import ModelSource
 from sqa_convert.conversion.convert_site import read_site
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Request
-from sqa_convert.evaluation.held_out import HeldOut
+from sqa_convert.evaluation.held_out_batches import HeldOut
 from sqa_convert.evaluation.measure import measure, predict
 from sqa_convert.text.collate import IGNORED, PackedCollator
-from sqa_convert.text.rows import causal_batches, pair_batches
+from sqa_convert.text.token_rows import causal_batches, pair_batches
 
 CPU = torch.device("cpu")
 LENGTHS = (24, 23, 22, 17, 9, 8, 7, 3) * 2

@@ -18,7 +18,7 @@ from sqa_convert import Recipe, uptrain
 from sqa_convert.checkpoints.files import write_json
 from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.errors import RecipeError, SQAError
-from sqa_convert.report.content import read_report
+from sqa_convert.report.report_json import read_report
 from sqa_convert.uptraining import engines
 from sqa_convert.uptraining.arguments import check_recipe
 from sqa_convert.uptraining.recipe import recipe_folder

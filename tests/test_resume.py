@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sqa_convert import uptrain
 from sqa_convert.checkpoints.files import write_json
 from sqa_convert.errors import InterruptedByUserError, RecipeError
-from sqa_convert.report.content import read_report
+from sqa_convert.report.report_json import read_report
 from sqa_convert.uptraining.run_folder import conversion_id
 from sqa_convert.uptraining.trainer import UptrainingTrainer
 

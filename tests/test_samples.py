@@ -12,9 +12,9 @@ from helpers import plain_convert as convert
 
 from sqa_convert import evaluate
 from sqa_convert.checkpoints.find import SAMPLES
+from sqa_convert.evaluation.held_out_text import prepare
 from sqa_convert.evaluation.load import load_model
 from sqa_convert.evaluation.measure import measure, predict
-from sqa_convert.evaluation.prepare import prepare
 
 SHA256 = {
     "gpt2": "7b6f095efafb5282ef6154a857268184dbbd2250b922504996f93d8992033e1b",

@@ -14,12 +14,12 @@ from sqa_convert import convert
 from sqa_convert.calibration.calibrate import load_source
 from sqa_convert.checkpoints.find import GENERATION_CONFIG, SAMPLES, open_source
 from sqa_convert.checkpoints.in_memory import ModelSource
-from sqa_convert.conversion.model_in_memory import build_model
+from sqa_convert.conversion.build_model import build_model
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Calibration, Request
 from sqa_convert.evaluation import generation
+from sqa_convert.evaluation.held_out_text import prepare
 from sqa_convert.evaluation.load import load_model
-from sqa_convert.evaluation.prepare import prepare
 from sqa_convert.families.special_tokens import SpecialTokens, token_ids
 from sqa_convert.text.plain_generation import generate, refusal, settle
 from sqa_convert.text.self_generated import answers, own_rows

@@ -9,11 +9,11 @@ from test_methods import ATTENTION, D, T, attend, converted, d, inputs, random_h
 
 import sqa_convert.heads.refine as refine_module
 from sqa_convert.heads import Partition
-from sqa_convert.heads.arrange import improved
 from sqa_convert.heads.attend import Attention
+from sqa_convert.heads.cheapest_sets import improved
 from sqa_convert.heads.circuits import balance, shared_factor
 from sqa_convert.heads.group_cost import GroupCost, PairCost
-from sqa_convert.heads.inputs import Inputs
+from sqa_convert.heads.layer_inputs import Inputs
 from sqa_convert.heads.procrustes import _aligned
 from sqa_convert.heads.refine import LEARNING_RATE, refine
 from sqa_convert.heads.refit import RIDGE as REFIT_RIDGE

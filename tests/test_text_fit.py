@@ -17,9 +17,9 @@ from sqa_convert import Calibration, convert, evaluate, uptrain
 from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.errors import DataError, UnreadableTextError
+from sqa_convert.evaluation.evaluate import compare
+from sqa_convert.evaluation.held_out_text import prepare
 from sqa_convert.evaluation.load import load_model
-from sqa_convert.evaluation.prepare import prepare
-from sqa_convert.evaluation.quality import compare
 from sqa_convert.text.self_generated import own_loss
 from sqa_convert.text.suitability import Fit, looked_at, misfits, unknown_share
 from sqa_convert.text.tokenizers import load_tokenizer

@@ -20,15 +20,15 @@ from sqa_convert import Recipe, load_recipe, uptrain
 from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.convert import main as convert_main
 from sqa_convert.errors import CheckpointError, DataError, OutputError, QualityError, RecipeError
-from sqa_convert.evaluation.held_out import HeldOut
+from sqa_convert.evaluation.evaluate import evaluate
+from sqa_convert.evaluation.held_out_batches import HeldOut
 from sqa_convert.evaluation.load import load_model
 from sqa_convert.evaluation.measure import Predictions, measure, predict
-from sqa_convert.evaluation.quality import evaluate
 from sqa_convert.report.sentences import recovered, uptraining_lines
 from sqa_convert.report.tables import quality_table
 from sqa_convert.uptraining import data as training_data
-from sqa_convert.uptraining.other_trainers import HINTS
 from sqa_convert.uptraining.recipe import dump_recipe, override, recipe_folder, recipe_names, summary
+from sqa_convert.uptraining.setting_hints import HINTS
 from sqa_convert.uptraining.trainable import no_dropout
 from sqa_convert.uptraining.trainer import UptrainingTrainer
 
@@ -571,7 +571,7 @@ def test_a_column_of_calibration_alone_and_a_recipes_seed_mean_the_same_to_both(
         with pytest.raises(SystemExit):
             convert_main()
     else:
-        monkeypatch.setattr("sqa_convert.pipeline.api.run", run)
+        monkeypatch.setattr("sqa_convert.pipeline.convert.run", run)
         column = {"calibration": "text.csv", "text_column": "body"}
         with pytest.raises(RecipeError, match="far enough"):
             sqa_convert.convert("sample:gpt2", 6, 2, output=tmp_path / "out", uptrain=str(recipe), **column)

@@ -14,8 +14,8 @@ from sqa_convert.checkpoints.files import sha256_of
 from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.evaluate import main
 from sqa_convert.errors import CheckpointError
-from sqa_convert.evaluation.prepare import prepare
-from sqa_convert.evaluation.quality import compare
+from sqa_convert.evaluation.evaluate import compare
+from sqa_convert.evaluation.held_out_text import prepare
 from sqa_convert.pipeline import verify as verifying
 from sqa_convert.pipeline.verify import compare_logits, reloaded, verify
 

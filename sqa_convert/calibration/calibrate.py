@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import Source
+from ..conversion.build_model import build_model
 from ..conversion.convert_site import Calibrated, ConvertedSite, order, read_site
-from ..conversion.model_in_memory import build_model
 from ..conversion.plan import Plan
 from ..conversion.request import TOKENS_PER_UNKNOWN
 from ..errors import CheckpointError, QualityError, one_line
-from ..evaluation.held_out import HeldOut
+from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.load import load_model
 from ..evaluation.measure import Predictions, measure, predict
 from ..families import Site

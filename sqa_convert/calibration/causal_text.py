@@ -7,11 +7,11 @@ import torch
 from ..errors import shown
 from ..text.encoding import Encoder
 from ..text.files import beginnings_of
-from ..text.rows import document_rows, up_to
 from ..text.self_generated import own_rows
-from ..text.tables import Skipped
+from ..text.splits import Skipped
+from ..text.token_rows import document_rows, up_to
 from ..text.tokenizers import check_vocabulary
-from .reading import Content, Reading
+from .text_request import Content, Reading
 
 
 def causal_text(reading: Reading) -> Content:

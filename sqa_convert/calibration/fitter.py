@@ -12,7 +12,7 @@ from torch import Tensor
 from ..conversion.convert_site import ConvertedSite, SiteRecord
 from ..heads import AttentionHeads, Method, Partition, get_method
 from ..heads.attend import Attention
-from ..heads.inputs import Inputs, concatenated
+from ..heads.layer_inputs import Inputs, concatenated
 from ..heads.refine import refine
 from ..heads.refit import output_error, refit
 from ..heads.search import search

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..error_wording import names_arguments
 from ..errors import CheckpointError, RecipeError, SQAError, one_line, shown
 from ..families import completed
-from ..spelling import names_arguments
 from .adapters import ADAPTER, refuse_adapter
 from .companions import (
     CONFIG,
@@ -22,8 +22,8 @@ from .companions import (
 )
 from .files import is_folder, read_config, read_json
 from .pickle_check import check_pickle
+from .pipeline_parts import PIPELINE, assembled, check_format, part_of, without_config, without_weights
 from .source import HeadersSource, PickleSource, SafetensorsSource, Source, Stamp, indexed, stamp
-from .subfolders import PIPELINE, assembled, check_format, part_of, without_config, without_weights
 from .untrusted import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, regular_file
 
 SAMPLES = Path(__file__).parent.parent / "samples"

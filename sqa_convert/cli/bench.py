@@ -12,7 +12,7 @@ from ..amounts import amount
 from ..errors import CheckpointError, OutputError, RecipeError, one_line
 from .console import Out, run_app
 from .flags import EXIT_CODES, AsJson, Device, Quiet, TrustRemoteCode, Verbose, Version, make_app
-from .show import show_report
+from .print_report import show_report
 
 GRID = "One attention layer of random weights"
 RESULT = "speed.json"
@@ -74,7 +74,7 @@ def bench_command(
     from ..checkpoints.files import write_json
     from ..checkpoints.find import local_folder
     from ..checkpoints.staging import expanded
-    from ..report.content import REPORT, read_report
+    from ..report.report_json import REPORT, read_report
     from ..report.tables import speed_rows, speed_title
     from ..report.write import write_report, write_speed_pictures
     from ..speed.bench import bench, bench_layers
@@ -132,7 +132,7 @@ def parse_lengths(text: str | None) -> tuple[int, ...]:
 def _resolve(names: list[str]) -> dict[str, Path]:
     """Folders by the names to show. To a converted model alone its source is added, first."""
     from ..checkpoints.find import resolve
-    from ..report.content import REPORT, read_report
+    from ..report.report_json import REPORT, read_report
 
     folders: list[tuple[str, Path]] = [(name, resolve(name)) for name in names]
     if len(folders) == 1 and (folders[0][1] / REPORT).is_file():

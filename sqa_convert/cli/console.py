@@ -18,9 +18,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.table import Table
 
 from ..checkpoints.staging import NOWHERE, here
+from ..error_wording import flags_named
 from ..errors import RecipeError, SQAError
-from ..report.origin import asked_by
-from ..spelling import flags_named
+from ..report.provenance import asked_by
 from .streams import forgiving_streams
 
 INTERRUPTED = 130

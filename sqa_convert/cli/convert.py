@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.pipeline_parts import part_of
 from ..checkpoints.staging import expanded
-from ..checkpoints.subfolders import part_of
 from ..conversion.convert_site import uses_torch
 from ..conversion.request import DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
 from ..heads import AUTO, Partition
-from ..report.content import conversion_report
+from ..report.report_json import conversion_report
 from ..text.documents import Columns
 from ..text.formats import TEXT_COLUMN
 from . import convert_flags as flags
 from .console import Out, run_app
 from .flags import EXIT_CODES, AsJson, Public, PushToHub, Quiet, Verbose, Version, make_app
-from .show import push, show_conversion, show_plan
+from .print_report import push, show_conversion, show_plan
 
 if TYPE_CHECKING:
     from ..uptraining.recipe import Recipe

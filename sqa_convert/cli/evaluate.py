@@ -22,7 +22,7 @@ from .flags import (
     count,
     make_app,
 )  # fmt: skip
-from .show import show_evaluation
+from .print_report import show_evaluation
 
 app = make_app()
 
@@ -69,9 +69,9 @@ def evaluate_command(
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
     from ..checkpoints.files import REPORT
     from ..checkpoints.find import resolve
-    from ..evaluation.prepare import prepare
-    from ..evaluation.quality import compare, untrained
-    from ..report.content import read_report
+    from ..evaluation.evaluate import compare, untrained
+    from ..evaluation.held_out_text import prepare
+    from ..report.report_json import read_report
     from ..text.formats import TEXT_COLUMN
 
     out.quieten_libraries()

@@ -11,7 +11,7 @@ import typer
 
 from ..checkpoints.staging import expanded
 from ..errors import RecipeError
-from ..report.content import read_report
+from ..report.report_json import read_report
 from ..uptraining.recipe import dump_recipe, load_recipe, recipe_names, summary
 from .console import Out, run_app
 from .flags import (
@@ -30,7 +30,7 @@ from .flags import (
     listing,
     make_app,
 )  # fmt: skip
-from .show import push, show_loading, show_quality
+from .print_report import push, show_loading, show_quality
 
 app = make_app()
 

@@ -20,8 +20,8 @@ from ..errors import CheckpointError
 from ..families import Config, Dimensions, Family, Site, family_of
 from ..heads import AUTO, Method, Partition
 from .attention_cost import Cost, attention_cost, count_parameters
+from .match_tensors import Stored, stored_tensors
 from .request import CASTS, Fitting, Request
-from .source_tensors import Stored, stored_tensors
 
 _TEXT_PER_TARGET = 5  # tokens of text for each token that a decoder predicts, under span corruption
 

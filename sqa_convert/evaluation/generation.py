@@ -13,7 +13,7 @@ from ..checkpoints.companions import has_tokenizer
 from ..text.collate import IGNORED
 from ..text.plain_generation import generate
 from ..text.tokenizers import load_tokenizer
-from .held_out import HeldOut
+from .held_out_batches import HeldOut
 from .load import load_model
 
 GIVEN = 32

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import QualityError
 from ..text.collate import IGNORED
 from ..text.suitability import misfits
-from .held_out import HeldOut
+from .held_out_batches import HeldOut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

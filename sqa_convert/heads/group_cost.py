@@ -11,8 +11,8 @@ from itertools import combinations, islice
 
 import torch
 
-from .arrange import Cost, Group, Groups, arrange, even_partitions
 from .attend import query_with_bias
+from .cheapest_sets import Cost, Group, Groups, arrange, even_partitions
 from .statistics import Statistics, with_ridge
 from .weights import AttentionHeads
 

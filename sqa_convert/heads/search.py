@@ -11,7 +11,7 @@ from itertools import islice
 
 import torch
 
-from .arrange import MOST_MEMBERS, even_partitions, exact, starts, swapped
+from .cheapest_sets import MOST_MEMBERS, even_partitions, exact, starts, swapped
 from .group_cost import MOST_SPLITS, GroupCost, PairCost
 from .partition import Partition
 from .statistics import Statistics

@@ -15,15 +15,15 @@ from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import Source
 from ..checkpoints.staging import staged_output
+from ..conversion.build_model import build_model
 from ..conversion.convert_site import Calibrated
 from ..conversion.execute import check_copies
-from ..conversion.model_in_memory import build_model
 from ..conversion.plan import Plan
 from ..conversion.result_config import check_loads
 from ..conversion.write import write_model
 from ..errors import CheckpointError, DataError, RecipeError, one_line
 from ..progress import Progress, silent
-from ..report.content import conversion_report
+from ..report.report_json import conversion_report
 from ..report.write import write_report
 from ..text.documents import GIVEN, Columns
 from ..text.formats import TEXT_COLUMN
@@ -33,7 +33,7 @@ from .preflight import check_run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..evaluation.held_out import HeldOut
+    from ..evaluation.held_out_batches import HeldOut
     from ..uptraining.recipe import Recipe
 
 
@@ -172,7 +172,7 @@ def _to_folder(plan: Plan, source: Source, output: Path, options: RunOptions, pr
 
 def _held_out(plan: Plan, source: Source, options: RunOptions) -> tuple[HeldOut | None, str]:
     """The text to measure on; where none was named and the default does not do: None, and why."""
-    from ..evaluation.prepare import prepare
+    from ..evaluation.held_out_text import prepare
 
     assert source.folder is not None
     if not plan.has_language_model_head:
@@ -207,8 +207,8 @@ def _measured(
     calibration: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The "quality" and "samples" of a report, with what averaging the heads would have cost."""
+    from ..evaluation.evaluate import compare
     from ..evaluation.generation import continuations
-    from ..evaluation.quality import compare
 
     def averaged() -> PreTrainedModel:
         plain = replace(

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .. import models
+from ..caller_settings import undisturbed
 from ..checkpoints.companions import has_tokenizer
 from ..checkpoints.dtypes import check_finite
 from ..checkpoints.files import read_config, sha256_of
@@ -25,8 +26,7 @@ from ..checkpoints.staging import expanded
 from ..checkpoints.untrusted import LARGEST_CONFIG, regular_file
 from ..conversion.write import MODELS
 from ..errors import CheckpointError, one_line, shown
-from ..isolation import undisturbed
-from ..report.content import auto_class, read_report
+from ..report.report_json import auto_class, read_report
 from ..text.tokenizers import load_tokenizer
 
 POSITIONS = 16

@@ -1,5 +1,5 @@
 """What a person sees of a conversion: report.json, tables, sentences, pictures, the page and the model card.
 
 May import: conversion, evaluation, heads, checkpoints and below.
-Exports: `content.read_report`, `content.conversion_report`, `write.write_report`.
+Exports: `report_json.read_report`, `report_json.conversion_report`, `write.write_report`.
 """

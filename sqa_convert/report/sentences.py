@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..heads import METHODS
-from .content import NEXT_TO_NOTHING, auto_class
 from .formatting import nats
+from .report_json import NEXT_TO_NOTHING, auto_class
 from .tables import speed_title
 
 

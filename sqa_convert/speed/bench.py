@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..caller_settings import undisturbed
 from ..devices import choose_device, device_name
 from ..errors import RecipeError
 from ..evaluation.load import Converted, load_model, located
 from ..heads.partition import VARIANTS, variant_heads
-from ..isolation import undisturbed
 from ..progress import Progress, silent
 from .measurement import Measurement
 from .settings import GRID, LENGTHS, Settings

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .encoding import CHARACTERS, Encoder
-from .tables import Document
+from .splits import Document
 
 WAITING = 2**24  # characters of the documents held to go on with
 

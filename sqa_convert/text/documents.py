@@ -9,10 +9,10 @@ from typing import Any
 
 from ..errors import DataError, RecipeError, shown
 from .formats import TEXT_COLUMN
-from .objects import called
+from .python_data import called
+from .splits import Document, Skipped, Split, Table
 from .stdlib import stdlib
-from .tables import Document, Skipped, Split, Table
-from .tokens import INPUT_IDS, LABELS
+from .token_ids import INPUT_IDS, LABELS
 
 BUILT_IN = "stdlib"
 

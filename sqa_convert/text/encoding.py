@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError, DataError, one_line
 from ..families.special_tokens import end_of_text
 from .formats import pieces
-from .tables import Document
+from .splits import Document
 
 _PIECE = 2**16  # characters given to a tokenizer at once, about
 

@@ -16,8 +16,8 @@ from ..progress import Progress, silent
 from .documents import BUILT_IN, Split, documents
 from .encoding import control_tokens
 from .plain_generation import generate, own_tokens
-from .rows import document_rows, up_to
 from .suitability import looked_at
+from .token_rows import document_rows, up_to
 
 SAMPLED_SEQUENCES = 128
 """at a time, at most"""

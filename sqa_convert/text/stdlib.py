@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import DataError
-from .tables import HELD_OUT_EVERY, Split
+from .splits import HELD_OUT_EVERY, Split
 
 
 def stdlib(split: Split, tests: bool, shuffled: bool) -> Iterator[str]:

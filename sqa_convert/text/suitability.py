@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import UnreadableTextError
 
 if TYPE_CHECKING:
-    from .tables import Document
+    from .splits import Document
 
 UNKNOWN = 0.1
 """share of a text's characters that the tokenizer may not know without a warning"""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, RecipeError
-from ..evaluation.held_out import HeldOut
+from ..evaluation.held_out_batches import HeldOut
+from ..evaluation.held_out_text import built_in_text, encoded_pairs, held_out_pairs, prepare
 from ..evaluation.load import Measured
-from ..evaluation.prepare import built_in_text, encoded_pairs, held_out_pairs, prepare
 from ..families.special_tokens import SpecialTokens, end_of_text
 from ..text.blocks import token_blocks, token_stream
 from ..text.collate import CausalCollator, PackedCollator, PairCollator, Rows, SpanCollator, Stream
@@ -31,11 +31,11 @@ from ..text.documents import (
     pair_columns,
 )
 from ..text.encoding import tensor_of
-from ..text.objects import called
-from ..text.rows import packed
+from ..text.python_data import called
 from ..text.spans import denoising
+from ..text.splits import Document, Skipped
 from ..text.suitability import looked_at
-from ..text.tables import Document, Skipped
+from ..text.token_rows import packed
 from ..text.tokenizers import check_vocabulary
 from .recipe import Recipe
 

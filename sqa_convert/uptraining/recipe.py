@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
+from ..error_wording import names_arguments
 from ..errors import DataError, RecipeError, one_line, shown
-from ..spelling import names_arguments
 from ..text.documents import AUTO_TEXT, Columns
-from .validation import Count, Number, Seed, Switch, Text, in_one_line, must_be, sentence
+from .recipe_rules import Count, Number, Seed, Switch, Text, in_one_line, must_be, sentence
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 

@@ -26,7 +26,7 @@ from ..errors import (
     SQAError,
     one_line,
 )
-from ..report.content import read_report
+from ..report.report_json import read_report
 from . import processes
 from .recipe import Recipe, dump_recipe, load_recipe, override
 from .train import FINAL, FINISHED, step_of

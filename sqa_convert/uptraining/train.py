@@ -18,9 +18,9 @@ from transformers import EarlyStoppingCallback, set_seed
 from ..checkpoints.files import write_json
 from ..devices import peak_flops
 from ..errors import RecipeError, one_line
-from ..evaluation.held_out import HeldOut
+from ..evaluation.evaluate import Predictions
+from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.load import load_model
-from ..evaluation.quality import Predictions
 from ..speed.flops import training_flops
 from . import engines, processes
 from .arguments import training_arguments

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..errors import QualityError
-from ..evaluation.held_out import HeldOut
+from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.measure import Predictions, measure, predict
 from ..report.formatting import nats
 from . import engines, processes

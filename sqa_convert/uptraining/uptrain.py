@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..caller_settings import undisturbed
 from ..checkpoints.find import local_folder
 from ..checkpoints.staging import check_output, empty, expanded
 from ..devices import choose_device, own_device
 from ..errors import CheckpointError
 from ..evaluation.load import Converted, load_model
 from ..evaluation.measure import measure, predict
-from ..isolation import undisturbed
 from ..progress import Progress, no_bars_of_others, silent
-from ..report.content import read_report
-from ..report.origin import asked_from_python
-from ..report.rebuilt import with_report
+from ..report.provenance import asked_from_python
+from ..report.rebuilt_report import with_report
+from ..report.report_json import read_report
 from ..text.collate import PairCollator
 from ..text.documents import GIVEN, SELF, is_own
-from ..text.objects import is_named, repeatable
+from ..text.python_data import is_named, repeatable
 from ..text.suitability import misfits
 from . import processes
 from .arguments import check_recipe, uses_bfloat16
 from .data import TrainingData, training_data, with_text_named
-from .in_memory import in_folder
+from .find_source import find_source
+from .models_in_memory import in_folder
 from .own_text import read_own_text, write_own_text
+from .put_in_place import not_better, note_training, put_in_place
 from .recipe import Recipe
-from .result import not_better, note_training, put_in_place
 from .run_folder import Run, alone, begin, conversion_id, goes_on, recoverable, run_folder, run_recipe, target_folder
-from .source_model import find_source
 from .train import Job, train
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ..amounts import amount, check_seed
+from ..error_wording import names_arguments
 from ..errors import RecipeError
-from ..spelling import names_arguments
-from .other_trainers import HINTS
+from .setting_hints import HINTS
 
 _Class = TypeVar("_Class", bound=Any)
 

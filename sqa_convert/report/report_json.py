@@ -15,7 +15,7 @@ from ..checkpoints.source import Source
 from ..conversion.attention_cost import Cost
 from ..conversion.plan import Plan
 from ..errors import CheckpointError, shown
-from .origin import machine, origin
+from .provenance import machine, origin
 from .source_card import source_card
 
 if TYPE_CHECKING:

@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..caller_settings import undisturbed
 from ..checkpoints.staging import expanded
 from ..conversion.request import CALIBRATED, DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
 from ..heads import AUTO, Convert, Method, Partition
-from ..isolation import undisturbed
 from ..progress import Progress, silent
-from ..report.origin import asked_from_python
+from ..report.provenance import asked_from_python
 from ..text.documents import GIVEN
 from ..text.formats import TEXT_COLUMN
-from ..text.objects import is_named, repeatable
+from ..text.python_data import is_named, repeatable
 from ..uptraining.recipe import Recipe, override
-from .conversion import Conversion
+from .conversion_object import Conversion
 from .preflight import fitted_to, prepared
 from .run import RunOptions, run, run_in_memory
 

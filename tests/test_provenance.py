@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import sqa_convert
 from sqa_convert import Calibration, Recipe, uptrain
 from sqa_convert.cli.convert import main as convert
-from sqa_convert.report.content import read_report
+from sqa_convert.report.report_json import read_report
 from sqa_convert.report.write import write_report
 
 FEW = Recipe(tokens=1024, sequence_length=64, evaluations=1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .blocks import WAITING, from_a_line
 from .collate import IGNORED
 from .encoding import Encoder
-from .tables import Document
+from .splits import Document
 
 Item = TypeVar("Item")
 

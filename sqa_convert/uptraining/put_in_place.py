@@ -18,12 +18,12 @@ from ..checkpoints.safetensors_writer import write_shard
 from ..checkpoints.staging import staged_output
 from ..devices import device_name
 from ..errors import OutputError
+from ..evaluation.evaluate import compare
 from ..evaluation.generation import answer_scores, continuations
 from ..evaluation.load import load_model
-from ..evaluation.quality import compare
 from ..progress import Progress
 from ..report.formatting import nats
-from ..report.origin import origin
+from ..report.provenance import origin
 from ..report.write import write_report
 from .data import TrainingData
 from .recipe import Recipe, dump_recipe

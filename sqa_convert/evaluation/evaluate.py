@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..caller_settings import undisturbed
 from ..checkpoints.files import REPORT, is_ours, read_json
 from ..devices import device_name
+from ..error_wording import names_arguments
 from ..errors import CheckpointError, RecipeError
-from ..isolation import undisturbed
-from ..spelling import names_arguments
 from ..text.formats import TEXT_COLUMN
 from ..text.suitability import Fit, misfits
-from .held_out import HeldOut
+from .held_out_batches import HeldOut
+from .held_out_text import DEFAULT_TOKENS, prepare
 from .load import Converted, load_model, located, unmoved
 from .measure import Predictions, measure, predict
-from .prepare import DEFAULT_TOKENS, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from ..caller_settings import undisturbed
 from ..checkpoints.companions import has_tokenizer
 from ..checkpoints.files import sha256_of
 from ..checkpoints.find import local_folder, resolve
@@ -16,13 +17,12 @@ from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import Source
 from ..checkpoints.staging import expanded, staged_output
 from ..conversion.request import DEFAULT_SHARD
+from ..error_wording import names_arguments
 from ..errors import RecipeError
 from ..evaluation.load import Converted
-from ..isolation import undisturbed
 from ..progress import Progress, no_bars_of_others, silent
-from ..report.rebuilt import rebuilt_report, report_of
+from ..report.rebuilt_report import rebuilt_report, report_of
 from ..report.summary import html_summary, text_summary
-from ..spelling import names_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +89,7 @@ class Conversion(Converted):
         Args:
             data: by name or as an object, as for `sqa_convert.evaluate`; so are `options` and what is returned.
         """
-        from ..evaluation.quality import evaluate
+        from ..evaluation.evaluate import evaluate
 
         options.setdefault("tokenizer", self.tokenizer)
         return evaluate(self, self.source, data=data, **options)
@@ -155,7 +155,7 @@ class Conversion(Converted):
             OutputError: it exists already or cannot be written.
             CheckpointError: what was written is not right.
         """
-        from ..conversion.save import save_model
+        from ..conversion.save_model import save_model
         from ..report.write import write_report
         from .verify import verify as verified
 

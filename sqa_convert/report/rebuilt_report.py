@@ -13,7 +13,7 @@ from ..conversion.plan import make_plan
 from ..conversion.request import Request
 from ..errors import CheckpointError
 from ..families import family_of
-from .content import conversion_report, read_report
+from .report_json import conversion_report, read_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,9 +19,9 @@ from ..errors import DataError, SQAError
 from ..progress import Progress
 from ..text.documents import documents
 from ..text.formats import TEXT_COLUMN
-from ..text.objects import called
+from ..text.python_data import called
+from ..text.splits import Document, Skipped
 from ..text.suitability import looked_at
-from ..text.tables import Document, Skipped
 from ..text.tokenizers import check_vocabulary, load_tokenizer, tokenizer_in_memory
 
 LONGEST = 1024

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
-from .spelling import names_arguments
+from .error_wording import names_arguments
 
 P = ParamSpec("P")
 

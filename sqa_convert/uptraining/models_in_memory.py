@@ -13,10 +13,10 @@ from torch import nn
 from ..checkpoints.files import REPORT, write_json
 from ..checkpoints.in_memory import unwrapped
 from ..checkpoints.staging import expanded
-from ..conversion.save import save_model
+from ..conversion.save_model import save_model
 from ..errors import RecipeError
 from ..evaluation.load import Converted, load_model
-from ..report.rebuilt import rebuilt_report
+from ..report.rebuilt_report import rebuilt_report
 from . import processes
 from .run_folder import NotBetterError
 

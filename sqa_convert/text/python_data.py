@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, shown
 from .formats import TEXT_COLUMN
-from .tokens import INPUT_IDS, token_ids
+from .token_ids import INPUT_IDS, token_ids
 
 if TYPE_CHECKING:
-    from .tokens import Ids
+    from .token_ids import Ids
 
 KINDS = "texts, token ids, rows of a table, or batches with input_ids"
 

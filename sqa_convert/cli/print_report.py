@@ -8,8 +8,8 @@ from typing import Any
 
 from ..conversion.plan import Plan
 from ..errors import OutputError
-from ..report.content import auto_class
 from ..report.page import PAGE
+from ..report.report_json import auto_class
 from ..report.sentences import (
     calibration_lines,
     left_lines,

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..errors import DataError, one_line, shown
-from . import objects
+from . import python_data
 from .files import files_of, saved_splits
 from .formats import TEXT_COLUMN, missing_column, rows
-from .tokens import INPUT_IDS, STREAM_PIECE, is_token_file, row_tokens, stream_pieces, token_file
+from .token_ids import INPUT_IDS, STREAM_PIECE, is_token_file, row_tokens, stream_pieces, token_file
 
 if TYPE_CHECKING:
-    from .tokens import Ids
+    from .token_ids import Ids
 
 Split = Literal["train", "heldout"]
 
@@ -60,14 +60,14 @@ class Table:
 
     @property
     def name(self) -> str:
-        return f"{self.flag} {objects.called(self.data)}"
+        return f"{self.flag} {python_data.called(self.data)}"
 
     def part(self, split: Split, shuffled: bool) -> Iterator[Row]:
         """The rows of one part. Raises DataError."""
         data = self.data
         if isinstance(data, str) and is_token_file(data):
             data = token_file(data, self.flag)
-        if (stream := None if isinstance(data, str) else objects.stream(data)) is not None:
+        if (stream := None if isinstance(data, str) else python_data.stream(data)) is not None:
             return self._of_stream(stream, split, shuffled)
         if not isinstance(data, str):
             found = self._of_objects(data, split)
@@ -85,9 +85,11 @@ class Table:
         return chain.from_iterable(rows(path, self.columns, self.flag) for path in paths)
 
     def _of_objects(self, data: Any, split: Split) -> Iterator[Row]:
-        if (parts := objects.parts(data)) is not None:
-            return self._of_parts({part: partial(objects.table, of, self.flag) for part, of in parts.items()}, split)
-        return self._divided(partial(objects.table, data, self.flag), split)
+        if (parts := python_data.parts(data)) is not None:
+            return self._of_parts(
+                {part: partial(python_data.table, of, self.flag) for part, of in parts.items()}, split
+            )
+        return self._divided(partial(python_data.table, data, self.flag), split)
 
     def _of_stream(self, ids: Ids, split: Split, shuffled: bool) -> Iterator[Row]:
         if self.columns not in ((TEXT_COLUMN,), (INPUT_IDS,)):
