@@ -218,6 +218,19 @@ def test_labels_of_padding_are_no_answer(tmp_path):
     assert evaluate(tmp_path / "t5", data=[{"input_ids": inputs, "labels": long}])["model"] == plain["model"]
 
 
+def test_pairs_of_tokens_keep_their_end():
+    """A series of Chronos has as many values as the config has positions, and then the end token."""
+    source, long = t5(heads=4, layers=2, n_positions=16), 520
+    data = {"input_ids": torch.tensor(drawn_tokens(4, long)), "labels": torch.tensor(drawn_tokens(4, 9))}
+    parts = {"train": [data], "validation": [data]}
+    how = Calibration(parts, tokens=4 * long, refine_steps=1)
+    found = sqa_convert.convert(source, 2, 1, "svd", calibration=how).report["calibration"]
+    assert found["tokens"] + found["held_out_tokens"] == 4 * long
+    with torch.no_grad():
+        loss = source(**data).loss.item()
+    assert evaluate(source, data=parts)["model"]["loss"] == pytest.approx(loss, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

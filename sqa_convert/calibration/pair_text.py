@@ -19,7 +19,7 @@ from ..text.spans import Denoising, PrefixSplit, denoising
 from ..text.splits import Skipped
 from ..text.suitability import looked_at
 from ..text.token_rows import document_rows, pair_batches, up_to
-from .text_request import Content, Reading, Row
+from .text_request import LONGEST, Content, Reading, Row
 
 _LOOKED_AT = 16  # texts that tell whether a model was made for span corruption
 
@@ -104,10 +104,11 @@ def _pairs(reading: Reading, columns: Columns) -> Content:
     named, flag, skipped = reading.settings.text_named, "--calibration", Skipped()
     texts = pairs(named, columns, "train", skipped=skipped, flag=flag)
     name, unknown, tokenizer = f"{called(named)}, training part", None, None
+    length = reading.settings.length or LONGEST  # tokens are read as they are: a T5 has no last position
     if columns != TOKEN_PAIRS:
-        tokenizer = reading.tokenizer
+        tokenizer, length = reading.tokenizer, reading.length
         texts, unknown = looked_at(texts, tokenizer, name, flag)
-    encoded = (encoded_pair(tokenizer, *pair, reading.length) for pair in texts)
+    encoded = (encoded_pair(tokenizer, *pair, length) for pair in texts)
     rows = up_to(encoded, reading.tokens, lambda pair: len(pair[0]))
     reading.check(rows, name)
     return Content(rows, f"{name}{skipped}, {len(rows):,} pairs", unknown)

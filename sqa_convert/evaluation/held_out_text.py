@@ -45,7 +45,7 @@ LONGEST = 1024
 HELD_OUT_PAIRS = 256
 
 LONGEST_PAIR = 512
-"""tokens of what is read or answered, at most"""
+"""tokens of what is read or answered, at most; of rows of tokens `LONGEST`"""
 
 _BATCH_TOKENS = 4096
 
@@ -103,7 +103,8 @@ def prepare(
     if config.is_encoder_decoder:
         columns = pair_columns(data, columns, text_column)
     if columns is not None:
-        return held_out_pairs(measured, data, columns, chosen)
+        longest = LONGEST if columns == TOKEN_PAIRS else LONGEST_PAIR
+        return held_out_pairs(measured, data, columns, chosen, longest)
     if not is_own(data) and data is not None:
         return _of_documents(measured, data, text_column, tokens, chosen, seed)
     writes = Measured(writer, measured.tokenizer, trust_remote_code) if writer is not None else measured
@@ -190,9 +191,7 @@ def own_text(model: Any, tokenizer: Any, tokens: int, device: torch.device, seed
     return HeldOut(batches, name, count, device, doubts=built_in_does_not_fit(why))
 
 
-def held_out_pairs(
-    measured: Measured, data: Any, columns: Columns, device: torch.device, length: int = LONGEST_PAIR
-) -> HeldOut:
+def held_out_pairs(measured: Measured, data: Any, columns: Columns, device: torch.device, length: int) -> HeldOut:
     """Pairs of the held-out part of `data`, cut to `length` tokens. Raises DataError."""
     content, unknown = encoded_pairs(measured, data, columns, "heldout", HELD_OUT_PAIRS, length)
     name = f"{called(data)}, held-out part"
