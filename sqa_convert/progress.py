@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -15,6 +16,25 @@ class Progress(Protocol):
 
 def silent(stage: str, done: int, total: int, news: str = "") -> None:
     """A Progress that shows nothing."""
+
+
+_bars: dict[str, Any] = {}
+
+
+def in_notebooks(stage: str, done: int, total: int, news: str = "") -> None:
+    """A Progress with a bar for each stage in a notebook; elsewhere it shows nothing."""
+    if "ipykernel" not in sys.modules:
+        return
+    from tqdm.auto import tqdm
+
+    bar = _bars.get(stage)
+    if bar is None or done < bar.n or total != bar.total:  # a stage of other work that has the same name
+        bar = _bars[stage] = tqdm(total=total, desc=stage)
+    bar.update(done - bar.n)
+    if news:
+        bar.set_postfix_str(news)
+    if done >= total:
+        _bars.pop(stage).close()
 
 
 @contextlib.contextmanager

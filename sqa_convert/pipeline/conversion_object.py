@@ -20,7 +20,7 @@ from ..conversion.request import DEFAULT_SHARD
 from ..error_wording import names_arguments
 from ..errors import RecipeError
 from ..evaluation.load import Converted
-from ..progress import Progress, no_bars_of_others, silent
+from ..progress import Progress, in_notebooks, no_bars_of_others
 from ..report.rebuilt_report import rebuilt_report, report_of
 from ..report.summary import html_summary, text_summary
 
@@ -122,7 +122,7 @@ class Conversion(Converted):
         return self
 
     @names_arguments
-    def bench(self, settings: Any = None, *, progress: Progress = silent) -> dict[str, Any]:
+    def bench(self, settings: Any = None, *, progress: Progress = in_notebooks) -> dict[str, Any]:
         """How fast the model is beside its source: `sqa_convert.bench` of "source" and "converted"."""
         from ..speed.bench import DEFAULTS, bench
 

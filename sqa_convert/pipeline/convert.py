@@ -12,7 +12,7 @@ from ..checkpoints.staging import expanded
 from ..conversion.request import CALIBRATED, DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
 from ..heads import AUTO, Convert, Method, Partition
-from ..progress import Progress, silent
+from ..progress import Progress, in_notebooks
 from ..report.provenance import asked_from_python
 from ..text.documents import GIVEN
 from ..text.formats import TEXT_COLUMN
@@ -54,7 +54,7 @@ def convert(
     device: str = "auto",
     seed: int | None = None,
     trust_remote_code: bool = False,
-    progress: Progress = silent,
+    progress: Progress = in_notebooks,
 ) -> Conversion:
     """Converts a GPT-2 or T5 model with multi-head attention to Sparse Query Attention.
 
@@ -91,7 +91,8 @@ def convert(
         device: to calibrate, evaluate and train on: "auto", "cpu", "cuda", "cuda:1", "mps".
         seed: of everything random; by default the recipe's, or 0.
         trust_remote_code: let code that the source brings along run when it is calibrated or evaluated.
-        progress: called as the work goes on, with the stage, how much of it is done, and how much there is.
+        progress: called as the work goes on, with the stage, how much of it is done, and how much there is; by default
+            a bar for each stage in a notebook.
 
     Returns:
         The model and the report.

@@ -19,7 +19,7 @@ from ..devices import choose_device, device_name
 from ..errors import RecipeError
 from ..evaluation.load import Converted, load_model, located
 from ..heads.partition import VARIANTS, variant_heads
-from ..progress import Progress, silent
+from ..progress import Progress, in_notebooks
 from .measurement import Measurement
 from .settings import GRID, LENGTHS, Settings
 from .timing import alternate, peak_memory
@@ -34,7 +34,7 @@ DEFAULTS = Settings()
 @undisturbed
 def bench(
     models: Mapping[str, str | Path | PreTrainedModel | Converted] | Converted, settings: Settings = DEFAULTS, *,
-    trust_remote_code: bool = False, progress: Progress = silent,
+    trust_remote_code: bool = False, progress: Progress = in_notebooks,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures models side by side, each against the first.
 
@@ -98,7 +98,7 @@ def _timed(given: Path | PreTrainedModel, settings: Settings, trust_remote_code:
 @undisturbed
 def bench_layers(
     heads: int, head_dim: int, variants: tuple[str, ...] = GRID, settings: Settings = DEFAULTS,
-    progress: Progress = silent,
+    progress: Progress = in_notebooks,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures one causal attention layer of random weights in several variants, each against the first.
 

@@ -16,7 +16,7 @@ from ..devices import choose_device, own_device
 from ..errors import CheckpointError
 from ..evaluation.load import Converted, load_model
 from ..evaluation.measure import measure, predict
-from ..progress import Progress, no_bars_of_others, silent
+from ..progress import Progress, in_notebooks, no_bars_of_others
 from ..report.provenance import asked_from_python
 from ..report.rebuilt_report import with_report
 from ..report.report_json import read_report
@@ -57,7 +57,7 @@ def uptrain(
     output: str | Path | None = None,
     keep_anyway: bool = False,
     trust_remote_code: bool = False,
-    progress: Progress = silent,
+    progress: Progress = in_notebooks,
 ) -> dict[str, Any]:
     """Uptrains a converted model, in place: it stays as it was until the new weights are complete.
 
