@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
-from .error_wording import names_arguments
+from .flags_as_arguments import names_arguments
 
 P = ParamSpec("P")
 

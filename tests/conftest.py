@@ -8,7 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from sqa_convert import error_wording
+from sqa_convert import flags_as_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +29,19 @@ def brief():
 @pytest.fixture(autouse=True, scope="session")
 def no_flags_in_python():
     """No error that a test gets from a public function names a flag, but in what the user or a library has written."""
-    spelled = error_wording.in_arguments
+    spelled = flags_as_arguments.in_arguments
 
     def looked_at(message, function, given, foreign=()):
         said = spelled(message, function, given, foreign)
         assert (
             not re.search(r"(?<![\w/-])--[a-z]", said)
             or foreign
-            or any("--" in text for text in error_wording._texts(given))
+            or any("--" in text for text in flags_as_arguments._texts(given))
         ), said
         return said
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(error_wording, "in_arguments", looked_at)
+        patch.setattr(flags_as_arguments, "in_arguments", looked_at)
         yield
 
 

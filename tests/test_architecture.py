@@ -16,9 +16,9 @@ FLOORS = [  # a folder, or a module beside them, may import only from floors bel
     {"text"},
     {"checkpoints"},
     {"families"},
-    {"amounts", "devices", "heads"},
+    {"devices", "heads", "parse_amounts"},
     {"caller_settings"},
-    {"error_wording"},
+    {"flags_as_arguments"},
     {"errors", "models", "progress"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}
@@ -26,7 +26,7 @@ MAY_BE_HEAVY = {"calibration", "devices", "evaluation", "models", "pipeline", "s
 """places that are imported when something is computed; all others answer `--help` and `--dry-run`"""
 LIGHT = {
     "text/documents.py",
-    "text/files.py",
+    "text/find_files.py",
     "text/formats.py",
     "text/suitability.py",
     "pipeline/convert.py",
@@ -34,17 +34,17 @@ LIGHT = {
     "pipeline/preflight.py",
     "uptraining/recipe.py",
     "uptraining/recipe_rules.py",
-    "uptraining/setting_hints.py",
+    "uptraining/other_trainers_names.py",
 }
 MATHEMATICS = {
     "attend",
     "cheapest_sets",
-    "circuits",
     "group_cost",
-    "layer_inputs",
+    "merge_circuits",
     "refine",
     "refit",
     "search",
+    "site_inputs",
     "statistics",
 }
 """modules of heads/ that are loaded when a site is computed"""

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import sqa_convert
-from sqa_convert import amounts
+from sqa_convert import parse_amounts
 from sqa_convert.checkpoints import safetensors_writer as shards
 from sqa_convert.checkpoints.dtypes import check_finite, tensor_bytes, torch_dtype
 from sqa_convert.checkpoints.find import SAMPLES, open_source
@@ -74,7 +74,7 @@ def test_hub_gpt2_without_prefix_and_with_stale_buffers_is_the_same_model(folder
 
 @pytest.mark.parametrize("make", [gpt2, t5])
 def test_shards_and_single_files_and_pickles_give_the_same_result(make, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(amounts, "LEAST_SHARD", 1)
+    monkeypatch.setattr(parse_amounts, "LEAST_SHARD", 1)
     model = make()
     model.save_pretrained(folder / "single")
     model.save_pretrained(folder / "shards", max_shard_size="20KB")

@@ -18,10 +18,10 @@ from sqa_convert.heads import AttentionHeads, Partition, get_method
 from sqa_convert.heads.attend import Attention
 from sqa_convert.heads.cheapest_sets import arrange
 from sqa_convert.heads.group_cost import GroupCost
-from sqa_convert.heads.layer_inputs import Inputs
 from sqa_convert.heads.refine import refine
 from sqa_convert.heads.refit import output_error, refit
 from sqa_convert.heads.search import search
+from sqa_convert.heads.site_inputs import Inputs
 from sqa_convert.heads.statistics import collect, from_norms, similarity
 
 

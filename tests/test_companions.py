@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from sqa_convert.checkpoints import files as writing
+from sqa_convert.checkpoints import small_files as writing
 from sqa_convert.checkpoints.companions import companions, has_tokenizer, left_behind
 from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.convert import main

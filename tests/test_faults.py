@@ -20,8 +20,8 @@ from test_uptraining import FEW
 
 from sqa_convert import uptrain
 from sqa_convert.checkpoints import staging as output
-from sqa_convert.checkpoints.files import write_json
 from sqa_convert.checkpoints.find import SAMPLES
+from sqa_convert.checkpoints.small_files import write_json
 from sqa_convert.checkpoints.staging import hold, staged_output
 from sqa_convert.conversion import write as writing
 from sqa_convert.errors import CheckpointError, InterruptedByUserError, OutputError

@@ -14,10 +14,10 @@ from sqa_convert.checkpoints.find import SAMPLES, open_source
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Request
 from sqa_convert.errors import DataError, RecipeError
+from sqa_convert.text.document_rows import document_rows, up_to
 from sqa_convert.text.documents import Columns
 from sqa_convert.text.encoding import Encoder, control_tokens
 from sqa_convert.text.suitability import fitted_elsewhere
-from sqa_convert.text.token_rows import document_rows, up_to
 from sqa_convert.text.tokenizers import load_tokenizer
 from sqa_convert.uptraining import own_text
 from sqa_convert.uptraining.data import with_text_named

@@ -13,8 +13,8 @@ from helpers import gpt2, plain_convert
 from test_resume import interrupt_second_time
 
 from sqa_convert import Recipe, evaluate, uptrain
-from sqa_convert.checkpoints.files import REPORT, write_json
 from sqa_convert.checkpoints.find import SAMPLES
+from sqa_convert.checkpoints.small_files import REPORT, write_json
 from sqa_convert.errors import CheckpointError, InterruptedByUserError, OutputError, QualityError, RecipeError
 from sqa_convert.evaluation.load import load_model
 from sqa_convert.report.formatting import nats, perplexity

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sqa_convert.errors import RecipeError
 from sqa_convert.heads import METHODS, AttentionHeads, Partition, get_method
 from sqa_convert.heads.attend import Attention
-from sqa_convert.heads.layer_inputs import Inputs
+from sqa_convert.heads.site_inputs import Inputs
 from sqa_convert.heads.statistics import collect, from_norms
 
 D, d, T, BUCKETS = 24, 5, 7, 8

@@ -10,8 +10,8 @@ from helpers import gpt2, t5, tokens
 from helpers import plain_convert as convert
 from transformers import T5EncoderModel
 
+from sqa_convert.checkpoints.diffusers_folders import assembled
 from sqa_convert.checkpoints.find import SAMPLES, open_source
-from sqa_convert.checkpoints.pipeline_parts import assembled
 from sqa_convert.cli.convert import main
 from sqa_convert.errors import CheckpointError, RecipeError
 from sqa_convert.text.tokenizers import load_tokenizer

@@ -12,7 +12,6 @@ from helpers import plain_convert as convert
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, MT5Config, T5Config
 
-from sqa_convert.amounts import amount
 from sqa_convert.checkpoints.dtypes import torch_dtype
 from sqa_convert.checkpoints.source import Source, TensorInfo
 from sqa_convert.conversion.plan import make_plan, parse_size
@@ -20,6 +19,7 @@ from sqa_convert.conversion.request import Calibration, Request
 from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
 from sqa_convert.families import FAMILIES, Family, Site, family_of
 from sqa_convert.heads import Partition, get_method
+from sqa_convert.parse_amounts import amount
 
 
 def gpt2_config(width, layers, heads):

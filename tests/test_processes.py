@@ -15,7 +15,7 @@ from helpers import plain_convert as convert
 from safetensors.torch import load_file
 
 from sqa_convert import Recipe, uptrain
-from sqa_convert.checkpoints.files import write_json
+from sqa_convert.checkpoints.small_files import write_json
 from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.errors import RecipeError, SQAError
 from sqa_convert.report.report_json import read_report

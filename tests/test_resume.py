@@ -15,7 +15,7 @@ from helpers import plain_convert as convert
 from safetensors.torch import load_file
 
 from sqa_convert import uptrain
-from sqa_convert.checkpoints.files import write_json
+from sqa_convert.checkpoints.small_files import write_json
 from sqa_convert.errors import InterruptedByUserError, RecipeError
 from sqa_convert.report.report_json import read_report
 from sqa_convert.uptraining.run_folder import conversion_id

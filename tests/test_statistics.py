@@ -11,13 +11,13 @@ import sqa_convert.heads.refine as refine_module
 from sqa_convert.heads import Partition
 from sqa_convert.heads.attend import Attention
 from sqa_convert.heads.cheapest_sets import improved
-from sqa_convert.heads.circuits import balance, shared_factor
 from sqa_convert.heads.group_cost import GroupCost, PairCost
-from sqa_convert.heads.layer_inputs import Inputs
+from sqa_convert.heads.merge_circuits import balance, shared_factor
 from sqa_convert.heads.procrustes import _aligned
 from sqa_convert.heads.refine import LEARNING_RATE, refine
 from sqa_convert.heads.refit import RIDGE as REFIT_RIDGE
 from sqa_convert.heads.refit import output_error, refit
+from sqa_convert.heads.site_inputs import Inputs
 from sqa_convert.heads.statistics import RIDGE, collect, from_norms, similarity, with_ridge
 
 BLIND_SPREAD = 0.1

@@ -27,8 +27,8 @@ from sqa_convert.evaluation.measure import Predictions, measure, predict
 from sqa_convert.report.sentences import recovered, uptraining_lines
 from sqa_convert.report.tables import quality_table
 from sqa_convert.uptraining import data as training_data
+from sqa_convert.uptraining.other_trainers_names import HINTS
 from sqa_convert.uptraining.recipe import dump_recipe, override, recipe_folder, recipe_names, summary
-from sqa_convert.uptraining.setting_hints import HINTS
 from sqa_convert.uptraining.trainable import no_dropout
 from sqa_convert.uptraining.trainer import UptrainingTrainer
 

@@ -10,8 +10,8 @@ import torch
 from helpers import gpt2, plain_convert, t5
 from safetensors.torch import load_file, save_file
 
-from sqa_convert.checkpoints.files import sha256_of
 from sqa_convert.checkpoints.find import SAMPLES
+from sqa_convert.checkpoints.small_files import sha256_of
 from sqa_convert.cli.evaluate import main
 from sqa_convert.errors import CheckpointError
 from sqa_convert.evaluation.evaluate import compare

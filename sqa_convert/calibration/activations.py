@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..evaluation.measure import model_inputs
 from ..families import Site
-from ..heads.layer_inputs import Inputs
+from ..heads.site_inputs import Inputs
 from ..text.collate import IGNORED
 
 Batch = dict[str, Tensor]

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..conversion.convert_site import ConvertedSite, SiteRecord
 from ..heads import AttentionHeads, Method, Partition, get_method
 from ..heads.attend import Attention
-from ..heads.layer_inputs import Inputs, concatenated
 from ..heads.refine import refine
 from ..heads.refit import output_error, refit
 from ..heads.search import search
+from ..heads.site_inputs import Inputs, concatenated
 from ..heads.statistics import Statistics, collect, similarity, with_ridge
 
 PATTERN_ROWS = 8192

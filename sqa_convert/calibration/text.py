@@ -12,12 +12,12 @@ from ..checkpoints.source import Source
 from ..conversion.plan import Plan
 from ..progress import Progress, silent
 from ..text.collate import IGNORED
+from ..text.document_rows import causal_batches, pair_batches
 from ..text.plain_generation import own_tokens
-from ..text.token_rows import causal_batches, pair_batches
 from .activations import Batch
 from .causal_text import causal_text
 from .pair_text import pair_text
-from .text_request import Reading, Row
+from .text_context import Reading, Row
 
 HELD_OUT = 0.1
 """of the sequences, for the choices"""

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..error_wording import names_arguments
 from ..errors import CheckpointError, RecipeError, SQAError, one_line, shown
 from ..families import completed
+from ..flags_as_arguments import names_arguments
 from .adapters import ADAPTER, refuse_adapter
 from .companions import (
     CONFIG,
@@ -20,9 +20,9 @@ from .companions import (
     companions,
     has_tokenizer,
 )
-from .files import is_folder, read_config, read_json
+from .diffusers_folders import PIPELINE, assembled, check_format, part_of, without_config, without_weights
 from .pickle_check import check_pickle
-from .pipeline_parts import PIPELINE, assembled, check_format, part_of, without_config, without_weights
+from .small_files import is_folder, read_config, read_json
 from .source import HeadersSource, PickleSource, SafetensorsSource, Source, Stamp, indexed, stamp
 from .untrusted import LARGEST_CONFIG, LARGEST_INDEX, MOST_TENSORS, regular_file
 

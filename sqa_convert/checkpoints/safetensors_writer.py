@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, one_line
 from .dtypes import DTYPES, PIECE
-from .files import sync
+from .small_files import sync
 from .staging import umask
 
 if TYPE_CHECKING:

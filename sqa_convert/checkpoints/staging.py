@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import CheckpointError, OutputError, SQAError, one_line, shown
-from .files import REPORT, is_ours, read_json, sync
+from .small_files import REPORT, is_ours, read_json, sync
 
 NOWHERE = "the folder you are in is not there any more: change to one that is"
 

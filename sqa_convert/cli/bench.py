@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ..amounts import amount
 from ..errors import CheckpointError, OutputError, RecipeError, one_line
+from ..parse_amounts import amount
 from .console import Out, run_app
 from .flags import EXIT_CODES, AsJson, Device, Quiet, TrustRemoteCode, Verbose, Version, make_app
-from .print_report import show_report
+from .show_results import show_report
 
 GRID = "One attention layer of random weights"
 RESULT = "speed.json"
@@ -71,8 +71,8 @@ def bench_command(
     names = list(models or [])
     if head_grid == bool(names):
         raise RecipeError("give MODEL, or --head-grid without one")
-    from ..checkpoints.files import write_json
     from ..checkpoints.find import local_folder
+    from ..checkpoints.small_files import write_json
     from ..checkpoints.staging import expanded
     from ..report.report_json import REPORT, read_report
     from ..report.tables import speed_rows, speed_title

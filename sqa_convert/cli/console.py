@@ -18,8 +18,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.table import Table
 
 from ..checkpoints.staging import NOWHERE, here
-from ..error_wording import flags_named
 from ..errors import RecipeError, SQAError
+from ..flags_as_arguments import flags_named
 from ..report.provenance import asked_by
 from .streams import forgiving_streams
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.pipeline_parts import part_of
+from ..checkpoints.diffusers_folders import part_of
 from ..checkpoints.staging import expanded
 from ..conversion.convert_site import uses_torch
 from ..conversion.request import DEFAULT_SHARD, Calibration, Request
@@ -18,7 +18,7 @@ from ..text.formats import TEXT_COLUMN
 from . import convert_flags as flags
 from .console import Out, run_app
 from .flags import EXIT_CODES, AsJson, Public, PushToHub, Quiet, Verbose, Version, make_app
-from .print_report import push, show_conversion, show_plan
+from .show_results import push, show_conversion, show_plan
 
 if TYPE_CHECKING:
     from ..uptraining.recipe import Recipe

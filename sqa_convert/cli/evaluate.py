@@ -22,7 +22,7 @@ from .flags import (
     count,
     make_app,
 )  # fmt: skip
-from .print_report import show_evaluation
+from .show_results import show_evaluation
 
 app = make_app()
 
@@ -67,8 +67,8 @@ def evaluate_command(
     [bold]sqa-eval gpt2-sqa-q8kv4 --max-kl 0.05[/bold]
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
-    from ..checkpoints.files import REPORT
     from ..checkpoints.find import resolve
+    from ..checkpoints.small_files import REPORT
     from ..evaluation.evaluate import compare, untrained
     from ..evaluation.held_out_text import prepare
     from ..report.report_json import read_report

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from ..amounts import amount
 from ..errors import RecipeError
+from ..parse_amounts import amount
 
 SAY = "What is said"
 EXIT_CODES = (

@@ -30,7 +30,7 @@ from .flags import (
     listing,
     make_app,
 )  # fmt: skip
-from .print_report import push, show_loading, show_quality
+from .show_results import push, show_loading, show_quality
 
 app = make_app()
 

@@ -13,12 +13,12 @@ from itertools import chain
 from typing import Any
 
 from .. import __version__
-from ..amounts import parse_size
 from ..checkpoints.dtypes import DTYPES, FLOATING
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError
 from ..families import Config, Dimensions, Family, Site, family_of
 from ..heads import AUTO, Method, Partition
+from ..parse_amounts import parse_size
 from .attention_cost import Cost, attention_cost, count_parameters
 from .match_tensors import Stored, stored_tensors
 from .request import CASTS, Fitting, Request

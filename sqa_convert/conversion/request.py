@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..amounts import amount, parse_size
 from ..errors import RecipeError
 from ..families import Config, Site, family_of
 from ..heads import AUTO, Convert, Method, Partition, get_method
+from ..parse_amounts import amount, parse_size
 from ..text.documents import Columns, is_own
 from ..text.formats import TEXT_COLUMN
-from .partitions import HeadCounts, given_partitions, partitions_by_kind, site_kinds
+from .asked_partitions import HeadCounts, given_partitions, partitions_by_kind, site_kinds
 
 BLIND_METHOD = "svd"
 """what "auto" is without calibration text"""

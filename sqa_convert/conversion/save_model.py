@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.companions import GENERATION_CONFIG
-from ..checkpoints.files import carry_files
+from ..checkpoints.small_files import carry_files
 from ..errors import CheckpointError, one_line
 from ..progress import no_bars_of_others
 from .request import DEFAULT_SHARD

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..checkpoints.companions import GENERATION_CONFIG
-from ..checkpoints.files import carry_files, write_json
 from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.safetensors_writer import ShardWriter, flushing
+from ..checkpoints.small_files import carry_files, write_json
 from ..checkpoints.source import Source
 from ..families import Site
 from ..progress import Progress

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..caller_settings import undisturbed
-from ..checkpoints.files import REPORT, is_ours, read_json
+from ..checkpoints.small_files import REPORT, is_ours, read_json
 from ..devices import device_name
-from ..error_wording import names_arguments
 from ..errors import CheckpointError, RecipeError
+from ..flags_as_arguments import names_arguments
 from ..text.formats import TEXT_COLUMN
 from ..text.suitability import Fit, misfits
 from .held_out_batches import HeldOut

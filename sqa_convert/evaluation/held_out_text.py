@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..amounts import amount, check_seed
 from ..devices import choose_device
-from ..error_wording import names_arguments
 from ..errors import DataError, RecipeError, UnreadableTextError, one_line
 from ..families.special_tokens import SpecialTokens, end_of_text
+from ..flags_as_arguments import names_arguments
+from ..parse_amounts import amount, check_seed
 from ..text.blocks import token_blocks
 from ..text.collate import IGNORED, CausalCollator, PairCollator
+from ..text.document_rows import causal_batches, document_rows, pair_batches, up_to
 from ..text.documents import TOKEN_PAIRS, Columns, check_data, documents, is_own, pair_columns, pairs
 from ..text.encoding import encoded_pair
 from ..text.formats import TEXT_COLUMN
@@ -27,7 +28,6 @@ from ..text.self_generated import own_pairs, own_rows
 from ..text.spans import denoising
 from ..text.splits import Document, Skipped, Split
 from ..text.suitability import built_in_does_not_fit, looked_at
-from ..text.token_rows import causal_batches, document_rows, pair_batches, up_to
 from ..text.tokenizers import check_vocabulary
 from .held_out_batches import HeldOut
 from .load import Measured

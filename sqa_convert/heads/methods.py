@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..error_wording import names_arguments
 from ..errors import RecipeError, shown
+from ..flags_as_arguments import names_arguments
 from .partition import Partition
 from .weights import AttentionHeads
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..error_wording import names_arguments
 from ..errors import RecipeError
+from ..flags_as_arguments import names_arguments
 
 VARIANTS: dict[str, tuple[float, float]] = {
     "gqa": (1.0, 0.25),

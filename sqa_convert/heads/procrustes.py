@@ -41,7 +41,7 @@ def procrustes(heads: AttentionHeads, partition: Partition, statistics: Statisti
     import torch
 
     from .attend import query_with_bias
-    from .circuits import Merged, assemble
+    from .merge_circuits import Merged, assemble
     from .statistics import with_ridge
 
     query, key = query_with_bias(heads), heads.key.double()

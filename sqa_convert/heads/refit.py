@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .attend import Attention
-from .layer_inputs import Inputs
+from .site_inputs import Inputs
 from .weights import AttentionHeads
 
 RIDGE = 1e-3

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attend import Attention
-from .layer_inputs import Inputs
+from .site_inputs import Inputs
 from .weights import AttentionHeads
 
 RIDGE = 1e-3  # share of an isotropic part in every metric: some models have a few huge directions

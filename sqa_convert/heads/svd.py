@@ -38,7 +38,7 @@ def svd(heads: AttentionHeads, partition: Partition, statistics: Statistics) -> 
     import torch
 
     from .attend import query_with_bias
-    from .circuits import Merged, assemble, shared_factor
+    from .merge_circuits import Merged, assemble, shared_factor
     from .statistics import with_ridge
 
     rank = heads.key.shape[1]

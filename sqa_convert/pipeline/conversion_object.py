@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..caller_settings import undisturbed
 from ..checkpoints.companions import has_tokenizer
-from ..checkpoints.files import sha256_of
 from ..checkpoints.find import local_folder, resolve
 from ..checkpoints.in_memory import ModelSource
+from ..checkpoints.small_files import sha256_of
 from ..checkpoints.source import Source
 from ..checkpoints.staging import expanded, staged_output
 from ..conversion.request import DEFAULT_SHARD
-from ..error_wording import names_arguments
 from ..errors import RecipeError
 from ..evaluation.load import Converted
+from ..flags_as_arguments import names_arguments
 from ..progress import Progress, in_notebooks, no_bars_of_others
-from ..report.rebuilt_report import rebuilt_report, report_of
-from ..report.summary import html_summary, text_summary
+from ..report.notebook_summary import html_summary, text_summary
+from ..report.report_from_config import rebuilt_report, report_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

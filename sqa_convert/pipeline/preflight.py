@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ..amounts import check_seed
 from ..checkpoints.find import open_source, tokenizer_folder
 from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import HeadersSource, Source
@@ -21,8 +20,9 @@ from ..conversion.request import Fitting, Request
 from ..errors import CheckpointError, DataError, OutputError, RecipeError, one_line, shown
 from ..families import Config, family_of
 from ..heads import Partition
+from ..parse_amounts import check_seed
 from ..text.documents import AUTO_TEXT, BUILT_IN, GIVEN, check_data, is_own
-from ..text.files import beginnings_of
+from ..text.find_files import beginnings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

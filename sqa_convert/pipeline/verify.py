@@ -20,7 +20,7 @@ from .. import models
 from ..caller_settings import undisturbed
 from ..checkpoints.companions import has_tokenizer
 from ..checkpoints.dtypes import check_finite
-from ..checkpoints.files import read_config, sha256_of
+from ..checkpoints.small_files import read_config, sha256_of
 from ..checkpoints.source import SafetensorsSource
 from ..checkpoints.staging import expanded
 from ..checkpoints.untrusted import LARGEST_CONFIG, regular_file

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..checkpoints.companions import left_behind
-from ..checkpoints.files import REPORT, is_folder, is_ours, read_json
+from ..checkpoints.small_files import REPORT, is_folder, is_ours, read_json
 from ..checkpoints.source import Source
 from ..conversion.attention_cost import Cost
 from ..conversion.plan import Plan

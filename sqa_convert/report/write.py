@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.companions import CARD
-from ..checkpoints.files import REPORT, write_json
+from ..checkpoints.small_files import REPORT, write_json
 from ..checkpoints.staging import write_text
 from .card import model_card
 from .page import PAGE, report_page

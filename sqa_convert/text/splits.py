@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..errors import DataError, one_line, shown
 from . import python_data
-from .files import files_of, saved_splits
+from .find_files import files_of, saved_splits
 from .formats import TEXT_COLUMN, missing_column, rows
 from .token_ids import INPUT_IDS, STREAM_PIECE, is_token_file, row_tokens, stream_pieces, token_file
 

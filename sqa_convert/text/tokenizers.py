@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ..checkpoints.companions import CONFIG, has_tokenizer
-from ..checkpoints.files import read_config, sha256_of
 from ..checkpoints.find import check_folder, resolve
+from ..checkpoints.small_files import read_config, sha256_of
 from ..checkpoints.source import stamp
 from ..errors import CheckpointError, DataError, one_line
 

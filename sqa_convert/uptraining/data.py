@@ -19,6 +19,7 @@ from ..evaluation.load import Measured
 from ..families.special_tokens import SpecialTokens, end_of_text
 from ..text.blocks import token_blocks, token_stream
 from ..text.collate import CausalCollator, PackedCollator, PairCollator, Rows, SpanCollator, Stream
+from ..text.document_rows import packed
 from ..text.documents import (
     AUTO_TEXT,
     BUILT_IN,
@@ -35,7 +36,6 @@ from ..text.python_data import called
 from ..text.spans import denoising
 from ..text.splits import Document, Skipped
 from ..text.suitability import looked_at
-from ..text.token_rows import packed
 from ..text.tokenizers import check_vocabulary
 from .recipe import Recipe
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..checkpoints.files import REPORT, write_json
 from ..checkpoints.in_memory import unwrapped
+from ..checkpoints.small_files import REPORT, write_json
 from ..checkpoints.staging import expanded
 from ..conversion.save_model import save_model
 from ..errors import RecipeError
 from ..evaluation.load import Converted, load_model
-from ..report.rebuilt_report import rebuilt_report
+from ..report.report_from_config import rebuilt_report
 from . import processes
 from .run_folder import NotBetterError
 

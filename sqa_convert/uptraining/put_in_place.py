@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..checkpoints.files import sha256_of
 from ..checkpoints.safetensors_writer import write_shard
+from ..checkpoints.small_files import sha256_of
 from ..checkpoints.staging import staged_output
 from ..devices import device_name
 from ..errors import OutputError

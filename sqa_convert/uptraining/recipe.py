@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
-from ..error_wording import names_arguments
 from ..errors import DataError, RecipeError, one_line, shown
+from ..flags_as_arguments import names_arguments
 from ..text.documents import AUTO_TEXT, Columns
 from .recipe_rules import Count, Number, Seed, Switch, Text, in_one_line, must_be, sentence
 

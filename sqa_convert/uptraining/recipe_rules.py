@@ -12,10 +12,10 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from ..amounts import amount, check_seed
-from ..error_wording import names_arguments
 from ..errors import RecipeError
-from .setting_hints import HINTS
+from ..flags_as_arguments import names_arguments
+from ..parse_amounts import amount, check_seed
+from .other_trainers_names import HINTS
 
 _Class = TypeVar("_Class", bound=Any)
 

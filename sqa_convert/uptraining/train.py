@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, set_seed
 
-from ..checkpoints.files import write_json
+from ..checkpoints.small_files import write_json
 from ..devices import peak_flops
 from ..errors import RecipeError, one_line
 from ..evaluation.evaluate import Predictions

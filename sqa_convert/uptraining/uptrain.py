@@ -18,7 +18,7 @@ from ..evaluation.load import Converted, load_model
 from ..evaluation.measure import measure, predict
 from ..progress import Progress, in_notebooks, no_bars_of_others
 from ..report.provenance import asked_from_python
-from ..report.rebuilt_report import with_report
+from ..report.report_from_config import with_report
 from ..report.report_json import read_report
 from ..text.collate import PairCollator
 from ..text.documents import GIVEN, SELF, is_own

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.files import REPORT, is_folder, read_config, write_json
 from ..checkpoints.find import open_source
 from ..checkpoints.in_memory import ModelSource
+from ..checkpoints.small_files import REPORT, is_folder, read_config, write_json
 from ..conversion.plan import make_plan
 from ..conversion.request import Request
 from ..errors import CheckpointError

@@ -13,8 +13,8 @@ from helpers import gpt2
 import sqa_convert
 from sqa_convert import Calibration, Partition, Recipe, bench, convert, evaluate, load_recipe, push_to_hub, uptrain
 from sqa_convert.cli import convert as command
-from sqa_convert.error_wording import _arguments, flags_named, names_arguments
 from sqa_convert.errors import CheckpointError, DataError, OutputError, QualityError, RecipeError, SQAError
+from sqa_convert.flags_as_arguments import _arguments, flags_named, names_arguments
 from sqa_convert.heads import get_method, variant_heads
 from sqa_convert.pipeline.verify import verify
 from sqa_convert.speed.bench import bench_layers
