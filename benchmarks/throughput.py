@@ -31,9 +31,9 @@ from sqa_convert.models import SQAGPT2Config, SQAGPT2ForCausalLM
 from sqa_convert.speed.flops import training_flops
 from sqa_convert.speed.timing import Spread, alternate
 from sqa_convert.text.collate import CausalCollator, Rows
-from sqa_convert.uptraining.arguments import training_arguments
 from sqa_convert.uptraining.loss import Targets, aligned_labels, forward_with_loss, hidden_states
 from sqa_convert.uptraining.trainer import UptrainingTrainer
+from sqa_convert.uptraining.trainer_arguments import training_arguments
 
 SKIPPED = 3  # steps of a round, while the machine warms up
 

@@ -7,8 +7,8 @@ from sqa_convert import Recipe
 from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.devices import choose_device, own_device, peak_flops
 from sqa_convert.errors import RecipeError
-from sqa_convert.uptraining.arguments import training_arguments
 from sqa_convert.uptraining.data import training_data
+from sqa_convert.uptraining.trainer_arguments import training_arguments
 
 
 @pytest.fixture

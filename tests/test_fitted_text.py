@@ -14,12 +14,12 @@ from sqa_convert.checkpoints.find import SAMPLES, open_source
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Request
 from sqa_convert.errors import DataError, RecipeError
-from sqa_convert.text.document_rows import document_rows, up_to
 from sqa_convert.text.documents import Columns
-from sqa_convert.text.encoding import Encoder, control_tokens
 from sqa_convert.text.suitability import fitted_elsewhere
+from sqa_convert.text.tokenize_documents import Encoder, control_tokens
+from sqa_convert.text.tokenized_rows import document_rows, up_to
 from sqa_convert.text.tokenizers import load_tokenizer
-from sqa_convert.uptraining import own_text
+from sqa_convert.uptraining import self_generated_rows
 from sqa_convert.uptraining.data import with_text_named
 from sqa_convert.uptraining.recipe import Recipe
 from sqa_convert.uptraining.run_folder import Run
@@ -152,21 +152,21 @@ def test_a_model_that_no_text_fits_is_trained_on_its_own(tmp_path):
 
 
 def test_own_text_is_kept_and_what_is_missing_is_written_again_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(own_text, "PART", 512)
+    monkeypatch.setattr(self_generated_rows, "PART", 512)
     gpt2(layers=1).save_pretrained(tmp_path / "source")
     recipe = Recipe(tokens=1024, sequence_length=32, batch_size=4, data="self")
     run = Run(tmp_path / "model", tmp_path / "source", tmp_path / "model", recipe, False)
     stages = []
     arguments = (load_tokenizer(SAMPLES / "gpt2"), CPU, lambda *stage: stages.append(stage))
-    own_text.write_own_text(run, *arguments)
-    blocks = own_text.read_own_text(run, pairs=False)
+    self_generated_rows.write_own_text(run, *arguments)
+    blocks = self_generated_rows.read_own_text(run, pairs=False)
     assert all(sum(map(len, block)) <= 32 for block in blocks) and sum(len(r) for b in blocks for r in b) >= 1024
-    first, second = own_text._parts(run)
+    first, second = self_generated_rows._parts(run)
     assert first.read_bytes() != second.read_bytes()
     content, stamp = second.read_bytes(), first.stat().st_mtime_ns
     second.unlink()
-    own_text.write_own_text(run, *arguments)
+    self_generated_rows.write_own_text(run, *arguments)
     assert second.read_bytes() == content and first.stat().st_mtime_ns == stamp
     stages.clear()
-    own_text.write_own_text(run, *arguments)
+    self_generated_rows.write_own_text(run, *arguments)
     assert stages == []

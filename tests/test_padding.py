@@ -16,7 +16,7 @@ from sqa_convert.conversion.request import Request
 from sqa_convert.evaluation.held_out_batches import HeldOut
 from sqa_convert.evaluation.measure import measure, predict
 from sqa_convert.text.collate import IGNORED, PackedCollator
-from sqa_convert.text.document_rows import causal_batches, pair_batches
+from sqa_convert.text.tokenized_rows import causal_batches, pair_batches
 
 CPU = torch.device("cpu")
 LENGTHS = (24, 23, 22, 17, 9, 8, 7, 3) * 2

@@ -19,10 +19,10 @@ from sqa_convert.checkpoints.small_files import write_json
 from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.errors import RecipeError, SQAError
 from sqa_convert.report.report_json import read_report
-from sqa_convert.uptraining import engines
-from sqa_convert.uptraining.arguments import check_recipe
+from sqa_convert.uptraining import fsdp_and_deepspeed
 from sqa_convert.uptraining.recipe import recipe_folder
 from sqa_convert.uptraining.run_folder import recoverable
+from sqa_convert.uptraining.trainer_arguments import check_recipe
 
 BIN = Path(sys.executable).parent
 RECIPE = (
@@ -191,7 +191,9 @@ def test_a_result_that_is_not_complete_is_never_marked_so_and_the_training_not_l
     (tmp_path / "text.txt").write_text(TEXT)
     recipe = Recipe(str(tmp_path / "text.txt"), tokens=64, sequence_length=8, batch_size=4, evaluations=1)
     with monkeypatch.context() as patch:
-        patch.setattr(engines, "whole_weights", lambda trainer: {"transformer.wpe.weight": torch.zeros(256, 192)})
+        patch.setattr(
+            fsdp_and_deepspeed, "whole_weights", lambda trainer: {"transformer.wpe.weight": torch.zeros(256, 192)}
+        )
         with pytest.raises(RuntimeError, match="weights were not gathered"):
             uptrain(tmp_path / "m", recipe, device="cpu", evaluate=False)
     assert (tmp_path / "m.uptraining/uptrain/checkpoint-2/complete").is_file()
@@ -241,11 +243,11 @@ def test_a_run_is_not_resumed_by_another_engine(was, fsdp, says, tmp_path):
     trainer = SimpleNamespace(
         is_deepspeed_enabled=False, is_fsdp_enabled=fsdp, accelerator=SimpleNamespace(state=state)
     )
-    engines.mark(trainer, tmp_path)
-    engines.check_checkpoint(trainer, str(tmp_path))
+    fsdp_and_deepspeed.mark(trainer, tmp_path)
+    fsdp_and_deepspeed.check_checkpoint(trainer, str(tmp_path))
     (tmp_path / "engine").write_text(was)
     with pytest.raises(RecipeError, match=says):
-        engines.check_checkpoint(trainer, str(tmp_path))
+        fsdp_and_deepspeed.check_checkpoint(trainer, str(tmp_path))
 
 
 FAULTY = """

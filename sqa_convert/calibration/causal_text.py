@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..errors import shown
-from ..text.document_rows import document_rows, up_to
-from ..text.encoding import Encoder
 from ..text.find_files import beginnings_of
 from ..text.self_generated import own_rows
 from ..text.splits import Skipped
+from ..text.tokenize_documents import Encoder
+from ..text.tokenized_rows import document_rows, up_to
 from ..text.tokenizers import check_vocabulary
 from .text_context import Content, Reading
 

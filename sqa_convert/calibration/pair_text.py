@@ -10,15 +10,15 @@ from torch import Tensor
 from ..errors import SQAError
 from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.measure import made_for
-from ..text.document_rows import document_rows, pair_batches, up_to
 from ..text.documents import TOKEN_PAIRS, Columns, is_own, pair_columns, pairs
-from ..text.encoding import encoded_pair
 from ..text.plain_generation import own_tokens
 from ..text.python_data import called
 from ..text.self_generated import SHORT, answers
 from ..text.spans import Denoising, PrefixSplit, denoising
 from ..text.splits import Skipped
 from ..text.suitability import looked_at
+from ..text.tokenize_documents import encoded_pair
+from ..text.tokenized_rows import document_rows, pair_batches, up_to
 from .text_context import LONGEST, Content, Reading, Row
 
 _LOOKED_AT = 16  # texts that tell whether a model was made for span corruption

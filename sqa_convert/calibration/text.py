@@ -12,8 +12,8 @@ from ..checkpoints.source import Source
 from ..conversion.plan import Plan
 from ..progress import Progress, silent
 from ..text.collate import IGNORED
-from ..text.document_rows import causal_batches, pair_batches
 from ..text.plain_generation import own_tokens
+from ..text.tokenized_rows import causal_batches, pair_batches
 from .activations import Batch
 from .causal_text import causal_text
 from .pair_text import pair_text

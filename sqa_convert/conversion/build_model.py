@@ -13,7 +13,7 @@ from ..progress import Progress, no_bars_of_others, silent
 from .convert_site import SiteRecord, Sites
 from .execute import convert_all
 from .plan import OutputTensor, Plan
-from .result_classes import config_class, model_class
+from .result_model_class import config_class, model_class
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,9 +18,7 @@ from ..flags_as_arguments import names_arguments
 from ..parse_amounts import amount, check_seed
 from ..text.blocks import token_blocks
 from ..text.collate import IGNORED, CausalCollator, PairCollator
-from ..text.document_rows import causal_batches, document_rows, pair_batches, up_to
 from ..text.documents import TOKEN_PAIRS, Columns, check_data, documents, is_own, pair_columns, pairs
-from ..text.encoding import encoded_pair
 from ..text.formats import TEXT_COLUMN
 from ..text.plain_generation import own_tokens
 from ..text.python_data import called, repeatable
@@ -28,6 +26,8 @@ from ..text.self_generated import own_pairs, own_rows
 from ..text.spans import denoising
 from ..text.splits import Document, Skipped, Split
 from ..text.suitability import built_in_does_not_fit, looked_at
+from ..text.tokenize_documents import encoded_pair
+from ..text.tokenized_rows import causal_batches, document_rows, pair_batches, up_to
 from ..text.tokenizers import check_vocabulary
 from .held_out_batches import HeldOut
 from .load import Measured

@@ -177,10 +177,10 @@ def _check_output(source: Source, output: Path, overwrite: bool) -> None:
 
 def _check_training(source: Source, output: Path, options: RunOptions, recipe: Recipe) -> None:
     from ..devices import choose_device
-    from ..uptraining.arguments import check_recipe
     from ..uptraining.data import check_text, training_data
     from ..uptraining.processes import count
     from ..uptraining.run_folder import run_folder
+    from ..uptraining.trainer_arguments import check_recipe
 
     if count() > 1:
         raise RecipeError("--uptrain works in one process: convert without it, then start sqa-uptrain in several")

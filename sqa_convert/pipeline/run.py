@@ -19,7 +19,7 @@ from ..conversion.build_model import build_model
 from ..conversion.convert_site import Calibrated
 from ..conversion.execute import check_copies
 from ..conversion.plan import Plan
-from ..conversion.result_classes import check_loads
+from ..conversion.result_model_class import check_loads
 from ..conversion.write import write_model
 from ..errors import CheckpointError, DataError, RecipeError, one_line
 from ..progress import Progress, silent

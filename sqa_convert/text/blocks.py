@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .encoding import CHARACTERS, Encoder
 from .splits import Document
+from .tokenize_documents import CHARACTERS, Encoder
 
 WAITING = 2**24  # characters of the documents held to go on with
 

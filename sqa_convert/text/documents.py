@@ -9,10 +9,10 @@ from typing import Any
 
 from ..errors import DataError, RecipeError, shown
 from .formats import TEXT_COLUMN
+from .pretokenized import INPUT_IDS, LABELS
 from .python_data import called
 from .splits import Document, Skipped, Split, Table
 from .stdlib import stdlib
-from .token_ids import INPUT_IDS, LABELS
 
 BUILT_IN = "stdlib"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from ..errors import DataError, one_line, shown
-from .token_ids import INPUT_IDS, MASK
+from .pretokenized import INPUT_IDS, MASK
 
 TEXT_COLUMN = "text"
 

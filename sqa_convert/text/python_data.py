@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, shown
 from .formats import TEXT_COLUMN
-from .token_ids import INPUT_IDS, token_ids
+from .pretokenized import INPUT_IDS, token_ids
 
 if TYPE_CHECKING:
-    from .token_ids import Ids
+    from .pretokenized import Ids
 
 KINDS = "texts, token ids, rows of a table, or batches with input_ids"
 

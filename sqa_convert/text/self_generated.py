@@ -13,11 +13,11 @@ from transformers import Cache, DynamicLayer
 
 from ..errors import DataError
 from ..progress import Progress, silent
-from .document_rows import document_rows, up_to
 from .documents import BUILT_IN, Split, documents
-from .encoding import control_tokens
 from .plain_generation import generate, own_tokens
 from .suitability import looked_at
+from .tokenize_documents import control_tokens
+from .tokenized_rows import document_rows, up_to
 
 SAMPLED_SEQUENCES = 128
 """at a time, at most"""

@@ -14,10 +14,10 @@ from ..errors import DataError, one_line, shown
 from . import python_data
 from .find_files import files_of, saved_splits
 from .formats import TEXT_COLUMN, missing_column, rows
-from .token_ids import INPUT_IDS, STREAM_PIECE, is_token_file, row_tokens, stream_pieces, token_file
+from .pretokenized import INPUT_IDS, STREAM_PIECE, is_token_file, row_tokens, stream_pieces, token_file
 
 if TYPE_CHECKING:
-    from .token_ids import Ids
+    from .pretokenized import Ids
 
 Split = Literal["train", "heldout"]
 

@@ -19,7 +19,6 @@ from ..evaluation.load import Measured
 from ..families.special_tokens import SpecialTokens, end_of_text
 from ..text.blocks import token_blocks, token_stream
 from ..text.collate import CausalCollator, PackedCollator, PairCollator, Rows, SpanCollator, Stream
-from ..text.document_rows import packed
 from ..text.documents import (
     AUTO_TEXT,
     BUILT_IN,
@@ -31,11 +30,12 @@ from ..text.documents import (
     is_own,
     pair_columns,
 )
-from ..text.encoding import tensor_of
 from ..text.python_data import called
 from ..text.spans import denoising
 from ..text.splits import Document, Skipped
 from ..text.suitability import looked_at
+from ..text.tokenize_documents import tensor_of
+from ..text.tokenized_rows import packed
 from ..text.tokenizers import check_vocabulary
 from .recipe import Recipe
 

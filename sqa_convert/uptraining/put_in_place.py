@@ -28,7 +28,7 @@ from ..report.write import write_report
 from .data import TrainingData
 from .recipe import Recipe, dump_recipe
 from .run_folder import BECAME, OF, RECIPE, NotBetterError, Run, conversion_id
-from .train import FINAL, Job
+from .train_one_model import FINAL, Job
 
 
 def note_training(

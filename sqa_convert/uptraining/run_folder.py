@@ -29,7 +29,7 @@ from ..errors import (
 from ..report.report_json import read_report
 from . import processes
 from .recipe import Recipe, dump_recipe, load_recipe, override
-from .train import FINAL, FINISHED, step_of
+from .train_one_model import FINAL, FINISHED, step_of
 from .trainer import COMPLETE, DivergedError
 
 RECIPE = "recipe.yaml"

@@ -18,7 +18,7 @@ from ..errors import QualityError
 from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.measure import Predictions, measure, predict
 from ..report.formatting import nats
-from . import engines, processes
+from . import fsdp_and_deepspeed, processes
 from .loss import Targets, aligned_labels, forward_with_loss, hidden_states
 
 COMPLETE = "complete"
@@ -247,7 +247,7 @@ class _Watch(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         if processes.is_writer():
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            engines.mark(self.trainer, folder)
+            fsdp_and_deepspeed.mark(self.trainer, folder)
             (folder / f".{COMPLETE}").write_text(f"{self.seconds():.2f}")
             (folder / f".{COMPLETE}").rename(folder / COMPLETE)
             rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)

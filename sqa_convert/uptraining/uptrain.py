@@ -25,15 +25,15 @@ from ..text.documents import GIVEN, SELF, is_own
 from ..text.python_data import is_named, repeatable
 from ..text.suitability import misfits
 from . import processes
-from .arguments import check_recipe, uses_bfloat16
 from .data import TrainingData, training_data, with_text_named
 from .find_source import find_source
 from .models_in_memory import in_folder
-from .own_text import read_own_text, write_own_text
 from .put_in_place import not_better, note_training, put_in_place
 from .recipe import Recipe
 from .run_folder import Run, alone, begin, conversion_id, goes_on, recoverable, run_folder, run_recipe, target_folder
-from .train import Job, train
+from .self_generated_rows import read_own_text, write_own_text
+from .train_one_model import Job, train
+from .trainer_arguments import check_recipe, uses_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

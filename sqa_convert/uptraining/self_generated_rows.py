@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..evaluation.load import load_model
 from ..progress import Progress
-from ..text.document_rows import packed
 from ..text.self_generated import own_pairs, own_rows
+from ..text.tokenized_rows import packed
 from .run_folder import Run
 
 FOLDER = "text"

@@ -22,12 +22,12 @@ from ..evaluation.evaluate import Predictions
 from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.load import load_model
 from ..speed.flops import training_flops
-from . import engines, processes
-from .arguments import training_arguments
+from . import fsdp_and_deepspeed, processes
 from .data import TrainingData
 from .recipe import Recipe
 from .trainable import choose_trained, no_dropout, with_lora
 from .trainer import COMPLETE, StepProgress, UptrainingTrainer
+from .trainer_arguments import training_arguments
 
 FINAL = "final"
 """folder of a finished training's model"""
@@ -85,13 +85,13 @@ def train(path: Path, teacher: Any, recipe: Recipe, job: Job, output: Path, prog
     set_seed(recipe.seed)
     trainer = _trainer(path, teacher, recipe, job, output, checkpoint, progress)
     with processes.together():
-        engines.check_checkpoint(trainer, checkpoint)
-    engines.check_folder(trainer)
+        fsdp_and_deepspeed.check_checkpoint(trainer, checkpoint)
+    fsdp_and_deepspeed.check_folder(trainer)
     try:
         with _logged_beside(output):
             steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
     except ValueError as error:
-        if engines.is_contradiction(error):
+        if fsdp_and_deepspeed.is_contradiction(error):
             raise RecipeError(f"accelerate's file and the recipe disagree: {one_line(error, 600)}") from error
         raise
     finally:
@@ -100,7 +100,7 @@ def train(path: Path, teacher: Any, recipe: Recipe, job: Job, output: Path, prog
         raise KeyboardInterrupt
     result = _costs(trainer, recipe, steps)
     result |= _choice(trainer, recipe) if job.chooses else {"kept_steps": steps}
-    weights = engines.whole_weights(trainer)  # by all processes
+    weights = fsdp_and_deepspeed.whole_weights(trainer)  # by all processes
     with processes.together():  # none leaves, and nothing is cleared away, before they are written
         if processes.is_first():
             _write_final(trainer, weights, path, recipe, job, output / FINAL)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .blocks import WAITING, from_a_line
 from .collate import IGNORED
-from .encoding import Encoder
 from .splits import Document
+from .tokenize_documents import Encoder
 
 Item = TypeVar("Item")
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from ..errors import RecipeError
-from . import engines, processes
+from . import fsdp_and_deepspeed, processes
 from .recipe import Recipe
 
 _CHECKPOINTS = 2  # of a run, that stay
@@ -33,7 +33,7 @@ def local_batch(recipe: Recipe) -> tuple[int, int]:
 def check_recipe(recipe: Recipe, evaluate: bool, device: torch.device) -> None:
     """Raises RecipeError where this machine cannot do what a recipe asks. Nothing is read or written."""
     local_batch(recipe)
-    engines.check_engine(recipe.fsdp)
+    fsdp_and_deepspeed.check_engine(recipe.fsdp)
     if recipe.fsdp and processes.count() == 1:
         raise RecipeError("fsdp shares a model out among processes: start them with torchrun, see the recipe")
     if recipe.precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
