@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _NOT_CARRIED = ("_name_or_path", "transformers_version", "auto_map", "custom_pipelines", "return_dict")
 """of config.json: what the source says of its own files and code, and tuples as outputs, which no longer work"""
 
-_OTHER_TASK = re.compile(r"(Classification|QuestionAnswering|MultipleChoice)$")
+_OTHER_TASK = re.compile(r"(Classification|QuestionAnswering|MultipleChoice|Forecasting)$")
 """of a class's name that no library knows: it has a head other than a language model's"""
 
 MOST_LAYERS, MOST_HEADS, MOST_LABELS = 2_000, 4_096, 100_000
