@@ -365,7 +365,7 @@ def measure(name: str, output: Path) -> dict[str, dict[str, Any]]:
             try:
                 result = sqa_convert.convert(output / name, q, kv, device="cpu", **options)
                 row[way] = round(kl(source, result.model, held_out), 4)
-            except sqa_convert.SQAError as error:
+            except sqa_convert.errors.SQAError as error:
                 row[way] = str(error)
             print(name, f"{q}/{kv}", way, row[way], flush=True)
     return table
