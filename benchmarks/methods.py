@@ -106,7 +106,7 @@ class Bench:
     ) -> ConvertedSite:
         if stage == "refined":
             return fitter.refine(made[site], REFINE_STEPS)
-        return fitter.convert(method, plan.partitions[site.kind], searched, with_refit=stage == "refit")
+        return fitter.convert(method, plan.partitions[site], searched, with_refit=stage == "refit")
 
     def row(self, plan: Plan, made: Made, method: str, stage: str, seconds: float) -> dict[str, Any]:
         model = build_model(plan, self.source, made)[0].float()

@@ -81,6 +81,19 @@ def sqa_t5(q_heads=6, kv_heads=3, attention="sdpa", **options):
     return randomize(SQAT5ForConditionalGeneration._from_config(config, attn_implementation=attention))
 
 
+UNEVEN = {
+    "gpt2": {
+        "q_heads": 8, "kv_heads": 6, "layer_heads": {"decoder": [[8, 4], [6, 6]]},
+        "per_layer_config": {"0": {"num_key_value_heads": 4}, "1": {"n_head": 6}},
+    },
+    "t5": {
+        "q_heads": 8, "kv_heads": 3,
+        "layer_heads": {"encoder": [[8, 4], [6, 6]], "decoder": [[6, 3], [8, 2]], "cross": [[5, 5], [4, 1]]},
+    },
+}  # fmt: skip
+"""what `sqa_gpt2` and `sqa_t5` take for layers of different numbers of heads"""
+
+
 def use_attention(model, name):
     """`set_attn_implementation`, also for the stacks inside, which transformers 5.17 leaves out."""
     for module in model.modules():

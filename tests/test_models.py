@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import (
     SOURCES,
+    UNEVEN,
     VOCABULARY,
     convert_model,
     gpt2,
@@ -30,7 +31,11 @@ from transformers import (
 from sqa_convert.models import SQAGPT2Config, SQAT5Config
 
 MAKERS = {"gpt2": sqa_gpt2, "t5": sqa_t5}
-HEADS = [(6, 1), (6, 3), (6, 6), (8, 4)]
+HEADS = [(6, 1), (6, 3), (6, 6), (8, 4), "uneven"]
+
+
+def made(family, heads):
+    return MAKERS[family](**UNEVEN[family]) if heads == "uneven" else MAKERS[family](*heads)
 
 
 def close(a, b, tolerance=1e-5):
@@ -72,7 +77,7 @@ def test_identity_conversion_keeps_every_step_of_cached_generation(name):
 @pytest.mark.parametrize("family", MAKERS)
 @pytest.mark.parametrize("heads", HEADS)
 def test_eager_equals_sdpa(family, heads):
-    model = MAKERS[family](*heads)
+    model = made(family, heads)
     for case in ((tokens(), None), padded()):
         use_attention(model, "sdpa")
         expected = logits(model, *case)
@@ -98,7 +103,7 @@ def test_flash_attention_is_offered_for_gpt2_alone():
 @pytest.mark.parametrize("family", MAKERS)
 @pytest.mark.parametrize("heads", HEADS)
 def test_dynamic_and_static_cache_equal_no_cache(family, heads):
-    model = MAKERS[family](*heads)
+    model = made(family, heads)
     ids, mask = padded(length=9)
     options = {
         "attention_mask": mask,
@@ -114,8 +119,9 @@ def test_dynamic_and_static_cache_equal_no_cache(family, heads):
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_beams_with_cache_equal_beams_without(family):
-    model = MAKERS[family](8, 4)
+@pytest.mark.parametrize("heads", [(8, 4), "uneven"])
+def test_beams_with_cache_equal_beams_without(family, heads):
+    model = made(family, heads)
     ids, mask = padded(length=9)
     options = {"attention_mask": mask, "max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, use_cache=True, **options), model.generate(ids, use_cache=False, **options))
@@ -123,7 +129,7 @@ def test_beams_with_cache_equal_beams_without(family):
 
 @torch.no_grad()
 def test_static_cache_step_by_step_equals_one_pass():
-    for model in (sqa_gpt2(8, 4), sqa_t5(8, 4)):
+    for model in (made(family, heads) for family in MAKERS for heads in ((8, 4), "uneven")):
         ids = tokens(2, 8)
         inputs = {"input_ids": ids}
         if model.config.is_encoder_decoder:
@@ -155,6 +161,18 @@ def test_measured_cache_is_exactly_smaller_by_the_kv_heads(name, heads):
     ids = tokens(2, 11)
     sizes = [cache_bytes(m(**inputs_for(m, ids), use_cache=True).past_key_values) for m in (source, result)]
     assert sizes[1] * 12 == sizes[0] * heads[1]
+
+
+@torch.no_grad()
+def test_a_cache_that_is_made_before_the_first_token_has_room_by_layer():
+    model = made("gpt2", "uneven")
+    ids = tokens(2, 9)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    whole = model.generate(ids, use_cache=False, **options)
+    how = {"cache_implementation": "static", "disable_compile": True, "prefill_chunk_size": 4}
+    kept = model.generate(ids, **how, return_dict_in_generate=True, **options)
+    assert torch.equal(kept.sequences, whole)
+    assert [layer.keys.shape[1] for layer in kept.past_key_values.layers] == [4, 6]
 
 
 @torch.no_grad()
@@ -198,8 +216,9 @@ def test_output_attentions_are_distributions_of_all_query_heads():
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_gradient_checkpointing_gives_the_same_gradients(family):
-    model = MAKERS[family](6, 3)
+@pytest.mark.parametrize("heads", [(6, 3), "uneven"])
+def test_gradient_checkpointing_gives_the_same_gradients(family, heads):
+    model = made(family, heads)
     ids = tokens(2, 9)
 
     def gradients():
@@ -219,7 +238,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
 @torch.no_grad()
 @pytest.mark.parametrize("family", MAKERS)
 def test_compiles_once_for_all_lengths_without_graph_breaks(family):
-    model = MAKERS[family](6, 3)
+    model = made(family, "uneven")
     counter = CompileCounterWithBackend("eager")
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -377,6 +396,35 @@ def test_config_with_heads_by_site_survives_saving(tmp_path):
     assert back.config.scale_decoder_outputs is False
     ids = tokens()
     assert torch.equal(logits(back.eval(), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_config_with_heads_by_layer_survives_saving(family, tmp_path):
+    model = made(family, "uneven")
+    model.save_pretrained(tmp_path)
+    back = type(model).from_pretrained(tmp_path)
+    for kind, layers in UNEVEN[family]["layer_heads"].items():
+        assert [back.config.heads(kind, layer) for layer in (0, 1)] == [tuple(counts) for counts in layers]
+    ids = tokens()
+    assert torch.equal(logits(back.eval(), ids), logits(model, ids))
+
+
+def test_heads_by_layer_are_not_to_be_taken_for_those_of_all_layers():
+    config = made("gpt2", "uneven").config
+    for name in ("num_attention_heads", "n_head", "num_key_value_heads"):
+        with pytest.raises(RuntimeError, match="per-layer attribute"):
+            getattr(config, name)
+    layers = [(layer.num_attention_heads, layer.num_key_value_heads) for layer in config.per_layer_config]
+    assert layers == [config.heads("decoder", layer) for layer in (0, 1)] == [(8, 4), (6, 6)]
+
+
+@pytest.mark.parametrize("layers", [[[8, 4]], [[8, 4], [6, 4]], [[8, 4], [0, 0]]])
+def test_config_refuses_heads_by_layer_that_cannot_be(layers):
+    with pytest.raises(Exception, match=r"layers|multiple"):
+        SQAGPT2Config(n_layer=2, layer_heads={"decoder": layers})
+    for kind in ("encoder", "decoder", "cross"):
+        with pytest.raises(Exception, match=r"layers|multiple"):
+            SQAT5Config(num_layers=2, layer_heads={kind: layers})
 
 
 def test_dynamic_cache_is_the_default():

@@ -56,7 +56,7 @@ def everything(model, kind, fill):
         parts = inputs[:-1], inputs[-1:]
         fitter = SiteFitter(attention, heads, *parts, metrics[site], CPU, torch.Generator().manual_seed(0))
         results += [t for t in vars(fitter.statistics).values() if t is not None]
-        site_ = fitter.refine(fitter.convert("svd", plan.partitions[site.kind], True, True), 3)
+        site_ = fitter.refine(fitter.convert("svd", plan.partitions[site], True, True), 3)
         results += [t for t in vars(site_.heads).values() if t is not None]
         results.append(torch.tensor([site_.record.errors[stage] for stage in ("converted", "refit", "refined")]))
     other = copy.deepcopy(model)

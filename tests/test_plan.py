@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config
 
 from sqa_convert.checkpoints.dtypes import torch_dtype
 from sqa_convert.checkpoints.source import Source, TensorInfo
+from sqa_convert.cli.convert import _default_output
 from sqa_convert.conversion.plan import make_plan, parse_size
 from sqa_convert.conversion.request import Calibration, Request
 from sqa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
@@ -118,7 +119,7 @@ def test_true_shapes_convert_on_the_meta_device(name):
         planned = {t.name: t for tensors in plan.shards.values() for t in tensors}
         for site in plan.sites[:1] + plan.sites[-2:]:
             read = plan.family.read(site, lambda n, p=plan: source.meta(p.source_names[n]), plan.dimensions)
-            written = plan.family.write(site, get_method("mean").convert(read, plan.partitions[site.kind], None))
+            written = plan.family.write(site, get_method("mean").convert(read, plan.partitions[site], None))
             expected = {n for n, t in planned.items() if isinstance(t.origin, Site) and t.origin == site}
             assert written.keys() == expected
             for tensor_name, tensor in written.items():
@@ -127,10 +128,11 @@ def test_true_shapes_convert_on_the_meta_device(name):
 
 
 @pytest.mark.parametrize("make", [gpt2, t5])
-@pytest.mark.parametrize("heads", [(8, 4), (6, 1), (12, 12)])
+@pytest.mark.parametrize("heads", [(8, 4), (6, 1), (12, 12), "uneven"])
 def test_promised_parameters_and_flops_are_the_models(make, heads):
     source = make()
-    conversion = convert(source, *heads)
+    uneven = {"q_groups": 8, "kv_groups": 4, "partition": {"decoder.1": Partition.contiguous(12, 6, 1)}}
+    conversion = convert(source, **uneven) if heads == "uneven" else convert(source, *heads)
     context = conversion.report["context_tokens"]
     for model, side in ((source, "before"), (conversion.model, "after")):
         cost = conversion.report["cost"][side]
@@ -240,6 +242,13 @@ def test_bytes_of_the_cache():
     assert gpt2_plan.after.kv_cache_bytes == 12 * 2 * 4 * 64 * 2
     t5_plan = make_plan(MetaSource("t5-small", TRUE_MODELS["t5-small"]), Request(4, 2, sites=["cross"]))
     assert t5_plan.after.kv_cache_bytes == 6 * 2 * (8 + 2) * 64 * 4  # of the decoder itself, and of what it looks at
+
+
+def test_names_of_folders_say_where_layers_differ():
+    few = Partition.contiguous(12, 4, 2)
+    source = MetaSource("gpt2", TRUE_MODELS["gpt2"])
+    for given, name in ((None, "gpt2-sqa-q8kv4"), ({"decoder.0": few, "decoder.11": few}, "gpt2-sqa-q7kv4-by-layer")):
+        assert str(_default_output("gpt2", make_plan(source, Request(8, 4, partition=given)).partitions)) == name
 
 
 def test_heads_that_are_all_kept_need_no_calibration():

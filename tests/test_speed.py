@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import gpt2, plain_convert, sqa_gpt2, sqa_t5, t5
+from helpers import UNEVEN, gpt2, plain_convert, sqa_gpt2, sqa_t5, t5
 from torch.utils.flop_counter import FlopCounterMode
 
 from sqa_convert import bench
 from sqa_convert.cli import bench as command
 from sqa_convert.errors import RecipeError
-from sqa_convert.speed.bench import bench_layers, grid_heads
+from sqa_convert.speed.bench import bench_layers, grid_heads, heads_of
 from sqa_convert.speed.measurement import Measurement, speedup
 from sqa_convert.speed.settings import Settings
 from sqa_convert.speed.timing import WARM_UPS, Spread, alternate
@@ -182,6 +182,15 @@ def test_the_paper_s_grid_has_its_head_counts():
     found = bench_layers(4, 16, ("mha", "xsqa"), replace(QUICK, modes=MODES))
     assert found["heads"] == {"mha": "4/4", "xsqa": "1/1"}
     assert [row["ideal"] > 1 for row in found["rows"]] == [False, True] * 3
+
+
+def test_heads_of_a_model_are_named_shortly():
+    models = {"12": gpt2(), "6/3": sqa_gpt2(6, 3), "6/6 to 8/4": sqa_gpt2(**UNEVEN["gpt2"])}
+    models |= {
+        "encoder 4/2, decoder 6/3, cross 6/3": sqa_t5(6, 3, site_heads={"encoder": [4, 2]}),
+        "encoder 6/6 to 8/4, decoder 6/3 to 8/2, cross 4/1 to 5/5": sqa_t5(**UNEVEN["t5"]),
+    }
+    assert [heads_of(model.config) for model in models.values()] == list(models)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])

@@ -10,6 +10,7 @@ import torch
 from helpers import gpt2, plain_convert, t5
 from safetensors.torch import load_file, save_file
 
+from sqa_convert import Partition
 from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.checkpoints.small_files import sha256_of
 from sqa_convert.cli.evaluate import main
@@ -24,9 +25,10 @@ from sqa_convert.pipeline.verify import compare_logits, reloaded, verify
 def made(tmp_path_factory):
     work = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
-    for name, model in (("gpt2", gpt2()), ("t5", t5())):
+    other = Partition.contiguous(12, 6, 2)  # so layers have different numbers of heads
+    for name, model, given in (("gpt2", gpt2(), "decoder.0"), ("t5", t5(), "encoder.1")):
         model.save_pretrained(work / f"{name}-source")
-        plain_convert(work / f"{name}-source", 8, 4, output=work / name)
+        plain_convert(work / f"{name}-source", 8, 4, partition={given: other}, output=work / name)
     return work
 
 

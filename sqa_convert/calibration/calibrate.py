@@ -78,7 +78,7 @@ def calibrate(
     for site, fitter in calibrator.fitters("fit heads"):
         for name, (method, searched) in candidates.items():
             searched = searched and site not in plan.given
-            tried[name][site] = fitter.convert(method, plan.partition_of(site), searched, settings.refit)
+            tried[name][site] = fitter.convert(method, plan.partitions[site], searched, settings.refit)
     report = calibrator.report(plan)
     chosen = best_of_each(tried)
     if plan.method == AUTO and plan.has_language_model_head:
@@ -151,7 +151,7 @@ class Calibrator:
         self.text: Text = calibration_text(
             model, plan, source, device, self._generator("text"), trust_remote_code, progress
         )
-        self.sites = [site for site in plan.sites if not plan.partitions[site.kind].is_identity]
+        self.sites = plan.converted_sites
         self.metrics: dict[Site, Tensor] = {}
         if plan.has_language_model_head:
             self.metrics = sensitivity(

@@ -60,7 +60,7 @@ def _from_documents(reading: Reading) -> Content:
     rows = up_to(document_rows(first, tokenizer, length), reading.tokens, len)
     name = f"{name}{skipped}"
     reading.check([(row,) for row in rows], name)
-    if not reading.plan.has_language_model_head and "decoder" not in reading.plan.partitions:
+    if not reading.plan.has_language_model_head and "decoder" not in reading.plan.kinds:
         return Content(_unanswered(reading, rows), name, unknown)
     corrupt = denoising(tokenizer, reading.vocabulary) if tokenizer is not None else PrefixSplit()
     if not reading.plan.has_language_model_head or _made_for(reading, corrupt, rows):
@@ -97,7 +97,7 @@ def _answered(reading: Reading, rows: Sequence[Tensor]) -> list[tuple[Tensor, Te
 
 def _unanswered(reading: Reading, rows: Sequence[Tensor]) -> list[Row]:
     """What a model reads that predicts nothing; its decoder, where it has one, the same."""
-    return [(row, row) if "decoder" in reading.plan.partitions else (row,) for row in rows]
+    return [(row, row) if "decoder" in reading.plan.kinds else (row,) for row in rows]
 
 
 def _pairs(reading: Reading, columns: Columns) -> Content:

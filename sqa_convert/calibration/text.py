@@ -62,7 +62,7 @@ def calibration_text(
         DataError: the text named is too short or does not fit the model.
     """
     reading = Reading(model, plan, source, device, generator, trust_remote_code, progress)
-    content = pair_text(reading) if "encoder" in plan.partitions else causal_text(reading)
+    content = pair_text(reading) if "encoder" in plan.kinds else causal_text(reading)
     rows = [content.rows[i] for i in torch.randperm(len(content.rows), generator=generator).tolist()]
     count = max(1, round(HELD_OUT * len(rows)))
     fitted, held_out = rows[count:], rows[:count]
@@ -81,7 +81,7 @@ def calibration_text(
 
 def _batches(model: Any, plan: Plan, rows: Sequence[Row]) -> list[Batch]:
     padding = own_tokens(model).padding
-    if "encoder" not in plan.partitions:
+    if "encoder" not in plan.kinds:
         return causal_batches([row[0] for row in rows], padding, _BATCH_TOKENS)
     batches = pair_batches(rows, padding, _BATCH_TOKENS)
     if plan.has_language_model_head:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.diffusers_folders import part_of
@@ -11,6 +12,7 @@ from ..checkpoints.staging import expanded
 from ..conversion.convert_site import uses_torch
 from ..conversion.request import DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
+from ..families import Site
 from ..heads import AUTO, Partition
 from ..report.report_json import conversion_report
 from ..text.documents import Columns
@@ -119,7 +121,7 @@ def convert(
     )
     part = model if subfolder is None else part_of(model, subfolder)
 
-    def place(partitions: Mapping[str, Partition]) -> Path:
+    def place(partitions: Mapping[Site, Partition]) -> Path:
         return _default_output(part, partitions) if output is None else expanded(output)
 
     if push_to_hub is not None:
@@ -176,11 +178,14 @@ def _calibration(
     return None if none else Calibration(text, tokens, refit, refine_steps, column, length, prompts, *of_pairs)
 
 
-def _default_output(model: str, partitions: Mapping[str, Partition]) -> Path:
-    """./NAME-sqa-qNkvM, with the counts of the first kind of attention that is converted."""
-    partition = next((p for p in partitions.values() if not p.is_identity), next(iter(partitions.values())))
+def _default_output(model: str, partitions: Mapping[Site, Partition]) -> Path:
+    """./NAME-sqa-qNkvM, with the counts of the first kind of attention that is converted; where its layers differ their
+    means, rounded, and "-by-layer" behind them."""
+    first = next((site for site, p in partitions.items() if not p.is_identity), next(iter(partitions)))
+    kept = [(len(p.clusters), len(p.groups)) for site, p in partitions.items() if site.kind == first.kind]
+    q_heads, kv_heads = (round(fmean(numbers)) for numbers in zip(*kept, strict=True))
     name = Path(model.removeprefix("sample:")).expanduser().resolve().name or "model"
-    return Path(f"{name}-sqa-q{len(partition.clusters)}kv{len(partition.kv_groups)}")
+    return Path(f"{name}-sqa-q{q_heads}kv{kv_heads}" + ("-by-layer" if len(set(kept)) > 1 else ""))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from ..report.page import PAGE
 from ..report.report_json import auto_class
 from ..report.sentences import (
     calibration_lines,
+    heads_lines,
     left_lines,
     literal,
     quality_lines,
@@ -33,7 +34,7 @@ def show_plan(out: Out, plan: Plan, report: dict[str, Any]) -> None:
     }
     out.json(report | {"shards": shards})
     out.table(f"{report['source']['name']} → {report['output']} (not written)", *costs(report))
-    for line in (*source_lines(report), *left_lines(report)):
+    for line in (*source_lines(report), *left_lines(report), *heads_lines(report)):
         out.result(line)
     for file, tensors in plan.shards.items():
         out.result(f"{file}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:,.1f} MB")
@@ -46,7 +47,7 @@ def show_conversion(out: Out, report: dict[str, Any], target: Path, uptrained: b
     """What a conversion did, what its result is worth, and what to do with it."""
     out.json(report)
     out.table(f"{report['source']['name']} → {target}", *costs(report))
-    for line in (*source_lines(report), *left_lines(report), *calibration_lines(report)):
+    for line in (*source_lines(report), *left_lines(report), *heads_lines(report), *calibration_lines(report)):
         out.result(line)
     show_quality(out, report)
     if not uptrained and report["architecture"].endswith(("ForCausalLM", "ForConditionalGeneration")):

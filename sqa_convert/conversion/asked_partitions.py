@@ -21,6 +21,11 @@ class HeadCounts:
     kv_groups: int | None
     variant: str | None
 
+    @property
+    def complete(self) -> bool:
+        """Whether they say both numbers."""
+        return self.variant is not None or None not in (self.q_groups, self.kv_groups)
+
     def of(self, heads: int, kind: str, given: Partition | None) -> tuple[int, int]:
         """Hq and Hkv of a kind of attention, by what is asked or by the partition given for it. Raises RecipeError."""
         asked: tuple[int | None, int | None] = self.q_groups, self.kv_groups
@@ -76,37 +81,51 @@ def given_partitions(asked: Any, family: Family, config: Config, kinds: Collecti
     return given
 
 
-def partitions_by_kind(
+def planned_partitions(
     family: Family, config: Config, kinds: Collection[str], counts: HeadCounts, given: Mapping[Site, Partition]
-) -> dict[str, Partition]:
-    """For each kind of attention of the model neighbouring heads together; the identity where it is not of `kinds`.
+) -> dict[Site, Partition]:
+    """For each attention site of the model what is given, else neighbouring heads together; the identity where it is
+    not of `kinds`.
 
     Raises:
-        RecipeError: the counts are not possible, or differ between the layers of a kind.
+        RecipeError: the counts are not possible, or not known for all sites.
     """
     heads = family.dimensions(config).heads
-    result = {}
+    used = counts.complete and any(site not in given for site in family.sites(config) if site.kind in kinds)
+    result: dict[Site, Partition] = {}
     for kind in site_kinds(family, config):
+        sites = [site for site in family.sites(config) if site.kind == kind]
         if kind not in kinds:
-            result[kind] = Partition.identity(heads)
+            result |= dict.fromkeys(sites, Partition.identity(heads))
             continue
-        first: Site | None = None
-        for site, partition in given.items():
-            if site.kind != kind:
-                continue
-            first = first or site
-            if _kept(partition) != _kept(given[first]):
-                raise RecipeError(
-                    f"--partition keeps {_kept(given[first])} heads in {site_name(first)} and {_kept(partition)} in "
-                    f"{site_name(site)}: all layers of a kind must keep the same numbers of heads"
-                )
-        if given and first is None and (counts.q_groups, counts.kv_groups, counts.variant) == (None, None, None):
-            raise RecipeError(
-                f"--partition is given for none of {kind}: give --q-groups and --kv-groups too, or leave {kind} out "
-                "with --sites"
-            )
-        result[kind] = Partition.contiguous(heads, *counts.of(heads, kind, None if first is None else given[first]))
+        here = {site: given[site] for site in sites if site in given}
+        if not (used and len(here) == len(sites)):
+            others = _of_the_others(heads, kind, here, len(sites), counts, bool(given))
+            here = dict.fromkeys(sites, others) | here
+        result |= {site: here[site] for site in sites}
     return result
+
+
+def _of_the_others(
+    heads: int, kind: str, given: Mapping[Site, Partition], sites: int, counts: HeadCounts, elsewhere: bool
+) -> Partition:
+    """For the sites of a kind that none is given for; where each is given, that agrees with the counts asked for."""
+    if elsewhere and not given and counts == HeadCounts(None, None, None):
+        raise RecipeError(
+            f"--partition is given for none of {kind}: give --q-groups and --kv-groups too, or leave {kind} out "
+            "with --sites"
+        )
+    if not given or (len(given) < sites and counts.complete):
+        return Partition.contiguous(heads, *counts.of(heads, kind, None))
+    first, *more = given
+    for site in more:
+        if len(given) < sites and _kept(given[site]) != _kept(given[first]):
+            raise RecipeError(
+                f"--partition keeps {_kept(given[first])} heads in {site_name(first)} and {_kept(given[site])} in "
+                f"{site_name(site)}: give --q-groups and --kv-groups too, for the layers it is not given for"
+            )
+    kept = [counts.of(heads, kind, partition) for partition in given.values()]
+    return Partition.contiguous(heads, *kept[0])
 
 
 def site_kinds(family: Family, config: Config) -> tuple[str, ...]:

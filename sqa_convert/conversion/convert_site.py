@@ -74,7 +74,7 @@ def plan_method(plan: Plan) -> Method:
 
 def uses_torch(plan: Plan) -> bool:
     """Whether the sites of a plan are converted by torch."""
-    if all(partition.is_identity for partition in plan.partitions.values()):
+    if not plan.converted_sites:
         return False
     return plan.calibration is not None or plan.searched or plan_method(plan).needs_statistics
 
@@ -83,7 +83,7 @@ def convert_site(plan: Plan, source: Source, site: Site) -> ConvertedSite:
     """Converts one site from the weights alone. Raises CheckpointError."""
     import numpy as np
 
-    heads, partition = read_site(plan, source, site), plan.partition_of(site)
+    heads, partition = read_site(plan, source, site), plan.partitions[site]
     if partition.is_identity:
         return ConvertedSite(heads, SiteRecord("none", partition))
     method, statistics = plan_method(plan), None

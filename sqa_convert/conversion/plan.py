@@ -6,7 +6,7 @@ Imports neither torch nor transformers, so that `--dry-run` answers at once, wha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -16,10 +16,10 @@ from .. import __version__
 from ..checkpoints.dtypes import DTYPES, FLOATING
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError
-from ..families import Config, Dimensions, Family, Site, family_of
+from ..families import Config, Dimensions, Family, Site, family_of, most
 from ..heads import AUTO, Method, Partition
 from ..parse_amounts import parse_size
-from .attention_cost import Cost, attention_cost, count_parameters
+from .attention_cost import Cost, attention_cost, count_parameters, counts_by_layer
 from .match_tensors import Stored, stored_tensors
 from .request import CASTS, Fitting, Request
 
@@ -60,8 +60,8 @@ class Plan:
     """None: from the weights alone"""
     sites: tuple[Site, ...]
     """all of the model; `partitions` says which of them keep their heads"""
-    partitions: dict[str, Partition]
-    """by site kind"""
+    partitions: dict[Site, Partition]
+    """what is planned for each; where it is not given, a search may find another"""
     given: Mapping[Site, Partition]
     """those that were given, of single sites"""
     shards: dict[str, tuple[OutputTensor, ...]]
@@ -80,14 +80,20 @@ class Plan:
     before: Cost
     after: Cost
 
-    def partition_of(self, site: Site) -> Partition:
-        """What is planned for a site; where it is not given, a search may find another."""
-        return self.given.get(site, self.partitions[site.kind])
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of attention that the model has."""
+        return frozenset(site.kind for site in self.sites)
+
+    @property
+    def converted_sites(self) -> list[Site]:
+        """Those that do not keep all of their heads."""
+        return [site for site in self.sites if not self.partitions[site].is_identity]
 
     @property
     def all_given(self) -> bool:
         """Whether the partition of every converted site is given."""
-        return _all_given(self.sites, self.partitions, self.given)
+        return _all_given(self.partitions, self.given)
 
     @property
     def unknowns(self) -> int:
@@ -122,9 +128,12 @@ def make_plan(source: Source, request: Request) -> Plan:
     stored = stored_tensors(family, source)
 
     cast = CASTS.get(request.dtype)
-    counts = {kind: (len(p.clusters), len(p.kv_groups)) for kind, p in partitions.items()}
+    counts = {site: (len(p.clusters), len(p.kv_groups)) for site, p in partitions.items()}
+    by_layer = counts_by_layer(counts)
     tensors = _output_tensors(family, source, stored, counts, cast)
-    config = family.result_config(source.config, counts)
+    config = family.result_config(source.config, {kind: most(layers) for kind, layers in by_layer.items()})
+    if any(len(set(layers)) > 1 for layers in by_layer.values()):
+        config |= family.uneven_config(by_layer)
     if cast is not None:
         config |= {"dtype": request.dtype}
     config["sqa"] = {
@@ -135,12 +144,12 @@ def make_plan(source: Source, request: Request) -> Plan:
         "sqa_convert": __version__,
     }
     sites = tuple(family.sites(source.config))
-    all_given = _all_given(sites, partitions, given)
+    all_given = _all_given(partitions, given)
     unknowns = _unknowns(partitions, dimensions)
     dtype = stored.infos[family.consumed(sites[0])[0]].dtype
     before = {name: info.shape for name, info in stored.infos.items()}
     after = {tensor.name: tensor.shape for tensor in tensors}
-    source_counts = dict.fromkeys(counts, (dimensions.heads, dimensions.heads))
+    before_counts = dict.fromkeys(sites, (dimensions.heads, dimensions.heads))
     return Plan(
         family=family,
         dimensions=dimensions,
@@ -150,7 +159,7 @@ def make_plan(source: Source, request: Request) -> Plan:
         partition_given=isinstance(request.partition, str) or all_given,
         calibration=None
         if all(p.is_identity for p in partitions.values())
-        else request.fitting(unknowns * (_TEXT_PER_TARGET if "cross" in partitions else 1)),
+        else request.fitting(unknowns * (_TEXT_PER_TARGET if "cross" in by_layer else 1)),
         sites=sites,
         partitions=partitions,
         given=given,
@@ -161,21 +170,21 @@ def make_plan(source: Source, request: Request) -> Plan:
         zeros=stored.zeros,
         copies=stored.copies,
         notes=(*source.notes, *stored.notes),
-        before=attention_cost(dimensions, sites, source_counts, count_parameters(before, stored.others), dtype),
-        after=attention_cost(dimensions, sites, counts, count_parameters(after, stored.others), cast or dtype),
+        before=attention_cost(dimensions, before_counts, count_parameters(before, stored.others), dtype),
+        after=attention_cost(dimensions, counts, count_parameters(after, stored.others), cast or dtype),
     )
 
 
-def _all_given(sites: Sequence[Site], partitions: Mapping[str, Partition], given: Mapping[Site, Partition]) -> bool:
-    return bool(given) and all(site in given for site in sites if not partitions[site.kind].is_identity)
+def _all_given(partitions: Mapping[Site, Partition], given: Mapping[Site, Partition]) -> bool:
+    return bool(given) and all(site in given for site, p in partitions.items() if not p.is_identity)
 
 
-def _unknowns(partitions: Mapping[str, Partition], dimensions: Dimensions) -> int:
+def _unknowns(partitions: Mapping[Site, Partition], dimensions: Dimensions) -> int:
     return max((len(p.clusters) for p in partitions.values() if not p.is_identity), default=0) * dimensions.head_dim
 
 
 def _output_tensors(
-    family: Family, source: Source, stored: Stored, counts: Mapping[str, tuple[int, int]], dtype: str | None
+    family: Family, source: Source, stored: Stored, counts: Mapping[Site, tuple[int, int]], dtype: str | None
 ) -> list[OutputTensor]:
     """The result's tensors in the source's order; a site's stand where its first one stood."""
     site_of = {name: site for site in family.sites(source.config) for name in family.consumed(site)}
@@ -188,7 +197,7 @@ def _output_tensors(
             tensors.append(OutputTensor(name, info.shape, stored_as, name))
         elif site not in done:
             done.add(site)
-            for new, written in family.written(site, source.config, *counts[site.kind]).items():
+            for new, written in family.written(site, source.config, *counts[site]).items():
                 like = stored.infos[written.like].dtype
                 tensors.append(OutputTensor(new, written.shape, dtype or like, site))
     seen: set[str] = set()

@@ -12,7 +12,7 @@ from ..heads import AUTO, Convert, Method, Partition, get_method
 from ..parse_amounts import amount, parse_size
 from ..text.documents import Columns, is_own
 from ..text.formats import TEXT_COLUMN
-from .asked_partitions import HeadCounts, given_partitions, partitions_by_kind, site_kinds
+from .asked_partitions import HeadCounts, given_partitions, planned_partitions, site_kinds
 
 BLIND_METHOD = "svd"
 """what "auto" is without calibration text"""
@@ -102,7 +102,7 @@ class Request:
     """None: from the weights alone"""
     partition: str | Partition | Mapping[str, Partition] | None = None
     """which heads go together: "searched", "contiguous", a `Partition` for all sites, or one for each of some sites,
-    by names such as "decoder" and "decoder.3"; None: as suits the method"""
+    by names such as "decoder" and "decoder.3", which may keep different numbers; None: as suits the method"""
     sites: str | Sequence[str] | None = None
     """kinds of attention to convert, also with commas; by default all the model has"""
     dtype: str = "auto"
@@ -110,8 +110,9 @@ class Request:
     max_shard_size: str = DEFAULT_SHARD
     """such as "300MB", at least 1MB"""
 
-    def partitions(self, config: Config) -> dict[str, Partition]:
-        """Neighbouring heads together, for each kind of attention the model has; needs nothing but its config.json.
+    def partitions(self, config: Config) -> dict[Site, Partition]:
+        """What is given or neighbouring heads together, for each attention site of the model; needs nothing but its
+        config.json.
 
         Raises:
             RecipeError: the heads, method, sites, dtype or shard size are not possible.
@@ -123,7 +124,7 @@ class Request:
         if self.dtype != "auto" and self.dtype not in CASTS:
             raise RecipeError(f"--dtype {self.dtype}: choose auto, {', '.join(CASTS)}")
         counts = HeadCounts(self.q_groups, self.kv_groups, self.variant)
-        return partitions_by_kind(family, config, self._kinds(config), counts, self.given_partitions(config))
+        return planned_partitions(family, config, self._kinds(config), counts, self.given_partitions(config))
 
     def given_partitions(self, config: Config) -> dict[Site, Partition]:
         """The partitions that are given for single sites. Raises RecipeError."""

@@ -7,7 +7,7 @@ Exports: `family_of`, `FAMILIES`, `Family`; a family is one file.
 from __future__ import annotations
 
 from ..errors import UnsupportedModelError, shown
-from .base import Config, Dimensions, Family, Site, Written
+from .base import Config, Dimensions, Family, Site, Written, most
 from .gpt2 import GPT2
 from .t5 import T5
 
@@ -39,4 +39,4 @@ def completed(config: Config) -> Config:
     return config if family is None else family.completed(config)
 
 
-__all__ = ["FAMILIES", "Config", "Dimensions", "Family", "Site", "Written", "completed", "family_of"]
+__all__ = ["FAMILIES", "Config", "Dimensions", "Family", "Site", "Written", "completed", "family_of", "most"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -208,7 +208,21 @@ class Family(ABC):
 
     @abstractmethod
     def result_config(self, config: Config, heads: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-        """config.json of the result but for provenance; `heads` holds (Hq, Hkv) of every site kind."""
+        """config.json of the result but for provenance; `heads` holds (Hq, Hkv) of every site kind, the most of any
+        of its layers."""
+
+    def uneven_config(self, heads: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        """What config.json of a result says besides where layers of a kind differ.
+
+        Args:
+            heads: (Hq, Hkv) of every layer of each site kind.
+
+        Raises:
+            UnsupportedModelError: the family's models have the same numbers of heads in all layers.
+        """
+        raise UnsupportedModelError(
+            f"{'/'.join(self.model_types)}: all layers of a kind must keep the same numbers of heads"
+        )
 
     def common_config(self, config: Config, model_type: str) -> dict[str, Any]:
         """The entries every result has."""
@@ -233,6 +247,16 @@ def labels(config: Config) -> int:
     """How many a classifier tells apart, as transformers reads it."""
     named = config.get("id2label")
     return config.get("num_labels") or (len(named) if isinstance(named, Mapping) else 0) or 2
+
+
+def most(heads: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The most query heads and the most key/value heads of any layer: what is made for these has room for all."""
+    return max(q for q, _ in heads), max(kv for _, kv in heads)
+
+
+def uneven_kinds(heads: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[list[int]]]:
+    """Of (Hq, Hkv) of every layer those of the kinds whose layers differ, as config.json holds them."""
+    return {kind: [list(counts) for counts in layers] for kind, layers in heads.items() if len(set(layers)) > 1}
 
 
 def join_heads(weights: Array) -> Array:

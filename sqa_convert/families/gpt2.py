@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
@@ -20,7 +20,9 @@ from .base import (
     integers,
     join_heads,
     labels,
+    most,
     split_heads,
+    uneven_kinds,
 )
 
 if TYPE_CHECKING:
@@ -190,3 +192,18 @@ class GPT2(Family):
             "num_key_value_heads": kv_heads,
             "head_dim": self.dimensions(config).head_dim,
         }
+
+    def uneven_config(self, heads: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        # `per_layer_config` is transformers' own: where a layer has another number than the config as a whole, which is
+        # then refused to whoever asks the config as a whole. Its keys sort as numbers do.
+        layers, names = heads["decoder"], ("n_head", "num_key_value_heads")
+        whole = most(layers)
+        last = max(layer for layer, counts in enumerate(layers) if counts != whole)
+        other = {
+            str(layer).zfill(len(str(last))): {
+                name: number for name, number, of_all in zip(names, counts, whole, strict=True) if number != of_all
+            }
+            for layer, counts in enumerate(layers)
+            if counts != whole
+        }
+        return {"layer_heads": uneven_kinds(heads), "per_layer_config": other}

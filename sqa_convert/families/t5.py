@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from .base import (
     integers,
     join_heads,
     split_heads,
+    uneven_kinds,
 )
 from .special_tokens import token_ids
 
@@ -222,3 +223,7 @@ class T5(Family):
             "feed_forward_proj": config.get("feed_forward_proj", self._default_ff(config)),
             "scale_decoder_outputs": config.get("scale_decoder_outputs", tied and not is_mt5),
         }
+
+    def uneven_config(self, heads: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, Any]:
+        # Not transformers' `per_layer_config`, which has one entry for layer 3 of encoder, decoder and cross-attention.
+        return {"layer_heads": uneven_kinds(heads)}

@@ -8,10 +8,13 @@ from transformers import GPT2Config
 class SQAGPT2Config(GPT2Config):
     """A GPT2Config with the head counts of Sparse Query Attention.
 
-    `num_attention_heads` (`n_head`) counts the query heads kept.
+    `num_attention_heads` (`n_head`) counts the query heads kept. Where layers differ, it and `num_key_value_heads` are
+    the most of any layer, and `per_layer_config` of transformers holds what a layer has instead: they are then refused
+    to whoever reads them of the config as a whole.
 
     Attributes:
         num_key_value_heads (int): key/value heads, a divisor of the query heads.
+        layer_heads (dict | None): where layers differ, under "decoder" the query and key/value heads of every layer.
         head_dim (int): size of one head, the source's; `hidden_size // num_attention_heads` does not give it.
         sqa (dict | None): where the weights come from, with the keys source, revision, source_heads, method
             and sqa_convert (the converter's version).
@@ -28,19 +31,26 @@ class SQAGPT2Config(GPT2Config):
 
     num_key_value_heads: int = 12
     head_dim: int = 64
+    layer_heads: dict | None = None
     sqa: dict | None = None
 
     def heads(self, site: str = "decoder", layer: int = 0) -> tuple[int, int]:
         """Query heads and key/value heads of one attention site."""
-        return self.n_head, self.num_key_value_heads
+        if self.layer_heads is None:
+            return self.n_head, self.num_key_value_heads
+        query_heads, key_value_heads = self.layer_heads[site][layer]
+        return query_heads, key_value_heads
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
-        if self.num_key_value_heads < 1 or self.n_head < 1 or self.n_head % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.n_head} must be a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
+        if self.layer_heads is not None and len(self.layer_heads["decoder"]) != self.n_layer:
+            raise ValueError(f"layer_heads has {len(self.layer_heads['decoder'])} layers, the model {self.n_layer}")
+        for layer in range(1 if self.layer_heads is None else self.n_layer):
+            query_heads, key_value_heads = self.heads("decoder", layer)
+            if key_value_heads < 1 or query_heads < 1 or query_heads % key_value_heads:
+                raise ValueError(
+                    f"num_attention_heads={query_heads} must be a multiple of num_key_value_heads={key_value_heads}"
+                )
         if self.add_cross_attention:
             raise ValueError("add_cross_attention is not supported")
 

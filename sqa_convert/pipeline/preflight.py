@@ -18,7 +18,7 @@ from ..checkpoints.staging import check_output
 from ..conversion.plan import Plan, make_plan
 from ..conversion.request import Fitting, Request
 from ..errors import CheckpointError, DataError, OutputError, RecipeError, one_line, shown
-from ..families import Config, family_of
+from ..families import Config, Site, family_of
 from ..heads import Partition
 from ..parse_amounts import check_seed
 from ..text.documents import AUTO_TEXT, BUILT_IN, GIVEN, check_data, is_own
@@ -43,7 +43,7 @@ def check_config(config: Config, recipe: Recipe) -> None:
 def prepared(
     given: str | Path | PreTrainedModel,
     request: Request,
-    place: Callable[[Mapping[str, Partition]], Path | None],
+    place: Callable[[Mapping[Site, Partition]], Path | None],
     *,
     overwrite: bool = False,
     recipe: Recipe | None = None,
@@ -134,7 +134,7 @@ def check_run(
 
 
 def _check_calibration(plan: Plan, fitting: Fitting) -> None:
-    decoder_only = "encoder" not in plan.partitions
+    decoder_only = "encoder" not in plan.kinds
     if fitting.columns is not None and decoder_only:
         raise DataError("--source-column and --target-column are for encoder-decoder models; this one is decoder-only")
     if fitting.text_named is not None:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.find import open_source
 from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.small_files import REPORT, is_folder, read_config, write_json
+from ..conversion.asked_partitions import site_name
 from ..conversion.plan import make_plan
 from ..conversion.request import Request
 from ..errors import CheckpointError
 from ..families import family_of
+from ..heads import Partition
 from .report_json import conversion_report, read_report
 
 if TYPE_CHECKING:
@@ -57,14 +59,12 @@ def rebuilt_report(config: Any, source: str | Path | PreTrainedModel | None = No
     else:
         opened = open_source(str(source)) if isinstance(source, str | Path) else ModelSource(source)
     family = family_of(opened.config)
-    kinds = dict.fromkeys(site.kind for site in family.sites(opened.config))
-    heads = {kind: config.heads(kind) for kind in kinds}
-    changed = [kind for kind, counts in heads.items() if counts != (made["source_heads"],) * 2]
-    counts = {heads[kind] for kind in changed} or {(made["source_heads"],) * 2}
-    if len(counts) > 1:
-        raise CheckpointError("the model's kinds of attention have different numbers of heads, which its report tells")
-    q_heads, kv_heads = counts.pop()
-    request = Request(q_heads, kv_heads, method="mean", calibration=None, sites=changed or None)
+    try:
+        counts = {site_name(site): config.heads(site.kind, site.layer) for site in family.sites(opened.config)}
+    except LookupError as error:
+        raise CheckpointError(f"{opened.name} is not what the model was made from: it has other layers") from error
+    partition = {name: Partition.contiguous(made["source_heads"], *kept) for name, kept in counts.items()}
+    request = Request(partition=partition, method="mean", calibration=None)
     report = conversion_report(make_plan(opened, request), opened, None)
     report |= {"method": made.get("method", "unknown"), "architecture": config.architectures[0]}
     known = made.get("partition") or {}

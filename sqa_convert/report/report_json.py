@@ -90,7 +90,7 @@ def _left_behind(source: Source) -> list[str]:
 
 def _site(site: Site, record: SiteRecord | None, plan: Plan) -> dict[str, Any]:
     if record is None:
-        return {"kind": site.kind, "layer": site.layer, "partition": plan.partition_of(site).groups}
+        return {"kind": site.kind, "layer": site.layer, "partition": plan.partitions[site].groups}
     described: dict[str, Any] = {
         "kind": site.kind,
         "layer": site.layer,

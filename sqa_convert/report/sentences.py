@@ -8,7 +8,7 @@ from typing import Any
 from ..heads import METHODS
 from .formatting import nats
 from .report_json import NEXT_TO_NOTHING, auto_class
-from .tables import speed_title
+from .tables import heads_by_layer, speed_title
 
 
 def presented(report: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def presented(report: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "literal": literal(name),
         "auto": auto_class(report),
-        "how": [*source_lines(report), *calibration_lines(report)],
+        "how": [*source_lines(report), *heads_lines(report), *calibration_lines(report)],
         "doubts": quality_lines(report),
         "uptraining": uptraining_lines(report),
         "speed_title": speed_title(speed) if speed else "",
@@ -116,6 +116,21 @@ def _share(share: float) -> str:
 def source_lines(report: dict[str, Any]) -> list[str]:
     """What there is to know of how the source was taken, in sentences; mostly nothing."""
     return [str(note) for note in report["source"].get("notes", [])]
+
+
+def heads_lines(report: dict[str, Any]) -> list[str]:
+    """How many heads each layer has, in sentences; none where the layers of each kind of attention are alike."""
+    by_layer = heads_by_layer(report)
+    if not by_layer:
+        return []
+    shown = "; ".join(
+        f"{kind} {', '.join(counts)}" if len(report["cost"]["after"]["query_heads"]) > 1 else ", ".join(counts)
+        for kind, counts in by_layer.items()
+    )
+    return [
+        f"query/key-value heads by layer: {shown}",
+        "an engine that reads one number of heads for all layers of a model cannot load it; transformers can",
+    ]
 
 
 def quality_lines(report: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 from .formatting import nats, perplexity
@@ -33,6 +34,19 @@ def costs(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
         ("  of which the T² products", *amount("score_flops", "GFLOP", 1e9)),
     ]
     return ["", "source", "converted"], rows
+
+
+def heads_by_layer(report: dict[str, Any]) -> dict[str, list[str]]:
+    """ "Hq/Hkv" of each layer of the result, by kind of attention; empty where the layers of each kind are alike."""
+    cost = report["cost"]["after"]
+    result = {}
+    for kind, queries in cost["query_heads"].items():
+        pair = queries, cost["key_value_heads"][kind]
+        layers = max(len(count) if isinstance(count, list) else 1 for count in pair)
+        if layers > 1:
+            both = (count if isinstance(count, list) else [count] * layers for count in pair)
+            result[kind] = [f"{q}/{kv}" for q, kv in zip(*both, strict=True)]
+    return result
 
 
 def quality_table(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -111,7 +125,12 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
 
 
-def _one_or_by_site(counts: dict[str, int]) -> str:
-    if len(set(counts.values())) == 1:
+def _one_or_by_site(counts: Mapping[str, int | list[int]]) -> str:
+    if all(count == next(iter(counts.values())) and not isinstance(count, list) for count in counts.values()):
         return str(next(iter(counts.values())))
-    return ", ".join(f"{kind} {count}" for kind, count in counts.items())
+    shown = {kind: _span(count) if isinstance(count, list) else str(count) for kind, count in counts.items()}
+    return ", ".join(f"{kind} {text}" for kind, text in shown.items()) if len(shown) > 1 else next(iter(shown.values()))
+
+
+def _span(by_layer: list[int]) -> str:
+    return f"{min(by_layer)} to {max(by_layer)} by layer, mean {fmean(by_layer):.3g}"

@@ -170,11 +170,18 @@ def grid_heads(name: str, heads: int) -> tuple[int, int]:
 
 
 def heads_of(config: Any) -> str:
-    """ "12", "8/4" or "encoder 8/4, decoder 12/12, cross 12/12": query heads, when converted with key/value heads."""
+    """ "12", "8/4" or "encoder 8/4, decoder 12/12, cross 12/12": query heads, when converted with key/value heads.
+
+    Where layers differ, those of the smallest and the largest: "4/2 to 12/6".
+    """
     if not hasattr(config, "heads"):
         return str(config.num_attention_heads)
-    sites = ("encoder", "decoder", "cross") if config.is_encoder_decoder else ("decoder",)
-    counts = {site: "/".join(map(str, config.heads(site))) for site in sites}
+    decoder_layers = getattr(config, "num_decoder_layers", config.num_hidden_layers)
+    layers = {"encoder": config.num_hidden_layers, "decoder": decoder_layers, "cross": decoder_layers}
+    counts = {}
+    for site in layers if config.is_encoder_decoder else ("decoder",):
+        kept = {config.heads(site, layer) for layer in range(layers[site])}
+        counts[site] = " to ".join("/".join(map(str, pair)) for pair in sorted({min(kept), max(kept)}))
     if len(set(counts.values())) == 1:
         return counts["decoder"]
     return ", ".join(f"{site} {count}" for site, count in counts.items())
