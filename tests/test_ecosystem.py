@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import VOCABULARY, gpt2, inputs_for, plain_convert, sqa_gpt2, sqa_t5, t5, tokens
+from helpers import UNEVEN, VOCABULARY, gpt2, inputs_for, plain_convert, sqa_gpt2, sqa_t5, t5, tokens
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -18,17 +18,22 @@ from transformers import (
     pipeline,
 )
 
+from sqa_convert import Partition
 from sqa_convert.checkpoints.find import SAMPLES
 
 pytestmark = pytest.mark.integration
 AUTO = {"gpt2": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
-SMALL = {"gpt2": lambda: sqa_gpt2(6, 3), "t5": lambda: sqa_t5(6, 3)}
+SMALL = {"gpt2": lambda **how: sqa_gpt2(**UNEVEN["gpt2"], **how), "t5": lambda **how: sqa_t5(**UNEVEN["t5"], **how)}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     work = tmp_path_factory.mktemp("converted")
-    return {name: plain_convert(f"sample:{name}", 8, 4, output=work / name, verify=False).output for name in AUTO}
+    few = {"gpt2": {"decoder.0": Partition.contiguous(12, 4, 2)}, "t5": {"cross.1": Partition.contiguous(12, 4, 2)}}
+    return {
+        name: plain_convert(f"sample:{name}", 8, 4, partition=few[name], output=work / name, verify=False).output
+        for name in AUTO
+    }
 
 
 @pytest.fixture(params=["gpt2", "t5"])
@@ -153,7 +158,7 @@ def dynamic(name):
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_exported_programs_hold_for_other_lengths_and_run_in_onnx_runtime(name, tmp_path):
     # T5's float mask in sdpa is more than the ONNX exporter takes, of the original too.
-    model = Logits(sqa_t5(6, 3, attention="eager") if name == "t5" else sqa_gpt2(6, 3)).eval()
+    model = Logits(SMALL[name](attention="eager" if name == "t5" else "sdpa")).eval()
     program = torch.export.export(model, (), exported_inputs(name, 12), dynamic_shapes=dynamic(name), strict=False)
     run = program.module()
     cases = [(inputs, model(**inputs).detach()) for inputs in (exported_inputs(name, length) for length in (12, 8, 30))]
@@ -211,8 +216,9 @@ def test_serving_engines_find_every_weight_by_its_usual_name(folders):
     with safe_open(folders["gpt2"] / "model.safetensors", "pt") as file:
         stored = set(file.keys())
     assert stored == model.state_dict().keys() - {"lm_head.weight"}
-    heads, kv_heads, d = config["n_head"], config["num_key_value_heads"], config["head_dim"]
-    for layer in model.transformer.h:
+    d = config["head_dim"]
+    for layer, of_layer in zip(model.transformer.h, model.config.per_layer_config, strict=True):
+        heads, kv_heads = of_layer.num_attention_heads, of_layer.num_key_value_heads
         projections = [getattr(layer.attn, f"{name}_proj") for name in "qkvo"]
         assert all(type(projection) is torch.nn.Linear for projection in projections)
         assert [projection.out_features for projection in projections[:3]] == [heads * d, kv_heads * d, kv_heads * d]

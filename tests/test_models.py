@@ -23,6 +23,7 @@ from transformers import (
     AutoModel,
     DynamicCache,
     EncoderDecoderCache,
+    GenerationMixin,
     StaticCache,
     Trainer,
     TrainingArguments,
@@ -163,6 +164,9 @@ def test_measured_cache_is_exactly_smaller_by_the_kv_heads(name, heads):
     assert sizes[1] * 12 == sizes[0] * heads[1]
 
 
+@pytest.mark.skipif(
+    not hasattr(GenerationMixin, "_get_static_cache_init_shape"), reason="this release asks for one number"
+)
 @torch.no_grad()
 def test_a_cache_that_is_made_before_the_first_token_has_room_by_layer():
     model = made("gpt2", "uneven")

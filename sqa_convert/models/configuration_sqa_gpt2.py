@@ -41,6 +41,10 @@ class SQAGPT2Config(GPT2Config):
         query_heads, key_value_heads = self.layer_heads[site][layer]
         return query_heads, key_value_heads
 
+    def to_dict(self):
+        table = super().to_dict()
+        return table if self.layer_heads else {key: value for key, value in table.items() if key != "layer_heads"}
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
         if self.layer_heads is not None and len(self.layer_heads["decoder"]) != self.n_layer:

@@ -43,6 +43,10 @@ class SQAT5Config(T5Config):
         query_heads, key_value_heads = counts
         return query_heads, key_value_heads
 
+    def to_dict(self):
+        table = super().to_dict()
+        return table if self.layer_heads else {key: value for key, value in table.items() if key != "layer_heads"}
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
         super().validate_architecture()

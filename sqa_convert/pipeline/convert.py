@@ -69,8 +69,8 @@ def convert(
         sites: kinds of attention to convert ("encoder", "decoder", "cross"), one or several; by default all.
         partition: which heads go together: "searched" or "contiguous", by default as suits the method; a `Partition`
             for every layer; or one for each of some sites, named by kind and layer as in report.json: "decoder.3", or
-            "decoder" for those that are not named singly. Head counts that are not given are the partition's; all
-            layers of a kind keep the same numbers.
+            "decoder" for those that are not named singly. Layers may keep different numbers of heads; head counts
+            beside partitions are those of the layers that none is given for.
         calibration: how heads are fitted to what they do on text: a `Calibration`, the text alone, or None to convert
             from the weights alone.
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".

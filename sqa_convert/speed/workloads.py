@@ -126,7 +126,7 @@ def layer_workload(attention: nn.Module, mode: str, length: int, batch: int) -> 
 
 
 def attention_layer(model: Any, mode: str) -> nn.Module:
-    """The layer that stands for the others: the first."""
+    """The layer that stands for the others, also where they have other numbers of heads: the first."""
     if not model.config.is_encoder_decoder:
         return model.transformer.h[0].attn
     if mode == "decode":
