@@ -84,14 +84,17 @@ def linear_flops(model):
 
 
 @many(30)
-@given(architecture=architectures())
+@given(architecture=architectures(), whole=st.booleans())
 @pytest.mark.integration
-def test_parameters_cache_operations_and_dtype_are_as_promised(tmp_path_factory, architecture):
+def test_parameters_cache_operations_and_dtype_are_as_promised(tmp_path_factory, architecture, whole):
     folder = tmp_path_factory.mktemp("random")
     source = architecture.model()
     source.save_pretrained(folder / "source")
-    counts = architecture.q_groups, architecture.kv_groups
-    conversion = convert(folder / "source", *counts, architecture.method, folder / "sqa", calibration=None)
+    how = {"method": architecture.method, "output": folder / "sqa", "calibration": None}
+    how["partition"] = (
+        {"decoder.0": Partition.identity(architecture.heads)} if whole and architecture.layers > 1 else None
+    )
+    conversion = convert(folder / "source", architecture.q_groups, architecture.kv_groups, **how)
     auto = AutoModelForCausalLM if architecture.family == "gpt2" else AutoModelForSeq2SeqLM
     model = auto.from_pretrained(folder / "sqa", dtype="auto").eval()
 
@@ -170,11 +173,13 @@ def share(model, partition):
 
 
 @many(20)
-@given(architecture=architectures(), method=st.sampled_from(["mean", "first", "svd"]))
-def test_heads_that_are_equal_merge_without_loss(architecture, method):
-    counts = architecture.q_groups, architecture.kv_groups
-    source = share(architecture._replace(dtype="float32").model(), Partition.contiguous(architecture.heads, *counts))
-    converted = convert(source, *counts, method, partition="contiguous", calibration=None).model
+@given(architecture=architectures(), method=st.sampled_from(["mean", "first", "svd"]), whole=st.booleans())
+def test_heads_that_are_equal_merge_without_loss(architecture, method, whole):
+    partition = Partition.contiguous(architecture.heads, architecture.q_groups, architecture.kv_groups)
+    source = share(architecture._replace(dtype="float32").model(), partition)
+    kinds = ("decoder",) if architecture.family == "gpt2" else ("encoder", "decoder", "cross")
+    given = dict.fromkeys(kinds, partition) | ({"decoder.0": Partition.identity(architecture.heads)} if whole else {})
+    converted = convert(source, method=method, partition=given, calibration=None).model
     inputs = inputs_for(source, tokens(2, CONTEXT))
     with torch.no_grad():
         expected, got = source(**inputs).logits, converted(**inputs).logits
