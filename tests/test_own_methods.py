@@ -9,7 +9,7 @@ import torch
 from helpers import gpt2, t5
 
 from sqa_convert import METHODS, Calibration, Partition, convert, load
-from sqa_convert.errors import RecipeError
+from sqa_convert.errors import CheckpointError, RecipeError
 from sqa_convert.heads import AttentionHeads, Method, register_method
 from sqa_convert.heads.statistics import Statistics
 
@@ -218,6 +218,9 @@ def test_layers_of_different_numbers_of_heads_from_end_to_end(family, tmp_path):
     made.model.save_pretrained(tmp_path / "saved")  # without a report
     rebuilt = load(tmp_path / "saved", source)
     assert rebuilt.report["cost"] == made.report["cost"] and same(weights(rebuilt), weights(made))
+    for other in (make(layers=4, n_positions=64), make(heads=6, layers=3, n_positions=64)):
+        with pytest.raises(CheckpointError, match="is not what the model was made from: it has other layers or heads"):
+            load(tmp_path / "saved", other)
     written, saved = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "saved"))
     for key in ("layer_heads", "per_layer_config"):
         assert written.get(key) == saved.get(key)

@@ -59,11 +59,14 @@ def rebuilt_report(config: Any, source: str | Path | PreTrainedModel | None = No
     else:
         opened = open_source(str(source)) if isinstance(source, str | Path) else ModelSource(source)
     family = family_of(opened.config)
+    heads = family.dimensions(opened.config).heads
     try:
         counts = {site_name(site): config.heads(site.kind, site.layer) for site in family.sites(opened.config)}
-    except LookupError as error:
-        raise CheckpointError(f"{opened.name} is not what the model was made from: it has other layers") from error
-    partition = {name: Partition.contiguous(made["source_heads"], *kept) for name, kept in counts.items()}
+    except LookupError:
+        counts = {}
+    if not counts or heads != made["source_heads"]:
+        raise CheckpointError(f"{opened.name} is not what the model was made from: it has other layers or heads")
+    partition = {name: Partition.contiguous(heads, *kept) for name, kept in counts.items()}
     request = Request(partition=partition, method="mean", calibration=None)
     report = conversion_report(make_plan(opened, request), opened, None)
     report |= {"method": made.get("method", "unknown"), "architecture": config.architectures[0]}
