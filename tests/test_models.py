@@ -1,5 +1,7 @@
 """The two architectures: every way to run them gives the same numbers."""
 
+import inspect
+
 import pytest
 import torch
 from helpers import (
@@ -165,7 +167,8 @@ def test_measured_cache_is_exactly_smaller_by_the_kv_heads(name, heads):
 
 
 @pytest.mark.skipif(
-    not hasattr(GenerationMixin, "_get_static_cache_init_shape"), reason="this release asks for one number"
+    "per_layer_config" not in inspect.getsource(GenerationMixin._get_static_cache_init_shape),
+    reason="this release of transformers lays out such a cache by one number of heads",
 )
 @torch.no_grad()
 def test_a_cache_that_is_made_before_the_first_token_has_room_by_layer():
