@@ -15,6 +15,7 @@ from sqa_convert import Calibration, Recipe, evaluate, uptrain
 from sqa_convert.cli.evaluate import main as eval_main
 from sqa_convert.errors import DataError, RecipeError
 from sqa_convert.text.documents import documents
+from sqa_convert.text.python_data import repeatable
 
 ROWS, LENGTH = 60, 24
 FEW = Recipe(data="given", tokens=8 * 64, sequence_length=16, batch_size=4, evaluations=1, held_out_tokens=64)
@@ -95,6 +96,33 @@ def test_token_rows_give_the_same_numbers_however_they_are_given(kind, folder, c
     ids = drawn_tokens(ROWS, LENGTH)
     found = evaluate(folder, data=TOKEN_ROWS[kind](ids, tmp_path))
     assert found["model"] == expected["model"] and found["tokens"] == expected["tokens"] == 3 * (LENGTH - 1)
+
+
+def test_a_mask_may_be_of_any_type(folder, expected):
+    ids = drawn_tokens(ROWS, LENGTH)
+    for dtype in (torch.bool, torch.float32):
+        batch = padded(ids)
+        assert (
+            evaluate(folder, data=batch | {"attention_mask": batch["attention_mask"].to(dtype)})["model"]
+            == expected["model"]
+        )
+    with pytest.raises(DataError, match="attention_mask of shape"):
+        evaluate(folder, data=[{"input_ids": [5, 6, 7], "attention_mask": [1, 1]}] * 40)
+
+
+def test_a_loader_that_shuffles_holds_out_what_it_does_not_train_on():
+    rows = [{"input_ids": torch.tensor([i, i])} for i in range(100)]
+    data = repeatable(torch.utils.data.DataLoader(rows, batch_size=7, shuffle=True))
+    split = {name: {int(ids[0]) for ids in documents(data, name)} for name in ("train", "heldout")}
+    assert split["train"] | split["heldout"] == set(range(100)) and not split["train"] & split["heldout"]
+    parts = repeatable({"train": iter(rows[:50]), "validation": iter(rows[50:])})
+    assert [len(list(documents(parts, name))) for name in ("train", "train", "heldout")] == [50, 50, 50]
+
+
+def test_batches_may_hold_more_than_tokens(folder, expected):
+    batch = padded(drawn_tokens(ROWS, LENGTH))
+    more = batch | {"task": "lm", "number": torch.tensor(3), "id": [str(i) for i in range(ROWS)]}
+    assert evaluate(folder, data=[more])["model"] == expected["model"]
 
 
 def test_rows_are_measured_as_they_are(folder, expected):
@@ -210,6 +238,12 @@ def test_an_encoder_decoder_takes_labels_and_no_tokenizer(tmp_path):
     assert report["quality"]["data"].endswith("3 pairs")
 
 
+def test_one_pair_is_too_few(tmp_path):
+    t5(heads=4, layers=2).save_pretrained(tmp_path / "t5")
+    with pytest.raises(DataError, match="no pairs"):
+        evaluate(tmp_path / "t5", data=[{"input_ids": [5, 6, 7], "labels": [-100, -100]}] * 40)
+
+
 def test_labels_of_padding_are_no_answer(tmp_path):
     t5(heads=4, layers=2).save_pretrained(tmp_path / "t5")
     inputs, labels = torch.tensor(drawn_tokens(ROWS, LENGTH)), torch.tensor(drawn_tokens(ROWS, 9))
@@ -244,6 +278,8 @@ def test_pairs_of_tokens_keep_their_end():
         (lambda folder: [3.5, 2.5], "data holds a float"),
         (lambda folder: [object()], "data holds a object"),
         (lambda folder: [], "holds no text"),
+        (lambda folder: [[5]] * 40, "no row of two tokens"),
+        (lambda folder: {"train": "a.txt", "validation": "b.txt"}, "not by names"),
         (lambda folder: [{"body": "x"}] * 30, 'no column "text"'),
         (lambda folder: b"bytes", "data is a bytes"),
     ],

@@ -71,6 +71,24 @@ def test_a_folder_is_the_same_object(tmp_path):
     assert loaded.output == tmp_path / "other"
 
 
+def test_a_loaded_model_and_its_folder_are_trained_together(tmp_path):
+    data = drawn_tokens(ROWS, LENGTH)
+    gpt2(heads=4, n_positions=32).save_pretrained(tmp_path / "source")
+    conversion = convert(tmp_path / "source", 2, 1, calibration=None, output=tmp_path / "out", verify=False)
+    model = conversion.model
+    conversion.uptrain(data, keep_anyway=True, **TRAINED)
+    assert conversion.model is model and same_weights(load(tmp_path / "out").model, model)
+    with pytest.raises(RecipeError, match="no run that was stopped"):
+        convert(gpt2(heads=4), 2, 1, calibration=None).uptrain(data, resume=True)
+
+
+def test_another_source_is_told_apart(source):
+    model = convert(source, 2, 1, calibration=None).model
+    for other in (gpt2(heads=8, n_positions=32), gpt2(heads=4, layers=3), t5(heads=4, layers=2)):
+        with pytest.raises(CheckpointError, match="was not made from"):
+            load(model, other)
+
+
 def test_functions_take_objects_as_the_methods_do(source, tmp_path):
     data = drawn_tokens(ROWS, LENGTH)
     conversion = convert(source, 2, 1, calibration=None)
@@ -125,6 +143,14 @@ def test_a_tokenizer_goes_with_a_model_in_memory(tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(place).get_vocab() == tokenizer.get_vocab()
     written = convert(source, 2, 1, calibration=None, tokenizer=tokenizer, output=tmp_path / "out", verify=False).output
     assert AutoTokenizer.from_pretrained(written).get_vocab() == tokenizer.get_vocab()
+    source.save_pretrained(tmp_path / "source")  # without a tokenizer
+    for given in (source, tmp_path / "source"):
+        measured = convert(
+            given, 2, 1, calibration=None, tokenizer=tokenizer, output=tmp_path / "out", overwrite=True, verify=False,
+            evaluate=True, data=texts,
+        ).report["quality"]  # fmt: skip
+        plain = evaluate(source, data=texts, tokenizer=tokenizer)["model"]
+        assert measured["source"]["loss"] == pytest.approx(plain["loss"], abs=1e-5)
     with pytest.raises(CheckpointError, match="tokenizer is a int"):
         convert(source, 2, 1, calibration=None, tokenizer=3)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.companions import GENERATION_CONFIG
+from ..checkpoints.find import resolve
 from ..checkpoints.small_files import carry_files
 from ..errors import CheckpointError, one_line
 from ..progress import no_bars_of_others
@@ -28,15 +29,15 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_s
     """
     with _plain_generation(model) as generation, no_bars_of_others():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if generation is not None:
-        generation.to_json_file(folder / GENERATION_CONFIG)
     if isinstance(tokenizer, str | Path):
-        carry_files(Path(tokenizer), folder, "")
+        carry_files(resolve(tokenizer), folder, "")
     elif tokenizer is not None:
         try:
             tokenizer.save_pretrained(folder)
         except Exception as error:  # every tokenizer library fails in its own way
             raise CheckpointError(f"a {type(tokenizer).__name__} cannot be saved: {one_line(error)}") from error
+    if generation is not None:  # the model's own, not one beside the tokenizer
+        generation.to_json_file(folder / GENERATION_CONFIG)
 
 
 @contextlib.contextmanager

@@ -50,10 +50,10 @@ def write_model(
     write_json(folder / "config.json", plan.config)
     for file in plan.family.model_files:
         shutil.copyfile(MODELS / file, folder / file)
-    if isinstance(source, ModelSource) and source.generation_config is not None:
-        # Its own `save_pretrained` refuses what it takes for a mistake, such as a temperature that is not used.
-        source.generation_config.to_json_file(folder / GENERATION_CONFIG)
     if source.folder is not None:
         tokenizer_class = source.config.get("tokenizer_class") or plan.family.tokenizer_class
         carry_files(source.folder, folder, tokenizer_class)
+    if isinstance(source, ModelSource) and source.generation_config is not None:
+        # Its own `save_pretrained` refuses what it takes for a mistake, such as a temperature that is not used.
+        source.generation_config.to_json_file(folder / GENERATION_CONFIG)
     return records, sums

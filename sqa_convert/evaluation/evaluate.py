@@ -80,9 +80,8 @@ def compare(
             outline = (model.config.is_encoder_decoder, model.config.vocab_size)
             first.setdefault("dtype", model.dtype)
             if outline != first.setdefault("outline", outline):
-                raise RecipeError(
-                    f"{folder} cannot be held against {next(iter(models.values()))}: other kind or vocabulary"
-                )
+                against = _called(next(iter(models.values())))
+                raise RecipeError(f"{_called(folder)} cannot be held against {against}: other kind or vocabulary")
             predictions = predict(model, held_out, step)
             result[name] = asdict(measure(predictions, source)) | ({} if also is None else also(model))
             if fit is None:
@@ -98,6 +97,10 @@ def compare(
         losses = {name: result[name]["loss"] for name in models if name in result and name in untrained}
         result["warnings"] = [*held_out.doubts, *misfits(fit, "--data", losses)]
     return result
+
+
+def _called(model: Any) -> str:
+    return str(model) if isinstance(model, str | Path) else f"a {type(model).__name__}"
 
 
 def untrained(folder: Path, against: str) -> set[str]:

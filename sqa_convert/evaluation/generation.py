@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +27,12 @@ SHOWN = 2
 
 @torch.no_grad()
 def continuations(
-    models: Mapping[str, Path], held_out: HeldOut, count: int = SHOWN, *, trust_remote_code: bool = False
+    models: Mapping[str, Any], held_out: HeldOut, count: int = SHOWN, *, trust_remote_code: bool = False
 ) -> list[dict[str, str]]:
     """Greedy continuations of held-out text; of an encoder-decoder, its answers to gaps or sources.
+
+    Args:
+        models: folders, the newest result last, or models.
 
     Returns:
         For each of `count` texts {"given": the text, and per model its answer}; none where a model cannot write, or
@@ -44,7 +46,9 @@ def continuations(
         return []
     tokenizer: Any = load_tokenizer(newest, trust_remote_code)
     for name, folder in models.items():
-        model: Any = load_model(folder, trust_remote_code=trust_remote_code).to(held_out.device)
+        loaded = not isinstance(folder, torch.nn.Module)
+        model: Any = load_model(folder, trust_remote_code=trust_remote_code) if loaded else folder
+        model.to(held_out.device)
         try:
             for text, row in zip(texts, rows, strict=True):
                 text.update(_continued(name, model, tokenizer, row, held_out.device))

@@ -167,9 +167,9 @@ def _of_tokens(
     config: Any, texts: Iterator[Document], name: str, length: int, tokens: int, device: torch.device
 ) -> HeldOut:
     """Rows of tokens as a decoder-only model reads them."""
-    rows = up_to(document_rows(texts, None, length, (1,)), tokens, len)
+    rows = up_to((row for row in document_rows(texts, None, length, (1,)) if len(row) > 1), tokens, len)
     if not rows:
-        raise DataError(f"{name} holds no two tokens: give more with --data")
+        raise DataError(f"{name} holds no row of two tokens: give more with --data")
     check_vocabulary(torch.cat(rows), config.vocab_size)
     batches = causal_batches(rows, SpecialTokens.of(config).padding, _BATCH_TOKENS)
     return HeldOut(batches, name, sum(len(row) - 1 for row in rows), device)

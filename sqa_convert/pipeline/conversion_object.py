@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..uptraining.recipe import Recipe
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Conversion(Converted):
     """What `convert` and `load` return."""
 
@@ -80,7 +80,10 @@ class Conversion(Converted):
         if self._tokenizer is not None:
             return self._tokenizer
         places = [self.output, self._origin.folder if isinstance(self._origin, Source) else None]
-        return next((place for place in places if place is not None and has_tokenizer(place)), None)
+        found = next((place for place in places if place is not None and has_tokenizer(place)), None)
+        if found is None and isinstance(self._origin, ModelSource):
+            found = local_folder(self._origin.name)  # where the source was loaded from
+        return found if found is not None and has_tokenizer(found) else None
 
     @names_arguments
     def evaluate(self, data: Any = None, **options: Any) -> dict[str, Any]:

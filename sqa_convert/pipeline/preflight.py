@@ -78,8 +78,7 @@ def prepared(
         source = ModelSource(given)
         if where.get("tokenizer") is not None:
             source.folder = tokenizer_folder(where["tokenizer"])
-    if saved is not None:
-        source.assembled = source.assembled or saved
+    source.kept = (source.assembled, saved)
     return source, make_plan(source, request)
 
 

@@ -179,9 +179,10 @@ def _held_out(plan: Plan, source: Source, options: RunOptions) -> tuple[HeldOut 
         return None, ""
     names = ("text_column", "columns", "device", "seed", "trust_remote_code")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
-    without = "leave out --data" if options.data else ""
+    without = "leave out --data" if options.data is not None else ""
+    given, tokenizer = (source.model, source.folder) if isinstance(source, ModelSource) else (source.folder, None)
     try:
-        return prepare(source.folder, options.data, **how, without=without), ""
+        return prepare(given, options.data, **how, tokenizer=tokenizer, without=without), ""
     except (CheckpointError, DataError) as error:
         if options.data is not None:
             raise
@@ -209,6 +210,7 @@ def _measured(
     """The "quality" and "samples" of a report, with what averaging the heads would have cost."""
     from ..evaluation.evaluate import compare
     from ..evaluation.generation import continuations
+    from ..evaluation.load import unmoved
 
     def averaged() -> PreTrainedModel:
         plain = replace(
@@ -217,21 +219,23 @@ def _measured(
         return build_model(plain, source, {})[0]
 
     assert source.folder is not None
-    models = {"source": source.folder, "converted": folder}
+    given = source.model if isinstance(source, ModelSource) else source.folder
+    models: dict[str, Any] = {"source": given, "converted": folder}
     compared: dict[str, Any] = models if plan.method == "mean" else models | {"mean": averaged}
     trust = options.trust_remote_code
-    quality = compare(
-        compared,
-        held_out,
-        trust_remote_code=trust,
-        progress=progress,
-        optional={"mean"},
-        untrained=compared.keys() - {"source"},
-        own=calibration.get("own_loss"),
-    )
-    if calibration.get("kl") is not None:
-        quality["warnings"] += fitted_elsewhere(quality["converted"]["kl"], calibration["kl"])
-    return {"quality": quality, "samples": continuations(models, held_out, trust_remote_code=trust)}
+    with unmoved(given) if isinstance(source, ModelSource) else nullcontext():
+        quality = compare(
+            compared,
+            held_out,
+            trust_remote_code=trust,
+            progress=progress,
+            optional={"mean"},
+            untrained=compared.keys() - {"source"},
+            own=calibration.get("own_loss"),
+        )
+        if calibration.get("kl") is not None:
+            quality["warnings"] += fitted_elsewhere(quality["converted"]["kl"], calibration["kl"])
+        return {"quality": quality, "samples": continuations(models, held_out, trust_remote_code=trust)}
 
 
 def _calibrated(plan: Plan, source: Source, options: RunOptions, progress: Progress) -> Calibrated:

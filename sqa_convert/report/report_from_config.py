@@ -59,14 +59,15 @@ def rebuilt_report(config: Any, source: str | Path | PreTrainedModel | None = No
     else:
         opened = open_source(str(source)) if isinstance(source, str | Path) else ModelSource(source)
     family = family_of(opened.config)
-    heads = family.dimensions(opened.config).heads
-    try:
-        counts = {site_name(site): config.heads(site.kind, site.layer) for site in family.sites(opened.config)}
-    except LookupError:
-        counts = {}
-    if not counts or heads != made["source_heads"]:
-        raise CheckpointError(f"{opened.name} is not what the model was made from: it has other layers or heads")
-    partition = {name: Partition.contiguous(heads, *kept) for name, kept in counts.items()}
+    sizes, sites = family.dimensions(opened.config), family.sites(opened.config)
+    becomes = family.architectures.get(family.source_architecture(opened.config))
+    layers = config.num_hidden_layers if sites else 0
+    here = (becomes, sizes.heads, sizes.width, max(site.layer for site in sites if site.kind == sites[0].kind) + 1)
+    there = (config.architectures[0], made["source_heads"], config.hidden_size, layers)
+    if here != there:
+        raise CheckpointError(f"the model was not made from {opened.name}: class, heads, width, layers {there}, {here}")
+    counts = {site_name(site): config.heads(site.kind, site.layer) for site in sites}
+    partition = {name: Partition.contiguous(sizes.heads, *kept) for name, kept in counts.items()}
     request = Request(partition=partition, method="mean", calibration=None)
     report = conversion_report(make_plan(opened, request), opened, None)
     report |= {"method": made.get("method", "unknown"), "architecture": config.architectures[0]}

@@ -104,7 +104,7 @@ def pair_columns(data: Any, columns: Columns | None, column: str, flag: str = "-
         return columns
     if not isinstance(next(documents(data, "train", column=column, flag=flag), ""), str):
         with contextlib.suppress(DataError):
-            next(pairs(data, TOKEN_PAIRS, "train", flag=flag))
+            next(pairs(data, TOKEN_PAIRS, "train", flag=flag), None)
             return TOKEN_PAIRS
     return None
 

@@ -43,21 +43,31 @@ def token_ids(value: Any) -> Ids | None:
     if isinstance(value, str | bytes | Mapping) or value is None:
         return None
     try:
-        ids = np.asarray(value)
-    except Exception:  # rows of different lengths, objects, tensors elsewhere
+        ids = np.asarray(_on_cpu(value))
+    except Exception:  # rows of different lengths, objects
         return None
     return ids if ids.ndim == 1 and ids.dtype.kind in "iu" else None
 
 
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if hasattr(value, "cpu") else value
+
+
 def row_tokens(row: Mapping[str, Any], column: str) -> Ids | None:
     """The tokens in a column of a row, without padding; None where it holds none."""
+    import numpy as np
+
     ids = token_ids(row.get(column))
     if ids is None:
         return None
     if column == LABELS:
         return ids[ids != NOT_PREDICTED]
-    mask = token_ids(row.get(MASK)) if column == INPUT_IDS else None
-    return ids if mask is None or mask.shape != ids.shape else ids[mask != 0]
+    if column != INPUT_IDS or row.get(MASK) is None:
+        return ids
+    mask = np.asarray(_on_cpu(row[MASK]))
+    if mask.shape != ids.shape:
+        raise DataError(f"{MASK} of shape {mask.shape} beside {INPUT_IDS} of shape {ids.shape}")
+    return ids[mask.astype(bool)]
 
 
 def is_token_file(name: str) -> bool:

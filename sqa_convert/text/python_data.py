@@ -24,10 +24,23 @@ def is_named(data: Any) -> bool:
 
 
 def repeatable(data: Any) -> Any:
-    """Data that can be gone through again: of an iterator all that it gives."""
+    """Data that can be gone through again and give the same: of an iterator, and of a loader that shuffles, all of it.
+
+    Of a table of pandas its rows, of a dict of parts each part so.
+    """
     if isinstance(data, Path):
         return str(data)
-    return list(data) if isinstance(data, Iterator) else data
+    if parts(data) is not None:
+        return {name: repeatable(part) for name, part in data.items()}
+    if hasattr(data, "to_dict") and hasattr(data, "columns") and hasattr(data, "iloc"):
+        return data.to_dict("records")
+    return list(data) if isinstance(data, Iterator) or _is_shuffled(data) else data
+
+
+def _is_shuffled(data: Any) -> bool:
+    """Whether a DataLoader gives its rows in another order each time."""
+    shuffling = ("RandomSampler", "WeightedRandomSampler", "SubsetRandomSampler")
+    return type(getattr(data, "sampler", None)).__name__ in shuffling
 
 
 def called(data: Any) -> str:
@@ -45,8 +58,15 @@ def called(data: Any) -> str:
 
 
 def parts(data: Any) -> Mapping[str, Any] | None:
-    """The parts of data that have some, "train" among them, as a DatasetDict; else None."""
-    return data if isinstance(data, Mapping) and TRAIN in data else None
+    """The parts of data that have some, "train" among them, as a DatasetDict; else None.
+
+    Raises DataError where they are names.
+    """
+    if not (isinstance(data, Mapping) and TRAIN in data):
+        return None
+    if any(isinstance(part, str | Path) for part in data.values()):
+        raise DataError("the parts of data are given as objects, not by names: name a folder or a data set instead")
+    return data
 
 
 def stream(data: Any) -> Ids | None:
@@ -88,13 +108,33 @@ def _rows(item: Any, flag: str) -> Iterator[Mapping[str, Any]]:
 
 def _is_batch(item: Any) -> bool:
     """Whether a column holds several rows."""
-    column: Any = item.get(INPUT_IDS, item.get(TEXT_COLUMN))
+    column = _main_column(item)
     if hasattr(column, "ndim"):
         return bool(column.ndim == 2)
-    return isinstance(column, list | tuple) and token_ids(column) is None
+    return isinstance(column, list | tuple) and len(column) > 0 and token_ids(column) is None
+
+
+def _main_column(item: Any) -> Any:
+    """The tokens of a row or batch; where it has none, its first column of text."""
+    if INPUT_IDS in item:
+        return item[INPUT_IDS]
+    values = [item[key] for key in item.keys()]  # noqa: SIM118 - no dict
+    return next((v for v in values if isinstance(v, str) or (isinstance(v, list | tuple) and _holds_text(v))), None)
+
+
+def _holds_text(values: list[Any] | tuple[Any, ...]) -> bool:
+    return len(values) > 0 and isinstance(values[0], str)
 
 
 def _of_batch(item: Any) -> Iterator[Mapping[str, Any]]:
-    columns = {key: item[key] for key in item.keys() if hasattr(item[key], "__len__")}  # noqa: SIM118 - no dict
+    """The rows of a batch, of those columns that have a value for each."""
+    count = len(_main_column(item))
+    columns = {key: item[key] for key in item.keys() if _has(item[key], count)}  # noqa: SIM118 - no dict
     for row in zip(*columns.values(), strict=True):
         yield dict(zip(columns, row, strict=True))
+
+
+def _has(column: Any, count: int) -> bool:
+    if isinstance(column, str) or getattr(column, "ndim", 1) == 0:
+        return False
+    return hasattr(column, "__len__") and len(column) == count

@@ -129,7 +129,7 @@ def _documents(measured: Measured, data: Any, settings: Recipe, tokens: int | No
         padding = SpecialTokens.of(config).padding
 
         def blocks_of_rows() -> Iterator[list[Tensor]]:
-            return packed(_checked(_cut(texts(), length), config.vocab_size), length)
+            return packed((row.int() for row in _checked(_cut(texts(), length), config.vocab_size)), length)
 
         rows = list(islice(blocks_of_rows(), max(1, (length if streamed else wanted) // length)))
         if not rows:
@@ -153,7 +153,7 @@ def _documents(measured: Measured, data: Any, settings: Recipe, tokens: int | No
 def _cut(documents: Iterable[Document], length: int) -> Iterator[Tensor]:
     """All of each document of tokens in rows of at most `length`, but for a last one of a single token."""
     for document in documents:
-        rows = tensor_of(document).int().split(length)
+        rows = tensor_of(document).split(length)
         yield from (row for row in rows if len(row) > 1)
 
 

@@ -22,6 +22,7 @@ from ..evaluation.evaluate import Predictions
 from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.load import load_model
 from ..speed.flops import training_flops
+from ..text.collate import PairCollator
 from . import fsdp_and_deepspeed, processes
 from .data import TrainingData
 from .recipe import Recipe
@@ -126,7 +127,8 @@ def _trainer(
     )
     choose_trained(model, recipe)
     # Pairs are of many lengths, so what one of them needs says nothing.
-    flops = None if recipe.columns else training_flops(model, job.text.example()) / recipe.sequence_length
+    pairs = isinstance(job.text.collate, PairCollator)
+    flops = None if pairs else training_flops(model, job.text.example()) / recipe.sequence_length
     if recipe.lora_rank:
         model = with_lora(model, recipe.lora_rank)
     measured = job.held_out is not None

@@ -107,7 +107,7 @@ def uptrain(
     data = repeatable(data)
     given, named = (None, data) if is_named(data) else (data, None if resume else GIVEN)
     changes = {"data": named, "text_column": text_column, "seed": seed, "control": control}
-    with in_folder(model, source, output is None) as (folder, source):
+    with in_folder(model, source, output, resume) as (folder, source):
         decision = _decided(folder, source, recipe, resume, restart, output, keep_anyway, **changes)
         run, job = _prepared(folder, source, decision, given, chosen, evaluate, keep_anyway, trust_remote_code)
         report = _carry_out(run, job, read_report(folder), decision.resume, progress)
