@@ -219,7 +219,7 @@ def test_layers_of_different_numbers_of_heads_from_end_to_end(family, tmp_path):
     rebuilt = load(tmp_path / "saved", source)
     assert rebuilt.report["cost"] == made.report["cost"] and same(weights(rebuilt), weights(made))
     for other in (make(layers=4, n_positions=64), make(heads=6, layers=3, n_positions=64)):
-        with pytest.raises(CheckpointError, match="is not what the model was made from: it has other layers or heads"):
+        with pytest.raises(CheckpointError, match="is not what the model was made from"):
             load(tmp_path / "saved", other)
     written, saved = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "saved"))
     for key in ("layer_heads", "per_layer_config"):

@@ -65,7 +65,8 @@ def rebuilt_report(config: Any, source: str | Path | PreTrainedModel | None = No
     here = (becomes, sizes.heads, sizes.width, max(site.layer for site in sites if site.kind == sites[0].kind) + 1)
     there = (config.architectures[0], made["source_heads"], config.hidden_size, layers)
     if here != there:
-        raise CheckpointError(f"the model was not made from {opened.name}: class, heads, width, layers {there}, {here}")
+        what = f"class, heads, width, layers {here}, not {there}"
+        raise CheckpointError(f"{opened.name} is not what the model was made from: {what}")
     counts = {site_name(site): config.heads(site.kind, site.layer) for site in sites}
     partition = {name: Partition.contiguous(sizes.heads, *kept) for name, kept in counts.items()}
     request = Request(partition=partition, method="mean", calibration=None)
