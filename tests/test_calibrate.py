@@ -321,6 +321,7 @@ def test_without_text_the_weights_alone_serve(name):
     assert plan.method == "svd" and plan.calibration is None and plan.searched
 
 
+@pytest.mark.integration
 def test_calibration_recovers_most_of_what_mean_loses(tmp_path):
     measured = {}
     for method, settings in (

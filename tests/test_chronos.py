@@ -58,6 +58,7 @@ def test_what_chronos_reads_of_a_config_stays(folder):
     assert json.loads((converted / "config.json").read_text())["chronos_config"] == CHRONOS
 
 
+@pytest.mark.integration
 def test_the_page_runs_and_its_folder_forecasts_elsewhere(folder, tmp_path, monkeypatch):
     chronos = pytest.importorskip("chronos", reason="chronos-forecasting is not installed")
     monkeypatch.chdir(tmp_path)

@@ -131,6 +131,7 @@ def test_heads_fitted_to_other_text_are_warned_about(kl, fitted, warned):
     assert bool(warnings) == warned and all("--calibration" in w["text"] for w in warnings)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("text", "warned"), [("digits.txt", True), ("stdlib", False)])
 def test_a_conversion_fitted_to_other_text_says_so_where_it_is_measured(text, warned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

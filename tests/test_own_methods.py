@@ -166,7 +166,7 @@ def test_partitions_are_given_by_kind_and_by_layer_and_the_layer_wins():
     assert partitions_of(made) == {"decoder.0": THIRDS, "decoder.1": OTHER, "decoder.2": THIRDS}
 
 
-@pytest.mark.parametrize("calibration", [None, FITTED])
+@pytest.mark.parametrize("calibration", [None, pytest.param(FITTED, marks=pytest.mark.integration)])
 def test_sites_that_none_is_given_for_are_searched(calibration):
     model = gpt2()
     searched = convert(model, 4, 2, "svd", calibration=calibration)

@@ -133,6 +133,7 @@ def interrupt_second_time():
     return save_or_stop
 
 
+@pytest.mark.integration
 def test_a_control_that_was_stopped_goes_on_and_the_finished_training_is_not_done_again(folders):
     one, _ = folders("gpt2")
     train, calls = UptrainingTrainer.train, []

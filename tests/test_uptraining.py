@@ -228,6 +228,7 @@ def test_a_second_run_goes_on_and_is_held_against_the_conversion(converted):
     assert recovered(second, "kl") == pytest.approx(1 - second["uptrained"]["kl"] / first["converted"]["kl"])
 
 
+@pytest.mark.integration
 def test_a_second_run_without_measuring_leaves_no_old_numbers(converted):
     out = converted("gpt2")
     uptrain(out, FEW, control=True)
@@ -540,6 +541,7 @@ def test_what_does_not_go_together_is_named_beside_what_is_wrong_alone():
         Recipe(micro_batch=3)
 
 
+@pytest.mark.integration
 def test_one_call_converts_and_trains_as_the_command_does(tmp_path):
     out = tmp_path / "out"
     conversion = sqa_convert.convert(
