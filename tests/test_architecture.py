@@ -31,6 +31,7 @@ LIGHT = {
     "text/suitability.py",
     "pipeline/convert.py",
     "pipeline/run.py",
+    "pipeline/run_options.py",
     "pipeline/preflight.py",
     "uptraining/recipe.py",
     "uptraining/recipe_rules.py",

@@ -80,7 +80,8 @@ def convert(
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
     from ..pipeline.preflight import check_run, fitted_to, prepared
-    from ..pipeline.run import RunOptions, run
+    from ..pipeline.run import run
+    from ..pipeline.run_options import RunOptions
 
     columns = Columns.named(source_column, target_column, prefix)
     if (text_column or columns) and data is None and calibration is None and uptrain is None:

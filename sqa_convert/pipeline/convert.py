@@ -20,7 +20,8 @@ from ..text.python_data import is_named, repeatable
 from ..uptraining.recipe import Recipe, override
 from .conversion_object import Conversion
 from .preflight import fitted_to, prepared
-from .run import RunOptions, run, run_in_memory
+from .run import run, run_in_memory
+from .run_options import RunOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

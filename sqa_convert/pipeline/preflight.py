@@ -23,12 +23,12 @@ from ..heads import Partition
 from ..parse_amounts import check_seed
 from ..text.documents import AUTO_TEXT, BUILT_IN, GIVEN, check_data, is_own
 from ..text.find_files import beginnings_of
+from .run_options import RunOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..uptraining.recipe import Recipe
-    from .run import RunOptions
 
 
 def check_config(config: Config, recipe: Recipe) -> None:

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,46 +25,16 @@ from ..errors import CheckpointError, DataError, RecipeError, one_line
 from ..progress import Progress, silent
 from ..report.report_json import conversion_report
 from ..report.write import write_report
-from ..text.documents import GIVEN, Columns
-from ..text.formats import TEXT_COLUMN
+from ..text.documents import GIVEN
 from ..text.suitability import fitted_elsewhere
 from .preflight import check_run
+from .run_options import RunOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..evaluation.held_out_batches import HeldOut
     from ..uptraining.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a conversion is carried out, beside what is asked of it (`Request`)."""
-
-    overwrite: bool = False
-    verify: bool = True
-    evaluate: bool = False
-    data: Any = None
-    text_column: str = TEXT_COLUMN
-    columns: Columns | None = None
-    """of `data`, where it is pairs"""
-    device: str = "auto"
-    seed: int = 0
-    trust_remote_code: bool = False
-    measure_training: bool = True
-    """of an uptraining that follows"""
-
-    @classmethod
-    def with_recipe(
-        cls, recipe: Recipe | None, *, evaluate: bool, text_column: str | None, seed: int | None, **others: Any
-    ) -> RunOptions:
-        """Options as a recipe changes them: its seed counts, and models are measured after it, on its text."""
-        return cls(
-            evaluate=evaluate and recipe is None,
-            text_column=text_column or TEXT_COLUMN,
-            seed=recipe.seed if recipe is not None else seed or 0,
-            **others,
-        )
 
 
 def run(
