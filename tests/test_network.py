@@ -30,7 +30,7 @@ COMMANDS = {
         "{source}", "--q-groups", "6", "--kv-groups", "3", "-o", "out", "--calibration-tokens", "512",
         "--refine-steps", "1",
     ],
-    "sqa_convert.cli.uptrain": ["out", "--recipe", "recipe.yaml"],
+    "sqa_convert.cli.uptrain": ["out", "--recipe", "recipe.yaml", "--keep-anyway"],
     "sqa_convert.cli.evaluate": ["out", "--verify"],
     "sqa_convert.cli.bench": ["out", "--lengths", "16", "--repeats", "2", "--modes", "prefill"],
 }  # fmt: skip

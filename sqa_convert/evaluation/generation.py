@@ -41,7 +41,7 @@ def continuations(
     rows = list(islice(_inputs(held_out), count))
     texts: list[dict[str, str]] = [{} for _ in rows]
     # A source may have its tokenizer elsewhere; the last, which is the newest result, has it with it.
-    newest = list(models.values())[-1]
+    newest = Path(list(models.values())[-1])
     if not has_tokenizer(newest):
         return []
     tokenizer: Any = load_tokenizer(newest, trust_remote_code)
