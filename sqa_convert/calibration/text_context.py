@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ..conversion.plan import Plan
 from ..conversion.request import Fitting
 from ..errors import DataError, SQAError
 from ..progress import Progress
-from ..text.documents import documents
+from ..text.documents import documents, peeked
 from ..text.formats import TEXT_COLUMN
 from ..text.python_data import called
 from ..text.splits import Document, Skipped
@@ -91,9 +90,8 @@ class Reading:
         column = TEXT_COLUMN if named is None else settings.text_column
         texts = documents(named, "train", column=column, shuffled=True, skipped=skipped, flag=flag)
         name = f"{called(named)}, training part"
-        first = next(texts, "")
-        texts = chain([first], texts) if len(first) else texts
-        if not isinstance(first, str):
+        texts, are_tokens = peeked(texts)
+        if are_tokens:
             return texts, name, None
         texts, unknown = looked_at(texts, self.tokenizer, name, flag)
         return texts, name, unknown

@@ -62,8 +62,8 @@ class Source(ABC):
     """where tokenizer and generation config lie"""
     assembled: TemporaryDirectory[str] | None = None
     """that folder, where it was made of several"""
-    kept: tuple[object, ...] = ()
-    """temporary folders that are needed as long as this is"""
+    kept: object = None
+    """another temporary folder that is needed as long as this is"""
     config: dict[str, Any]
     index: dict[str, TensorInfo]
     twins: Mapping[str, str] = MappingProxyType({})

@@ -32,12 +32,17 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_s
     if isinstance(tokenizer, str | Path):
         carry_files(resolve(tokenizer), folder, "")
     elif tokenizer is not None:
-        try:
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # every tokenizer library fails in its own way
-            raise CheckpointError(f"a {type(tokenizer).__name__} cannot be saved: {one_line(error)}") from error
+        save_tokenizer(tokenizer, folder)
     if generation is not None:  # the model's own, not one beside the tokenizer
         generation.to_json_file(folder / GENERATION_CONFIG)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path, what: str = "") -> None:
+    """The files of a tokenizer. Raises CheckpointError, which begins with `what` it was given as."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # every tokenizer library fails in its own way
+        raise CheckpointError(f"{what}a {type(tokenizer).__name__} cannot be saved: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

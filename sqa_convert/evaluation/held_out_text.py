@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from ..flags_as_arguments import names_arguments
 from ..parse_amounts import amount, check_seed
 from ..text.blocks import token_blocks
 from ..text.collate import IGNORED, CausalCollator, PairCollator
-from ..text.documents import TOKEN_PAIRS, Columns, check_data, documents, is_own, pair_columns, pairs
+from ..text.documents import TOKEN_PAIRS, Columns, check_data, documents, is_own, pair_columns, pairs, peeked
 from ..text.formats import TEXT_COLUMN
 from ..text.plain_generation import own_tokens
 from ..text.python_data import called, repeatable
@@ -139,11 +139,10 @@ def _of_documents(
     length = min(longest, LONGEST, tokens)
     skipped = Skipped()
     texts = documents(data, "heldout", column=text_column, shuffled=True, skipped=skipped)
-    first = next(texts, None)
-    if first is None:
+    texts, are_tokens = peeked(texts)
+    if are_tokens is None:
         raise DataError(f"{name} holds no text: give more with --data")
-    texts = chain([first], texts)
-    if not isinstance(first, str) and not config.is_encoder_decoder:
+    if are_tokens and not config.is_encoder_decoder:
         return _of_tokens(config, texts, name, length, tokens, device)
     tokenizer = measured.tokenizer
     texts, unknown = looked_at(texts, tokenizer, name, "--data")

@@ -103,9 +103,7 @@ class SQAGPT2PreTrainedModel(GPT2PreTrainedModel):
 
     def save_pretrained(self, *args, **kwargs):
         own = type(self)
-        if own.__name__.startswith(
-            "FSDP"
-        ):  # a class that FSDP 2 made in a module of torch, which would be saved as code
+        if own.__name__.startswith("FSDP"):  # FSDP 2 made it in a module of torch, which would be saved as code
             self.__class__ = next(c for c in own.__mro__ if issubclass(c, GPT2PreTrainedModel) and c is not own)
         try:
             return super().save_pretrained(*args, **kwargs)

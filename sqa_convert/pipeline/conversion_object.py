@@ -129,8 +129,7 @@ class Conversion(Converted):
         """How fast the model is beside its source: `sqa_convert.bench` of "source" and "converted"."""
         from ..speed.bench import DEFAULTS, bench
 
-        models: dict[str, Any] = {"source": self.source, "converted": self}
-        return bench(models, DEFAULTS if settings is None else settings, progress=progress)
+        return bench(self, DEFAULTS if settings is None else settings, progress=progress)
 
     @undisturbed
     def save_pretrained(

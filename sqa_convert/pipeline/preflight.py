@@ -17,7 +17,8 @@ from ..checkpoints.source import HeadersSource, Source
 from ..checkpoints.staging import check_output
 from ..conversion.plan import Plan, make_plan
 from ..conversion.request import Fitting, Request
-from ..errors import CheckpointError, DataError, OutputError, RecipeError, one_line, shown
+from ..conversion.save_model import save_tokenizer
+from ..errors import CheckpointError, DataError, OutputError, RecipeError, shown
 from ..families import Config, Site, family_of
 from ..heads import Partition
 from ..parse_amounts import check_seed
@@ -78,7 +79,7 @@ def prepared(
         source = ModelSource(given)
         if where.get("tokenizer") is not None:
             source.folder = tokenizer_folder(where["tokenizer"])
-    source.kept = (source.assembled, saved)
+    source.kept = saved
     return source, make_plan(source, request)
 
 
@@ -89,12 +90,7 @@ def _saved(tokenizer: Any) -> TemporaryDirectory[str] | None:
     if not hasattr(tokenizer, "save_pretrained"):
         raise CheckpointError(f"--tokenizer is a {type(tokenizer).__name__}: give a tokenizer, a folder or a hub id")
     folder = TemporaryDirectory(prefix="sqa-tokenizer-")
-    try:
-        tokenizer.save_pretrained(folder.name)
-    except Exception as error:  # every tokenizer library fails in its own way
-        raise CheckpointError(
-            f"--tokenizer: a {type(tokenizer).__name__} cannot be saved: {one_line(error)}"
-        ) from error
+    save_tokenizer(tokenizer, folder.name, "--tokenizer: ")
     return folder
 
 

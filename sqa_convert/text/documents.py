@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ..errors import DataError, RecipeError, shown
@@ -95,6 +96,14 @@ class Columns:
         return cls(source, target, prefix) if source else None
 
 
+def peeked(texts: Iterator[Document]) -> tuple[Iterator[Document], bool | None]:
+    """The same documents, and whether they are tokens already, as the first one is; None where there is none."""
+    first = next(texts, None)
+    if first is None:
+        return texts, None
+    return chain([first], texts), not isinstance(first, str)
+
+
 TOKEN_PAIRS = Columns(INPUT_IDS, LABELS)
 
 
@@ -102,7 +111,7 @@ def pair_columns(data: Any, columns: Columns | None, column: str, flag: str = "-
     """The columns of pairs: those that are named; of rows of tokens and labels these. Raises DataError."""
     if columns is not None or is_own(data) or is_built_in(data):
         return columns
-    if not isinstance(next(documents(data, "train", column=column, flag=flag), ""), str):
+    if peeked(documents(data, "train", column=column, flag=flag))[1]:
         with contextlib.suppress(DataError):
             next(pairs(data, TOKEN_PAIRS, "train", flag=flag), None)
             return TOKEN_PAIRS

@@ -29,6 +29,7 @@ from ..text.documents import (
     documents,
     is_own,
     pair_columns,
+    peeked,
 )
 from ..text.python_data import called
 from ..text.spans import denoising
@@ -125,7 +126,8 @@ def _documents(measured: Measured, data: Any, settings: Recipe, tokens: int | No
         )
 
     name = called(data)
-    if not config.is_encoder_decoder and not isinstance(next(texts(), ""), str):
+    read, are_tokens = peeked(texts())
+    if are_tokens and not config.is_encoder_decoder:
         padding = SpecialTokens.of(config).padding
 
         def blocks_of_rows() -> Iterator[list[Tensor]]:
@@ -137,7 +139,7 @@ def _documents(measured: Measured, data: Any, settings: Recipe, tokens: int | No
         collate: Any = PackedCollator(length, padding)
         return TrainingData(measured, rows, collate, held_out, skipped, blocks_of_rows if streamed else None)
     tokenizer = measured.tokenizer
-    read, _ = looked_at(texts(), tokenizer, name, "--data")
+    read, _ = looked_at(read, tokenizer, name, "--data")
     blocks = token_blocks(read, tokenizer, length, length if streamed else wanted, name, dtype=torch.int32)
     corrupt = denoising(tokenizer, config.vocab_size) if config.is_encoder_decoder else None
     check_vocabulary(blocks, config.vocab_size)

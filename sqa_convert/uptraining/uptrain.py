@@ -109,19 +109,19 @@ def uptrain(
     changes = {"data": named, "text_column": text_column, "seed": seed, "control": control}
     with in_folder(model, source, output, resume) as (folder, source):
         decision = _decided(folder, source, recipe, resume, restart, output, keep_anyway, **changes)
-        run, job = _prepared(folder, source, decision, given, chosen, evaluate, keep_anyway, trust_remote_code)
-        report = _carry_out(run, job, read_report(folder), decision.resume, progress)
+        report = read_report(folder)
+        run, job = _prepared(folder, report, source, decision, given, chosen, evaluate, keep_anyway, trust_remote_code)
+        report = _carry_out(run, job, report, decision.resume, progress)
     if isinstance(model, Converted):
         model.report, model.output = report, output or model.output
     return report
 
 
 def _prepared(
-    folder: Path, source: Any, decision: _Decision, given: Any, device: torch.device, evaluate: bool,
-    keep_anyway: bool, trust_remote_code: bool,
+    folder: Path, report: dict[str, Any], source: Any, decision: _Decision, given: Any, device: torch.device,
+    evaluate: bool, keep_anyway: bool, trust_remote_code: bool,
 ) -> tuple[Run, Job]:  # fmt: skip
     """Recipe, text and source of a run; raises what can be known before a weight is trained."""
-    report = read_report(folder)
     with processes.together():
         run = Run(folder, find_source(report, source), decision.target, decision.recipe, "uptraining" in report)
         check_recipe(run.recipe, evaluate, device)
