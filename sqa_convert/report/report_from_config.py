@@ -61,9 +61,8 @@ def rebuilt_report(config: Any, source: str | Path | PreTrainedModel | None = No
     family = family_of(opened.config)
     sizes, sites = family.dimensions(opened.config), family.sites(opened.config)
     becomes = family.architectures.get(family.source_architecture(opened.config))
-    layers = config.num_hidden_layers if sites else 0
     here = (becomes, sizes.heads, sizes.width, max(site.layer for site in sites if site.kind == sites[0].kind) + 1)
-    there = (config.architectures[0], made["source_heads"], config.hidden_size, layers)
+    there = (config.architectures[0], made["source_heads"], config.hidden_size, config.num_hidden_layers)
     if here != there:
         what = f"class, heads, width, layers {here}, not {there}"
         raise CheckpointError(f"{opened.name} is not what the model was made from: {what}")
@@ -74,8 +73,7 @@ def rebuilt_report(config: Any, source: str | Path | PreTrainedModel | None = No
     report |= {"method": made.get("method", "unknown"), "architecture": config.architectures[0]}
     known = made.get("partition") or {}
     for site in report["sites"]:
-        layers = known.get(site["kind"], ())
         site.pop("partition")  # it is not in the weights
-        if site["layer"] < len(layers):
-            site["partition"] = layers[site["layer"]]
+        if site["layer"] < len(by_layer := known.get(site["kind"], ())):
+            site["partition"] = by_layer[site["layer"]]
     return report

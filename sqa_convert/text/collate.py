@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pretokenized import NOT_PREDICTED
 from .spans import Denoising
 
-IGNORED = -100
+IGNORED = NOT_PREDICTED
 """label of a position that is not predicted: padding, or the first of a sequence"""
 
 
