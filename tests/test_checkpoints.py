@@ -272,6 +272,7 @@ def test_safetensors_are_preferred_to_pickles_beside_them(folder, tmp_path):
     assert convert(folder, 8, 4, output=tmp_path / "out").model is not None
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("new_format", [True, False])
 def test_damaged_pickles_are_refused_wherever_the_damage_is(new_format, folder):
     gpt2(layers=1).save_pretrained(folder)

@@ -416,6 +416,7 @@ def test_a_folder_without_permission(run, source):
     assert code == 2 and "cannot be written" in err
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.integration)])
 def test_uptraining_from_the_command_line(run, name, tmp_path):
     (tmp_path / "short.yaml").write_text(FEW)

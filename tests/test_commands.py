@@ -35,6 +35,7 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+@pytest.mark.integration
 def test_uptraining_a_folder_ends_with_four_rows_and_a_plot(run, out):
     code, said, err = run(uptrain, "out", "--recipe", "few.yaml", "--control", "--seed", 3)
     assert code == 0, err

@@ -110,6 +110,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.integration
 def test_the_control_is_the_source_trained_on_the_same_tokens(converted):
     out = converted("gpt2")
     source = {path.name: path.read_bytes() for path in (SAMPLES / "gpt2").iterdir()}
@@ -219,6 +220,7 @@ def test_rows_without_text_are_skipped_also_while_streaming_and_said(tmp_path, m
     assert lines[0].endswith("; 10 rows without text skipped")
 
 
+@pytest.mark.integration
 def test_a_second_run_goes_on_and_is_held_against_the_conversion(converted):
     out = converted("gpt2")
     first = uptrain(out, FEW)["quality"]
