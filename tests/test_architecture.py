@@ -15,14 +15,14 @@ FLOORS = [  # a folder, or a module beside them, may import only from floors bel
     {"conversion"},
     {"text"},
     {"checkpoints"},
-    {"families"},
+    {"families", "layers"},
     {"devices", "heads", "parse_amounts"},
     {"caller_settings"},
     {"flags_as_arguments"},
     {"errors", "models", "progress"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}
-MAY_BE_HEAVY = {"calibration", "devices", "evaluation", "models", "pipeline", "speed", "text", "uptraining"}
+MAY_BE_HEAVY = {"calibration", "devices", "evaluation", "layers", "models", "pipeline", "speed", "text", "uptraining"}
 """places that are imported when something is computed; all others answer `--help` and `--dry-run`"""
 LIGHT = {
     "text/documents.py",

@@ -206,8 +206,10 @@ def from_norms(
     attention: Attention,
     query_norm: tuple[Tensor, Tensor | None],
     key_norm: tuple[Tensor, Tensor | None],
+    value_norm: tuple[Tensor, Tensor | None] | None = None,
 ) -> Statistics:
-    """Statistics without data, from weight (D,) and bias (D,) or None of the norms before queries and before keys.
+    """Statistics without data, from weight (D,) and bias (D,) or None of the norms before queries, before keys and,
+    where they are made from something else, before values.
 
     Normalized inputs are taken as white. A pattern is taken to follow its scores: what head i pays for the pattern of
     head j grows with the difference of their score forms, position bias included, up to what two unrelated patterns
@@ -218,11 +220,13 @@ def from_norms(
     offset[:-1] = 0 if query_norm[1] is None else query_norm[1].double()
     query += torch.outer(offset, offset)
     key = torch.diag(key_norm[0].double() ** 2)
-    mean = torch.zeros(len(key), dtype=torch.float64) if key_norm[1] is None else key_norm[1].double()
+    weight, bias = value_norm or key_norm
+    read = torch.diag(weight.double() ** 2)
+    mean = torch.zeros(len(read), dtype=torch.float64) if bias is None else bias.double()
 
     value = heads.value.double()
     output_gram = heads.output.double() @ heads.output.double().mT
-    strength = ((value @ key @ value.mT) * output_gram).sum((1, 2)).clamp(min=0)  # (H,), energy of each head's output
+    strength = ((value @ read @ value.mT) * output_gram).sum((1, 2)).clamp(min=0)  # (H,), energy of each head's output
     energy = attention.scale**2 * _BLIND_SPREAD * strength
     difference = _form_distance(heads, query, key)
     if heads.position_bias is not None:
@@ -230,7 +234,7 @@ def from_norms(
         table = table - table.mean(1, keepdim=True)
         difference = difference + (table[:, None] - table[None]).square().mean(-1)
     cost = torch.minimum(energy[:, None] * difference, 2 * _BLIND_SPREAD * strength[:, None].expand_as(difference))
-    return Statistics(query, key, key[None], mean[None], energy, cost, None)
+    return Statistics(query, key, read[None], mean[None], energy, cost, None)
 
 
 def _form_distance(heads: AttentionHeads, query: Tensor, key: Tensor) -> Tensor:

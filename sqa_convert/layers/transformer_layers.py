@@ -1,0 +1,97 @@
+"""torch's Transformer layers with `SparseQueryAttention` in the place of their attention; all else is theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .sparse_query_attention import SparseQueryAttention
+
+
+class SparseQueryTransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """`nn.TransformerEncoderLayer` with fewer heads; `nn.TransformerEncoder` takes it."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        *args: Any,
+        q_groups: int | None = None,
+        kv_groups: int | None = None,
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `nn.TransformerEncoderLayer`, and the heads kept, as `SparseQueryAttention` takes them."""
+        super().__init__(d_model, nhead, *args, **kwargs)
+        replace_attention(self, lambda module: fresh(module, q_groups, kv_groups, variant))
+
+
+class SparseQueryTransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """`nn.TransformerDecoderLayer` with fewer heads in both attentions; `nn.TransformerDecoder` takes it."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        *args: Any,
+        q_groups: int | None = None,
+        kv_groups: int | None = None,
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `nn.TransformerDecoderLayer`, and the heads kept, as `SparseQueryAttention` takes them."""
+        super().__init__(d_model, nhead, *args, **kwargs)
+        replace_attention(self, lambda module: fresh(module, q_groups, kv_groups, variant))
+
+
+class SparseQueryTransformer(nn.Transformer):
+    """`nn.Transformer` with fewer heads in all its attentions."""
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        *args: Any,
+        q_groups: int | None = None,
+        kv_groups: int | None = None,
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `nn.Transformer`, and the heads kept, as `SparseQueryAttention` takes them."""
+        super().__init__(d_model, nhead, *args, **kwargs)
+        replace_attention(self, lambda module: fresh(module, q_groups, kv_groups, variant))
+        self._reset_parameters()
+
+
+def fresh(
+    module: nn.MultiheadAttention, q_groups: int | None, kv_groups: int | None, variant: str | None
+) -> SparseQueryAttention:
+    """A layer of a module's shapes and settings with fewer heads, its weights drawn anew. Raises RecipeError."""
+    like = module.out_proj.weight
+    return SparseQueryAttention(
+        module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None, module.bias_k is not None,
+        module.add_zero_attn, module.kdim, module.vdim, module.batch_first, like.device, like.dtype,
+        q_groups=q_groups, kv_groups=kv_groups, variant=variant,
+    )  # fmt: skip
+
+
+def replace_attention(model: nn.Module, make: Callable[[nn.MultiheadAttention], nn.Module | None]) -> None:
+    """Puts what `make` returns in the place of every `nn.MultiheadAttention` of a model; None: it stays.
+
+    A module that stands in several places is replaced by one.
+    """
+    made: dict[nn.Module, nn.Module | None] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children leaves out what comes twice
+            if isinstance(child, nn.MultiheadAttention):
+                if child not in made:
+                    made[child] = make(child)
+                if (replacement := made[child]) is not None:
+                    setattr(parent, name, replacement)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(
+            isinstance(part, SparseQueryAttention) for part in encoder.modules()
+        ):
+            encoder.use_nested_tensor = False  # of the fused kernel, which knows one kind of attention
