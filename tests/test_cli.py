@@ -53,7 +53,7 @@ FITTED = ["--q-groups", "8", "--kv-groups", "4", "--calibration-tokens", "2048",
 
 def test_the_default_says_what_it_was_fitted_on_and_what_it_chose(run):
     code, out, err = run("sample:gpt2", *FITTED)
-    assert (code, err) == (0, "")
+    assert code == 0 and "refine heads" in err
     fitted = re.search(r"fitted on 1,\d{3} tokens, chosen on \d+ more: sampled from the model", out)
     assert fitted is not None
     assert "chosen: " in out and "procrustes" in out
@@ -336,7 +336,7 @@ def test_text_is_read_from_the_column_that_is_named(run, tmp_path):
     data = tmp_path / "a [1].JSONL"
     texts = [None, *(f"def f{i}(x):\n    return x + {i}\n" * 50 for i in range(60))]
     data.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
-    code, _, err = run("sample:gpt2", *HEADS, "--no-verify", "--data", data, "--text-column", "content")
+    code, _, err = run("sample:gpt2", *HEADS, "--no-verify", "--data", data, "--text-column", "content", "-q")
     assert (code, err) == (0, "")
     said = Path("gpt2-sqa-q8kv4/report.json").read_text()
     assert json.loads(said)["quality"]["data"] == f"{data}, held-out part, 1 rows without text skipped"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..evaluation.measure import model_inputs
 from ..families import Site
 from ..heads.site_inputs import Inputs
+from ..progress import step_done
 from ..text.collate import IGNORED
 
 Batch = dict[str, Tensor]
@@ -48,6 +49,7 @@ def capture(
     hooks = [module_at(model, site.prefix).register_forward_pre_hook(watch(site), with_kwargs=True) for site in sites]
     try:
         for batch in batches:
+            step_done()
             memory.clear()
             counted.update(positions(model, batch))
             with contextlib.suppress(_EnoughError):

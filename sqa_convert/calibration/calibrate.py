@@ -25,7 +25,7 @@ from ..evaluation.load import load_model
 from ..evaluation.measure import Predictions, measure, predict
 from ..families import Site
 from ..heads import AUTO, Method
-from ..progress import Progress, silent
+from ..progress import Progress, no_bars_of_others, silent, step_done
 from ..text.plain_generation import settle
 from ..text.suitability import misfits
 from .activations import capture
@@ -76,12 +76,14 @@ def calibrate(
     candidates = _candidates(plan)
     tried: dict[str, dict[Site, ConvertedSite]] = {name: {} for name in candidates}
     for site, fitter in calibrator.fitters("fit heads"):
-        for name, (method, searched) in candidates.items():
+        for number, (name, (method, searched)) in enumerate(candidates.items()):
+            step_done(number / len(candidates))
             searched = searched and site not in plan.given
             tried[name][site] = fitter.convert(method, plan.partitions[site], searched, settings.refit)
     report = calibrator.report(plan)
     chosen = best_of_each(tried)
     if plan.method == AUTO and plan.has_language_model_head:
+        progress("choose", 0, 1)
         kl = {name: kl for name, choice in tried.items() if (kl := calibrator.kl(plan, choice)) is not None}
         if not kl:
             raise QualityError(
@@ -163,6 +165,7 @@ class Calibrator:
 
     def fitters(self, stage: str) -> Iterator[tuple[Site, SiteFitter]]:
         """Each site with its activations on the device, one at a time."""
+        self.progress(stage, 0, len(self.sites))
         for group in self._groups():
             activations = capture(self.model, group, self.text.batches + self.text.held_out, self.device)
             for site in group:
@@ -251,7 +254,8 @@ def load_source(plan: Plan, source: Source, trust_remote_code: bool = False) -> 
 
     architecture = getattr(transformers, plan.family.source_architecture(plan.source_config))
     try:
-        return settle(architecture.from_pretrained(source.folder, dtype="float32").eval())
+        with no_bars_of_others():
+            return settle(architecture.from_pretrained(source.folder, dtype="float32").eval())
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

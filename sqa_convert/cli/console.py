@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..checkpoints.staging import NOWHERE, here
 from ..errors import RecipeError, SQAError
 from ..flags_as_arguments import flags_named
+from ..progress import hear_others
 from ..report.provenance import asked_by
+from .stage_display import showing
 from .streams import forgiving_streams
 
 INTERRUPTED = 130
@@ -44,6 +45,7 @@ class Out:
             transformers: whether it is going to be used; importing it takes longer than many a conversion.
         """
         if self.verbose:
+            hear_others()
             return
         import logging
         import os
@@ -62,37 +64,9 @@ class Out:
         if self.quiet or self.as_json or not self.stderr.is_terminal:
             disable_progress_bars()
 
-    @contextlib.contextmanager
-    def progress(self) -> Iterator[Callable[..., None]]:
-        """A callback (stage, done, total, news) that moves a bar for each stage; without a terminal it prints news."""
-        silent = self.quiet or self.as_json
-        if not self.stderr.is_terminal or silent:
-
-            def say(stage: str, done: int, total: int, news: str = "") -> None:
-                if news and not silent:
-                    print(f"{stage} {done}/{total}: {news}", file=sys.stderr, flush=True)
-
-            yield say
-            return
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[news]}"),
-        )
-        with Progress(*columns, console=self.stderr) as bars:
-            tasks: dict[str, Any] = {}
-
-            def step(stage: str, done: int, total: int, news: str = "") -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=total, news="")
-                bars.update(tasks[stage], completed=done)
-                if news:
-                    bars.update(tasks[stage], news=news)
-
-            yield step
+    def progress(self, title: str = "") -> AbstractContextManager[Callable[..., None]]:
+        """A callback (stage, done, total, news) that shows how far the work is; `title` says what is being done."""
+        return showing(self.stderr, visible(title), self.quiet or self.as_json)
 
     def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
         if self.as_json or self.quiet:

@@ -20,7 +20,7 @@ from ..text.formats import TEXT_COLUMN
 from . import convert_flags as flags
 from .console import Out, run_app
 from .flags import EXIT_CODES, AsJson, Public, PushToHub, Quiet, Verbose, Version, make_app
-from .show_results import push, show_conversion, show_plan
+from .show_results import plan_line, push, show_conversion, show_plan
 
 if TYPE_CHECKING:
     from ..uptraining.recipe import Recipe
@@ -147,7 +147,7 @@ def convert(
         check_run(plan, source, target, options, recipe)
         show_plan(out, plan, conversion_report(plan, source, target, seed=options.seed))
         return
-    with out.progress() as progress:
+    with out.progress(plan_line(plan, source.name, target)) as progress:
         report = run(plan, source, target, options, recipe, progress)
     show_conversion(out, report, target, uptrained=recipe is not None)
     push(out, target, push_to_hub, public)

@@ -23,6 +23,15 @@ from ..report.tables import costs, quality_rows, quality_table
 from .console import Out
 
 
+def plan_line(plan: Plan, source: str, target: Path) -> str:
+    """What a conversion is going to do."""
+    pairs = {(len(plan.partitions[site].clusters), len(plan.partitions[site].groups)) for site in plan.converted_sites}
+    shown = " or ".join(f"{q} query and {kv} key/value heads" for q, kv in sorted(pairs)[:2])
+    kept = "every head stays" if not pairs else f"{plan.dimensions.heads} heads become {shown}"
+    more = ", by layer" if len(pairs) > 1 else ""
+    return f"{source} → {target}, {kept}{more}, method {plan.method}"
+
+
 def show_plan(out: Out, plan: Plan, report: dict[str, Any]) -> None:
     """What a conversion would write."""
     shards = {
@@ -67,6 +76,10 @@ def show_quality(out: Out, report: dict[str, Any]) -> None:
     for line in uptraining_lines(report):
         out.result(line)
     out.result(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in report['seconds'].items())}")
+    if out.verbose:
+        for done in (report, report.get("uptraining", {})):
+            for stage in done.get("stages", []):
+                out.result(f"  {stage['name']} {stage['seconds']:g}")
 
 
 def show_evaluation(out: Out, result: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QualityError
+from ..progress import step_done
 from ..text.collate import IGNORED
 from ..text.suitability import misfits
 from .held_out_batches import HeldOut
@@ -53,7 +54,7 @@ def model_inputs(model: Any, batch: dict[str, Tensor], device: torch.device) -> 
 
 
 @torch.no_grad()
-def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] = lambda: None) -> Predictions:
+def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] = step_done) -> Predictions:
     """Runs a model over held-out text. `step` is called after each batch."""
     device = held_out.device
     model.to(device).eval()

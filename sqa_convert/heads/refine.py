@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..progress import step_done
 from .attend import Attention
 from .site_inputs import Inputs
 from .weights import AttentionHeads
@@ -67,7 +68,8 @@ def refine(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     batches = _shuffled(parts, generator)
     energy = _variation(parts) / len(batches)  # of an average batch
-    for _ in range(steps):
+    for step in range(steps):
+        step_done(step / steps)
         optimizer.zero_grad(set_to_none=True)
         for part, rows in batches.pop():
             inputs, wanted = parts[part][0][rows], parts[part][1][rows]

@@ -22,11 +22,12 @@ from ..conversion.plan import Plan
 from ..conversion.result_model_class import check_loads
 from ..conversion.write import write_model
 from ..errors import CheckpointError, DataError, RecipeError, one_line
-from ..progress import Progress, silent
+from ..progress import Progress, Stages, silent, told_within
 from ..report.report_json import conversion_report
 from ..report.write import write_report
 from ..text.documents import GIVEN
 from ..text.suitability import fitted_elsewhere
+from .planned_stages import DRAW, LOAD, VERIFY, WRITE_SAMPLES, planned_stages
 from .preflight import check_run
 from .run_options import RunOptions
 
@@ -47,7 +48,11 @@ def run(
 ) -> dict[str, Any]:
     """Carries out a plan: a folder that appears whole, trained by a recipe where there is one; returns its report."""
     check_run(plan, source, output, options, recipe)
-    report = _to_folder(plan, source, output, options, progress)
+    # The text to measure on is prepared first, so that without it nothing is written.
+    held_out = _held_out(plan, source, options) if options.evaluate else ""
+    stages = Stages(progress, planned_stages(plan, options, not isinstance(held_out, str), recipe))
+    with told_within(stages):
+        report = _to_folder(plan, source, output, options, held_out, stages)
     if recipe is None:
         return report
     from ..uptraining.uptrain import uptrain
@@ -73,12 +78,15 @@ def run_in_memory(
     start = time.perf_counter()
     check_loads(plan)
     check_copies(plan, source)
-    calibrated = _calibrated(plan, source, options, progress)
-    model, records = build_model(plan, source, calibrated.sites, progress)
+    stages = Stages(progress, planned_stages(plan, options, measured=False))
+    with told_within(stages):
+        calibrated = _calibrated(plan, source, options, stages)
+        model, records = build_model(plan, source, calibrated.sites, stages)
     _carry_generation(source, model)
     report = conversion_report(plan, source, None, records, calibrated.report, options.seed, _device(plan, options))
     report["source_weights"] = fingerprint(source, plan.source_names)
     report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
+    report["stages"] = stages.seconds()
     return model, report
 
 
@@ -105,9 +113,10 @@ def _carry_generation(source: Source, model: PreTrainedModel) -> None:
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
 
 
-def _to_folder(plan: Plan, source: Source, output: Path, options: RunOptions, progress: Progress) -> dict[str, Any]:
-    """Converts into a folder. The text to measure on is prepared first, so that without it nothing is written."""
-    held_out, not_measured = _held_out(plan, source, options) if options.evaluate else (None, "")
+def _to_folder(
+    plan: Plan, source: Source, output: Path, options: RunOptions, held_out: HeldOut | str, progress: Stages
+) -> dict[str, Any]:
+    """Converts into a folder, measured on text; or on none, for a reason."""
     with staged_output(output, options.overwrite, plan.nbytes) as folder, source.unchanged():
         start = time.perf_counter()
         if options.verify:
@@ -128,35 +137,40 @@ def _to_folder(plan: Plan, source: Source, output: Path, options: RunOptions, pr
         if plan.calibration is not None:
             report["seconds"]["calibrate"] = round(calibrating, 2)
         report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
-        if not_measured:
-            report["not_measured"] = not_measured
+        if held_out and isinstance(held_out, str):
+            report["not_measured"] = held_out
         with _reloaded(folder, report, options):
-            if held_out is not None:
+            if not isinstance(held_out, str):
                 start = time.perf_counter()
                 calibration = report.get("calibration", {})
                 report |= _measured(plan, source, folder, held_out, options, progress, calibration)
                 report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
+                if options.verify:
+                    progress(VERIFY, 0, 1)
+        if not isinstance(held_out, str):
+            progress(DRAW, 0, 1)
+        report["stages"] = progress.seconds()
         write_report(folder, report)
     return report
 
 
-def _held_out(plan: Plan, source: Source, options: RunOptions) -> tuple[HeldOut | None, str]:
-    """The text to measure on; where none was named and the default does not do: None, and why."""
+def _held_out(plan: Plan, source: Source, options: RunOptions) -> HeldOut | str:
+    """The text to measure on; where none was named and the default does not do, why. "" of what predicts no text."""
     from ..evaluation.held_out_text import prepare
 
     assert source.folder is not None
     if not plan.has_language_model_head:
-        return None, ""
+        return ""
     names = ("text_column", "columns", "device", "seed", "trust_remote_code")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
     without = "leave out --data" if options.data is not None else ""
     given, tokenizer = (source.model, source.folder) if isinstance(source, ModelSource) else (source.folder, None)
     try:
-        return prepare(given, options.data, **how, tokenizer=tokenizer, without=without), ""
+        return prepare(given, options.data, **how, tokenizer=tokenizer, without=without)
     except (CheckpointError, DataError) as error:
         if options.data is not None:
             raise
-        return None, one_line(error).replace(str(source.folder), source.name)
+        return one_line(error).replace(str(source.folder), source.name)
 
 
 def _reloaded(folder: Path, report: dict[str, Any], options: RunOptions) -> AbstractContextManager[None]:
@@ -205,6 +219,7 @@ def _measured(
         )
         if calibration.get("kl") is not None:
             quality["warnings"] += fitted_elsewhere(quality["converted"]["kl"], calibration["kl"])
+        progress(WRITE_SAMPLES, 0, 1)
         return {"quality": quality, "samples": continuations(models, held_out, trust_remote_code=trust)}
 
 
@@ -218,6 +233,7 @@ def _calibrated(plan: Plan, source: Source, options: RunOptions, progress: Progr
 
     device = choose_device(options.device)
     try:
+        progress(LOAD, 0, 1)
         model = load_source(plan, source, options.trust_remote_code)
         return calibrate(model, plan, source, device, options.seed, options.trust_remote_code, progress)
     except (torch.OutOfMemoryError, MemoryError) as error:

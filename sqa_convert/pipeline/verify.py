@@ -26,6 +26,7 @@ from ..checkpoints.staging import expanded
 from ..checkpoints.untrusted import LARGEST_CONFIG, regular_file
 from ..conversion.write import MODELS
 from ..errors import CheckpointError, one_line, shown
+from ..progress import no_bars_of_others
 from ..report.report_json import auto_class, read_report
 from ..text.tokenizers import load_tokenizer
 
@@ -258,7 +259,8 @@ def _probe(folder: Path) -> dict[str, Tensor]:
 def compare_logits(theirs: Tensor, folder: Path, report: dict[str, Any]) -> float:
     """The largest difference to what the folder's model computes here. Raises CheckpointError where it is large."""
     model_class, plain = getattr(models, report["architecture"]), GenerationConfig()
-    model = model_class.from_pretrained(folder, dtype="float32", generation_config=plain).eval()
+    with no_bars_of_others():
+        model = model_class.from_pretrained(folder, dtype="float32", generation_config=plain).eval()
     ours = model(**_probe(folder))[0]
     difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
     if not difference <= _TOLERANCE * max(1.0, ours.abs().max().item()):

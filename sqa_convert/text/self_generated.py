@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicLayer
 
 from ..errors import DataError
-from ..progress import Progress, silent
+from ..progress import Progress, silent, step_done
 from .documents import BUILT_IN, Split, documents
 from .plain_generation import generate, own_tokens
 from .suitability import looked_at
@@ -37,6 +37,8 @@ SHORT = (2, 4, 4, 8, 8, 8, 16, 16, 16, 16)
 _CACHE = 2e9  # bytes of keys and values held while sampling
 
 _ROOM = 64  # tokens that a cache has room for at first
+
+_TOLD_EVERY = 16  # tokens of a text
 
 _CROWDED = 0.75  # share of texts that go on below which the others leave the cache
 
@@ -76,7 +78,12 @@ def own_rows(
         progress("sample text", written, tokens)
         missing = -(-(tokens - written) // length)
         begin = _begin(model, min(at_once, missing), beginnings, control, chance, generator)
-        texts = continued(model, begin[:, : length - 1], length, device, generator)
+        expected = min(tokens - written, len(begin) * length)
+
+        def step(share: float, done: int = written, expected: int = expected) -> None:
+            progress("sample text", done + int(share * expected), tokens)
+
+        texts = continued(model, begin[:, : length - 1], length, device, generator, step)
         ends = own_tokens(model).end
         done = [text for text in texts if int(text[-1]) in ends]
         going = [text for text in texts if int(text[-1]) not in ends]
@@ -136,8 +143,18 @@ def first_tokens(model: Any, count: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def continued(model: Any, begin: Tensor, length: int, device: torch.device, generator: torch.Generator) -> list[Tensor]:
-    """How a causal model goes on from beginnings (B, n), each up to its end token or to `length`: on the CPU."""
+def continued(
+    model: Any,
+    begin: Tensor,
+    length: int,
+    device: torch.device,
+    generator: torch.Generator,
+    step: Callable[[float], None] = step_done,
+) -> list[Tensor]:
+    """How a causal model goes on from beginnings (B, n), each up to its end token or to `length`: on the CPU.
+
+    `step` is called now and then with the share that is done.
+    """
     ends = torch.tensor(own_tokens(model).end, dtype=torch.long)
     texts = torch.zeros(len(begin), length, dtype=torch.long)
     texts[:, : begin.shape[1]] = begin
@@ -145,6 +162,8 @@ def continued(model: Any, begin: Tensor, length: int, device: torch.device, gene
     slots, going = torch.arange(len(begin)), torch.ones(len(begin), dtype=torch.bool)  # texts of the cache's rows
     cache, given = Cache(layer_class_to_replicate=RoomyLayer), begin
     for position in range(begin.shape[1], length):
+        if position % _TOLD_EVERY == 0:
+            step(position / length)
         logits = model(input_ids=given.to(device), past_key_values=cache, use_cache=True).logits[:, -1]
         drawn = draw(logits, generator)
         texts[slots[going], position] = drawn[going]

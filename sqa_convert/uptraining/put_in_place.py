@@ -21,7 +21,7 @@ from ..errors import OutputError
 from ..evaluation.evaluate import compare
 from ..evaluation.generation import answer_scores, continuations
 from ..evaluation.load import load_model
-from ..progress import Progress
+from ..progress import Stages
 from ..report.formatting import nats
 from ..report.provenance import origin
 from ..report.write import write_report
@@ -49,7 +49,7 @@ def note_training(
         report["uptraining"]["control_curve"] = results["control"]["curve"]
 
 
-def put_in_place(run: Run, report: dict[str, Any], job: Job, own_loss: float | None, progress: Progress) -> None:
+def put_in_place(run: Run, report: dict[str, Any], job: Job, own_loss: float | None, progress: Stages) -> None:
     """Puts the trained model at `run.target`, mostly the converted one's own place, measured beside the others.
 
     Args:
@@ -79,12 +79,14 @@ def put_in_place(run: Run, report: dict[str, Any], job: Job, own_loss: float | N
             start = time.perf_counter()
             _measure(run, staging, report, job, own_loss, progress)
             report["seconds"]["evaluate"] = round(time.perf_counter() - start, 2)
+        progress("draw report", 0, 1)
+        report["uptraining"]["stages"] = progress.seconds()
         write_report(staging, report)
         (run.checkpoints / BECAME).write_text(conversion_id(staging))
 
 
 def _measure(
-    run: Run, trained: Path, report: dict[str, Any], job: Job, own_loss: float | None, progress: Progress
+    run: Run, trained: Path, report: dict[str, Any], job: Job, own_loss: float | None, progress: Stages
 ) -> None:
     """Puts into a report how well source, converted and trained model predict, and what they write.
 
@@ -114,6 +116,7 @@ def _measure(
         if "mean" in known:
             quality["mean"] = known["mean"]
     report["quality"] = quality
+    progress("write samples", 0, 1)
     report["samples"] = continuations(models, job.held_out, trust_remote_code=job.trust_remote_code)
 
 

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from ..errors import DataError, RecipeError, one_line, shown
 from ..flags_as_arguments import names_arguments
-from ..text.documents import AUTO_TEXT, Columns
+from ..text.documents import AUTO_TEXT, SELF, Columns
 from .recipe_rules import Count, Number, Seed, Switch, Text, in_one_line, must_be, sentence
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
@@ -116,6 +116,13 @@ class Recipe:
     @property
     def steps(self) -> int:
         return self.tokens // self.tokens_per_step
+
+    def stages(self, measured: bool) -> list[str]:
+        """Names of a run's stages, in their order."""
+        trained = ["uptrain", "control"] if self.control else ["uptrain"]
+        rows = [f"evaluate {row}" for row in ("source", "converted", "uptrained", *trained[1:])]
+        own = ["sample text"] if self.data == SELF else []
+        return [*own, *trained, *([*rows, "write samples"] if measured else []), "draw report"]
 
     @property
     def ce(self) -> float:

@@ -16,7 +16,7 @@ from ..devices import choose_device, own_device
 from ..errors import CheckpointError
 from ..evaluation.load import Converted, load_model
 from ..evaluation.measure import measure, predict
-from ..progress import Progress, in_notebooks, no_bars_of_others
+from ..progress import Progress, Stages, in_notebooks, no_bars_of_others, told_within
 from ..report.provenance import asked_from_python
 from ..report.report_from_config import with_report
 from ..report.report_json import read_report
@@ -133,9 +133,11 @@ def _prepared(
     return run, Job(text, held_out, None, device, trust_remote_code, keep_anyway)
 
 
-def _carry_out(run: Run, job: Job, report: dict[str, Any], resume: bool, progress: Progress) -> dict[str, Any]:
+def _carry_out(run: Run, job: Job, report: dict[str, Any], resume: bool, told: Progress) -> dict[str, Any]:
     """Trains, and puts the result in its place; returns its report."""
-    with no_bars_of_others(), alone(run.checkpoints, run.folder), recoverable(run.checkpoints, run.folder):
+    progress = Stages(told, run.recipe.stages(job.held_out is not None))
+    owned, kept = alone(run.checkpoints, run.folder), recoverable(run.checkpoints, run.folder)
+    with no_bars_of_others(), told_within(progress), owned, kept:
         with processes.together():
             if not resume and processes.is_writer():
                 empty(run.checkpoints)
@@ -260,6 +262,7 @@ def _train_all(run: Run, job: Job, progress: Progress) -> tuple[dict[str, dict[s
     """
     recipe, held_out = run.recipe, job.held_out
     teacher, own_loss = None, None
+    progress("uptrain", 0, recipe.steps)
     if held_out is not None or recipe.ce < 1:
         teacher = load_model(run.source, dtype="float32", trust_remote_code=job.trust_remote_code)
     if held_out is not None:
