@@ -116,7 +116,8 @@ def test_converts_the_sample_and_says_what_it_did(run, name):
         "key/value heads",
         "KV cache per token",
         "stdlib, held-out part",
-        "next: sqa-uptrain",
+        "It lost much: loss +",
+        "next: convert again without --method mean",
         "seconds: convert",
     ):
         assert words in out
@@ -422,7 +423,7 @@ def test_uptraining_from_the_command_line(run, name, tmp_path):
     (tmp_path / "short.yaml").write_text(FEW)
     code, out, err = run(f"sample:{name}", *HEADS, "--uptrain", tmp_path / "short.yaml", "-o", "out", "--seed", "7")
     assert code == 0, err
-    for words in ("uptrained", "uptraining took back", "next: AutoModelFor"):
+    for words in ("uptrained", "uptraining took back", "next: "):
         assert words in out
     report = json.loads(open("out/report.json").read())
     assert (report["uptraining"]["seed"], report["uptraining"]["steps"]) == (7, 20)

@@ -26,7 +26,7 @@ TAKES = {  # parameters in their order; those with a default have a question mar
         "patience? report_to? method? control? seed?"
     ),
     "bench": "models settings? trust_remote_code? progress?",
-    "compare": "models held_out trust_remote_code? progress? also? optional? untrained? own?",
+    "compare": "models held_out trust_remote_code? progress? also? optional? untrained? own? gains?",
     "convert": (
         "source q_groups? kv_groups? method? output? variant? sites? partition? calibration? dtype? revision? "
         "subfolder? tokenizer? max_shard_size? overwrite? verify? evaluate? data? text_column? uptrain? "

@@ -83,6 +83,11 @@ class Out:
         if not self.as_json and not self.quiet:
             self.stdout.print(visible(text), soft_wrap=True)
 
+    def words(self, text: str) -> None:
+        """Sentences, broken between words in a terminal."""
+        if not self.as_json and not self.quiet:
+            self.stdout.print(visible(text), soft_wrap=not self.stdout.is_terminal)
+
     def json(self, content: dict[str, Any]) -> None:
         if self.as_json:
             print(json.dumps(_finite(content), allow_nan=False))

@@ -149,7 +149,7 @@ def convert(
         return
     with out.progress(plan_line(plan, source.name, target)) as progress:
         report = run(plan, source, target, options, recipe, progress)
-    show_conversion(out, report, target, uptrained=recipe is not None)
+    show_conversion(out, report, target)
     push(out, target, push_to_hub, public)
 
 

@@ -20,6 +20,7 @@ from ..report.sentences import (
     uptraining_lines,
 )
 from ..report.tables import costs, quality_rows, quality_table
+from ..report.verdict import verdict
 from .console import Out
 
 
@@ -52,18 +53,15 @@ def show_plan(out: Out, plan: Plan, report: dict[str, Any]) -> None:
                 out.result(f"  {t.name} {list(t.shape)} {t.dtype} ← {getattr(t.origin, 'prefix', t.origin)}")
 
 
-def show_conversion(out: Out, report: dict[str, Any], target: Path, uptrained: bool) -> None:
+def show_conversion(out: Out, report: dict[str, Any], target: Path) -> None:
     """What a conversion did, what its result is worth, and what to do with it."""
     out.json(report)
     out.table(f"{report['source']['name']} → {target}", *costs(report))
     for line in (*source_lines(report), *left_lines(report), *heads_lines(report), *calibration_lines(report)):
         out.result(line)
     show_quality(out, report)
-    if not uptrained and report["architecture"].endswith(("ForCausalLM", "ForConditionalGeneration")):
-        show_report(out, target)
-        out.result(f"next: sqa-uptrain {shlex.quote(str(target))}")
-    else:
-        show_loading(out, report, target)
+    show_report(out, target)
+    show_verdict(out, report, target)
 
 
 def show_quality(out: Out, report: dict[str, Any]) -> None:
@@ -106,10 +104,16 @@ def show_report(out: Out, folder: Path) -> None:
     out.result(f"report: {folder / PAGE}")
 
 
-def show_loading(out: Out, report: dict[str, Any], folder: Path) -> None:
-    """Where the report lies, and how to load the model."""
-    show_report(out, folder)
-    out.result(f"next: {auto_class(report)}.from_pretrained({literal(str(folder))}, trust_remote_code=True)")
+def show_verdict(out: Out, report: dict[str, Any], folder: Path) -> None:
+    """What it means, and what to do next."""
+    said = verdict(report)
+    out.words(said.text)
+    load = f"{auto_class(report)}.from_pretrained({literal(str(folder))}, trust_remote_code=True)"
+    out.words(f"next: {said.next}")
+    if said.case in ("noise", "good") or not said.command:
+        out.result(f"  {load}")
+    if said.command:
+        out.result(f"  {said.command}")
 
 
 def push(out: Out, folder: Path, repo_id: str | None, public: bool) -> None:

@@ -30,7 +30,7 @@ from .flags import (
     listing,
     make_app,
 )  # fmt: skip
-from .show_results import push, show_loading, show_quality
+from .show_results import push, show_quality, show_report, show_verdict
 
 app = make_app()
 
@@ -147,7 +147,8 @@ def uptrain_command(
         return
     out.json(report)
     show_quality(out, report)
-    show_loading(out, report, target)
+    show_report(out, target)
+    show_verdict(out, report, target)
     push(out, target, push_to_hub, public)
 
 

@@ -20,7 +20,8 @@ from ..text.suitability import Fit, misfits
 from .held_out_batches import HeldOut
 from .held_out_text import DEFAULT_TOKENS, prepare
 from .load import Converted, load_model, located, unmoved
-from .measure import Predictions, measure, predict
+from .measure import Predictions, measured_by_document, predict
+from .standard_errors import DocumentSums, gain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,7 @@ def compare(
     optional: Collection[str] = (),
     untrained: Collection[str] = (),
     own: float | None = None,
+    gains: Mapping[str, str] = {},
 ) -> dict[str, Any]:
     """Measures models one after the other on the same text, and compares the others with the first.
 
@@ -47,10 +49,11 @@ def compare(
         optional: those whose row is left out where they fail.
         untrained: those that cannot rightly predict better than the first: converted from it, and not trained.
         own: the first one's loss on what it writes itself, nats a token; None finds out.
+        gains: of which models to say, as "gain" of their row, how much better they are than which.
 
     Returns:
         {"data", "tokens", "device", "warnings" (what makes it doubtful that the text says anything, as
-        `sqa_convert.text.suitability.misfits` has it), and per model its `Quality` as a dict}.
+        `sqa_convert.text.suitability.misfits` has it), "documents", and per model its `Quality` as a dict}.
 
     Raises:
         RecipeError: a model does not fit into the device's memory, or cannot be compared with the first.
@@ -61,6 +64,7 @@ def compare(
     source: Predictions | None = None
     fit: Fit | None = None
     first: dict[str, Any] = {}
+    sums: dict[str, DocumentSums] = {}
     for name, folder in models.items():
         done, total = 0, len(held_out.batches)
 
@@ -80,10 +84,14 @@ def compare(
             outline = (model.config.is_encoder_decoder, model.config.vocab_size)
             first.setdefault("dtype", model.dtype)
             if outline != first.setdefault("outline", outline):
-                against = _called(next(iter(models.values())))
-                raise RecipeError(f"{_called(folder)} cannot be held against {against}: other kind or vocabulary")
+                other = _called(next(iter(models.values())))
+                raise RecipeError(f"{_called(folder)} cannot be held against {other}: other kind or vocabulary")
             predictions = predict(model, held_out, step)
-            result[name] = asdict(measure(predictions, source)) | ({} if also is None else also(model))
+            against = sums.get(next(iter(models)))
+            quality, sums[name] = measured_by_document(predictions, source, against)
+            result[name] = asdict(quality) | ({} if also is None else also(model))
+            if name in gains:
+                result[name]["gain"] = gain(sums[gains[name]], sums[name])
             if fit is None:
                 fit = held_out.fit(model, result[name]["loss"], own, "model" if name == "model" else "source")
         except Exception as error:
@@ -93,6 +101,7 @@ def compare(
                 raise
             raise RecipeError(f"the {name} model does not fit on {device}: --device cpu or --no-evaluate") from error
         source = source or predictions
+        result["documents"] = int((sums[name].counts > 0).sum())
     if fit is not None:
         losses = {name: result[name]["loss"] for name in models if name in result and name in untrained}
         result["warnings"] = [*held_out.doubts, *misfits(fit, "--data", losses)]
@@ -141,10 +150,12 @@ def evaluate(
             tokens already need none.
 
     Returns:
-        "data" (what the text is), "tokens" (predicted), "device", "warnings" (a list of {"rule", "value", "bound",
-        "text"}: why the text may say nothing of the model), and for "model" and "against" a dict each: "loss"
-        in nats a token, "perplexity", "kl" to `against` in nats a token, and "top1", the share of predictions whose
-        most likely token is that of `against`. "kl" and "top1" are None where there is nothing to compare with.
+        "data" (what the text is), "tokens" (predicted), "documents" (that they are of), "device", "warnings" (a list of
+        {"rule", "value", "bound", "text"}: why the text may say nothing of the model), and for "model" and "against" a
+        dict each: "loss" in nats a token, "perplexity", "kl" to `against` in nats a token, and "top1", the share of
+        predictions whose most likely token is that of `against`; the last two None with nothing to compare with.
+        "loss_error" and "kl_error" are standard errors over documents, the first one of the loss above that of
+        `against`; None of one document.
 
     Raises:
         CheckpointError: a model or its tokenizer cannot be loaded.

@@ -15,6 +15,7 @@ from ..progress import step_done
 from ..text.collate import IGNORED
 from ..text.suitability import misfits
 from .held_out_batches import HeldOut
+from .standard_errors import DocumentSums, document_numbers, standard_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +34,9 @@ class Quality:
     """KL(source || this), nats a token"""
     top1: float | None = None
     """share of the predictions whose most likely token is the source's"""
+    loss_error: float | None = None
+    """standard error over documents of the loss above the source's; where there is no source, of the loss"""
+    kl_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Predictions:
     """(V, D)"""
     labels: Tensor
     """(N,)"""
+    documents: Tensor | None = None
+    """(N,) number of the document that each label is of; None where that is not known"""
 
 
 def model_inputs(model: Any, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -69,43 +75,71 @@ def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] 
 
     hook = head.register_forward_pre_hook(catch)
     hidden, labels = [], []
+    documents: list[Tensor] = []
     shift = not model.config.is_encoder_decoder
     try:
         for batch in held_out.batches:
             model(**model_inputs(model, batch, device), use_cache=False)
             states, targets = caught.pop(), batch["labels"]
+            numbers = document_numbers(batch, shift, 1 + max((int(n.max()) for n in documents if len(n)), default=-1))
             if shift:
                 states, targets = states[:, :-1], targets[:, 1:]
             predicted = (targets != IGNORED).flatten().to(device)
             hidden.append(states.flatten(0, 1)[predicted].float())
             labels.append(targets.flatten().to(device)[predicted])
+            documents.append(numbers[predicted.cpu()])
             step()
     finally:
         hook.remove()
-    return Predictions(torch.cat(hidden), weight[0], torch.cat(labels))
+    return Predictions(torch.cat(hidden), weight[0], torch.cat(labels), torch.cat(documents))
+
+
+def measure(model: Predictions, source: Predictions | None = None) -> Quality:
+    """Quality of a model's predictions, against the source's when given. float32; the chunks' sums add in float64."""
+    return measured_by_document(model, source)[0]
 
 
 @torch.no_grad()
-def measure(model: Predictions, source: Predictions | None = None) -> Quality:
-    """Quality of a model's predictions, against the source's when given. float32; the chunks' sums add in float64."""
+def measured_by_document(
+    model: Predictions, source: Predictions | None = None, source_sums: DocumentSums | None = None
+) -> tuple[Quality, DocumentSums]:
+    """As `measure`, with standard errors; `source_sums` is what this returned of the source."""
     loss = kl = 0.0
     agree, count = 0, len(model.labels)
     chunk = max(1, _CHUNK_LOGITS // len(model.head))
+    losses, divergences = [], []
     for start in range(0, count, chunk):
         part = slice(start, start + chunk)
         log_p = (model.hidden[part] @ model.head.T).log_softmax(-1)  # (n, V)
-        loss -= log_p.gather(1, model.labels[part, None]).sum().item()
+        likely = log_p.gather(1, model.labels[part, None])
+        loss -= likely.sum().item()
+        losses.append(-likely[:, 0].double().cpu())
         if source is not None:
             log_q = (source.hidden[part] @ source.head.T).log_softmax(-1)
-            kl += (log_q.exp() * (log_q - log_p)).sum().item()
+            away = log_q.exp() * (log_q - log_p)
+            kl += away.sum().item()
+            divergences.append(away.sum(-1).double().cpu())
             agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
     loss /= count
     if not math.isfinite(loss + kl):
         raise QualityError("the loss is not finite: the weights overflow in their dtype; try --dtype, or --no-evaluate")
+    sums = _by_document(model.documents, losses, divergences)
     perplexity = math.exp(min(loss, 700.0))
     if source is None:
-        return Quality(loss, perplexity)
-    return Quality(loss, perplexity, kl / count, agree / count)
+        return Quality(loss, perplexity, loss_error=standard_error(sums.loss, sums.counts)), sums
+    above = None if source_sums is None else standard_error(sums.loss - source_sums.loss, sums.counts)
+    off = None if sums.kl is None else standard_error(sums.kl, sums.counts)
+    return Quality(loss, perplexity, kl / count, agree / count, above, off), sums
+
+
+def _by_document(documents: Tensor | None, losses: list[Tensor], divergences: list[Tensor]) -> DocumentSums:
+    loss = torch.cat(losses)
+    numbers = torch.zeros(len(loss), dtype=torch.long) if documents is None else documents
+
+    def of(values: Tensor) -> Tensor:
+        return torch.zeros(int(numbers.max()) + 1, dtype=torch.float64).index_add(0, numbers, values)
+
+    return DocumentSums(of(torch.ones_like(loss)), of(loss), of(torch.cat(divergences)) if divergences else None)
 
 
 def made_for(model: Any, held_out: HeldOut) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..checkpoints.companions import MODULES
 from .formatting import within_reason
-from .sentences import last_quality, presented
+from .sentences import presented
 from .tables import costs, quality_table, speed_rows
+from .verdict import last_quality
 
 TEMPLATE = Path(__file__).parent.parent / "templates" / "card.md"
 

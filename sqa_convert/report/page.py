@@ -8,9 +8,10 @@ from typing import Any
 
 from .formatting import nats
 from .pictures import errors_picture, heads_picture, quality_picture, recovery_picture, similarity_colour, speed_picture
-from .sentences import last_quality, presented
+from .sentences import presented
 from .tables import ROWS, costs, quality_table, speed_rows
 from .templates import filled
+from .verdict import last_quality
 
 PAGE = "report.html"
 

@@ -9,6 +9,7 @@ from ..heads import METHODS
 from .formatting import nats
 from .report_json import NEXT_TO_NOTHING, auto_class
 from .tables import heads_by_layer, speed_title
+from .verdict import sure, verdict
 
 
 def presented(report: dict[str, Any]) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def presented(report: dict[str, Any]) -> dict[str, Any]:
         "auto": auto_class(report),
         "how": [*source_lines(report), *heads_lines(report), *calibration_lines(report)],
         "doubts": quality_lines(report),
+        "verdict": verdict(report),
         "uptraining": uptraining_lines(report),
         "speed_title": speed_title(speed) if speed else "",
     }
@@ -45,12 +47,6 @@ def recovered(quality: dict[str, Any], key: str) -> float | None:
     start = quality["source"][key] or 0.0  # the source has no KL to itself
     damage = quality["converted"][key] - start
     return None if damage < NEXT_TO_NOTHING else (quality["converted"][key] - quality["uptrained"][key]) / damage
-
-
-def last_quality(report: dict[str, Any]) -> dict[str, Any] | None:
-    """What was measured of the weights as they are now; None where nothing was."""
-    quality = report.get("quality", {})
-    return quality.get("uptrained" if "uptraining" in report else "converted")
 
 
 def calibration_lines(report: dict[str, Any]) -> list[str]:
@@ -89,14 +85,8 @@ def uptraining_lines(report: dict[str, Any]) -> list[str]:
         lines[0] += f"; kept: {done['kept']}"
     if "skipped_rows" in done:
         lines[0] += f"; {done['skipped_rows']:,} rows without text skipped"
-    shares = {name: recovered(quality, name.lower()) for name in ("loss", "KL")}
-    back = [f"{_share(share)} of the {name}" for name, share in shares.items() if share is not None]
-    if back:
-        lines.append(f"uptraining took back {' and '.join(back)} that conversion had cost")
-    elif "uptrained" in quality:
-        lines.append("conversion had cost next to nothing that uptraining could take back")
-    if any(share is not None and share < 0 for share in shares.values()):
-        lines.append("less than nothing: more tokens or a smaller learning rate are needed")
+    if "uptrained" in quality:
+        lines += _taken_back(quality)
     if "control" in quality:
         loss = quality["uptrained"]["loss"]
         above = {name: nats(loss - quality[name]["loss"], "+") for name in ("source", "control")}
@@ -106,6 +96,24 @@ def uptraining_lines(report: dict[str, Any]) -> list[str]:
             f"(control: the source trained on the same {tokens:,} tokens)"
         )
     return lines
+
+
+def _taken_back(quality: dict[str, Any]) -> list[str]:
+    """What uptraining took back, as shares of what conversion had cost where both are more than noise."""
+    before, after = quality["converted"], quality["uptrained"]
+    gain, back, worse = after.get("gain", {}), [], False
+    for name in ("loss", "KL"):
+        key, start = name.lower(), quality["source"][name.lower()] or 0.0
+        better = gain.get(key, before[key] - after[key])
+        told = sure(better, gain.get(f"{key}_error")) and sure(before[key] - start, before.get(f"{key}_error"))
+        share = recovered(quality, key) if told else None
+        if share is not None:
+            back.append(f"{_share(share)} of the {name}")
+            worse |= share < 0
+    if not back:
+        return ["what uptraining changed cannot be told from noise"]
+    lines = [f"uptraining took back {' and '.join(back)} that conversion had cost"]
+    return [*lines, "less than nothing: more tokens or a smaller learning rate are needed"] if worse else lines
 
 
 def _share(share: float) -> str:

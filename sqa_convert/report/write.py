@@ -11,6 +11,7 @@ from ..checkpoints.staging import write_text
 from .card import model_card
 from .page import PAGE, report_page
 from .pictures import heads_picture, recovery_picture, similarity_picture, speed_picture
+from .verdict import verdict
 
 PICTURE = "heads.svg"
 
@@ -22,7 +23,9 @@ SPEED = "speed"
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """report.json, and everything that is made from it."""
+    """report.json, its verdict in it, and everything that is made from it."""
+    said = verdict(report)
+    report["verdict"] = {"case": said.case, "text": said.text, "next": said.next, "command": said.command}
     write_json(folder / REPORT, report)
     site = _most_merged(report)
     picture = heads_picture(site["partition"], f"{site['kind']} {site['layer']}").encode() if site else None

@@ -105,6 +105,7 @@ def _measure(
         also=_answer_scores(job) if run.recipe.columns else None,
         untrained=set() if run.trained_before else {"converted"},
         own=own_loss,
+        gains={"uptrained": "converted"},
     )
     before, after = quality["converted"], quality["uptrained"]
     if not job.keep_anyway and after[run.recipe.judged_by] > before[run.recipe.judged_by]:

@@ -130,7 +130,9 @@ class UptrainingTrainer(Trainer):
             if not self.state.global_step:
                 raise  # before any training
             raise self._diverged("the held-out loss is not finite") from error
-        metrics = {"loss": quality.loss} | ({} if quality.kl is None else {"kl": quality.kl, "top1": quality.top1})
+        metrics: dict[str, float] = {"loss": quality.loss}
+        if quality.kl is not None and quality.top1 is not None:
+            metrics |= {"kl": quality.kl, "top1": quality.top1}
         metrics = processes.from_first(metrics)  # the last digits may differ, and all must decide alike
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(named)

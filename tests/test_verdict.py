@@ -1,0 +1,186 @@
+"""What a report is said to mean: a table of cases, real runs that reach each of them, and how sure the figures are."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sqa_convert import convert
+from sqa_convert.evaluation.standard_errors import DocumentSums, document_numbers, gain, standard_error
+from sqa_convert.report.report_json import read_report
+from sqa_convert.report.verdict import RECIPES, verdict
+from sqa_convert.report.write import write_report
+from sqa_convert.uptraining.recipe import load_recipe
+
+HEADS = {"decoder": 12}
+
+
+def report(converted=None, uptrained=None, warnings=(), method="auto", **more):
+    """A report of a model with loss 3 whose result has these figures."""
+    rows = {name: row for name, row in (("converted", converted), ("uptrained", uptrained)) if row is not None}
+    source = {"loss": 3.0, "perplexity": 20.09, "kl": None}
+    quality = {"source": source, "tokens": 16384, "documents": 64, "data": "text", "warnings": list(warnings)} | rows
+    result = {
+        "method": method,
+        "architecture": "SQAGPT2LMHeadModelForCausalLM",
+        "output": "out",
+        "context_tokens": 1024,
+        "calibration": {},
+        "cost": {
+            "before": cost(12, 12, 124e6),
+            "after": cost(8, 4, 110e6),
+        },
+    }
+    result |= {"quality": quality} if rows else {}
+    return result | ({"uptraining": {"tokens": 1000}} if uptrained else {}) | more
+
+
+def cost(q, kv, parameters):
+    return {
+        "query_heads": {"decoder": q}, "key_value_heads": {"decoder": kv}, "parameters": parameters,
+        "kv_cache_bytes_per_token": kv, "score_flops": q,
+    }  # fmt: skip
+
+
+def row(above, kl, error=0.001, **more):
+    return {
+        "loss": 3 + above,
+        "perplexity": 2.718 ** (3 + above),
+        "kl": kl,
+        "loss_error": error,
+        "kl_error": error,
+    } | more
+
+
+def doubt(rule):
+    return {"rule": rule, "value": 1, "bound": 0, "text": "the source predicts this text no better; give other"}
+
+
+CASES = {
+    "no text": (report(not_measured="no tokenizer"), "no_text", "no tokenizer", "sqa-eval out --data TEXT"),
+    "bad text": (
+        report(row(0, 0), warnings=[doubt("guessing")]), "bad_text", "says nothing", "sqa-eval out --data TEXT",
+    ),
+    "doubts that are none": (report(row(0, 0.001), warnings=[doubt("built_in_text")]), "noise", "noise", ""),
+    "noise": (report(row(0.0019, 0.004)), "noise", "loss +0.0019 ± 0.0010", ""),
+    "good": (report(row(0.04, 0.03)), "good", "nearly as well", ""),
+    "documents": (report(row(0.04, 0.03)), "good", "on 64 documents", ""),
+    "fair": (report(row(0.2, 0.1)), "fair", "a little", "sqa-uptrain out --recipe gpt2-small"),
+    "fair, trained": (report(row(0.5, 0.5), row(0.1, 0.1)), "fair", "a little", "sqa-uptrain out --tokens 4000"),
+    "bad": (report(row(0.75, 0.77)), "bad", "lost much", "sqa-uptrain out --recipe gpt2-small"),
+    "bad, averaged": (report(row(2, 2), method="mean"), "bad", "lost much", ""),
+    "worse": (
+        report(row(0.04, 0.03), row(0.3, 0.2, gain={"loss": -0.26, "loss_error": 0.01, "kl": -0.17, "kl_error": 0.01})),
+        "worse", "worse", "",
+    ),
+    "other text": (report(row(0.5, 0.5), warnings=[doubt("fitted_elsewhere")]), "other_text", "other text", ""),
+    "its own data": (
+        report(row(0.2, 0.1), command="sqa-convert x --data 'my text.txt'"), "fair", "a little",
+        "sqa-uptrain out --recipe gpt2-small --data 'my text.txt'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rules(name):
+    given, case, says, command = CASES[name]
+    said = verdict(given)
+    assert (said.case, said.command) == (case, command)
+    assert says in said.text and "0.33× the cache, 0.67× the T² arithmetic" in said.gained
+    assert "not measured" in said.gained and said.next
+
+
+def test_more_heads_are_named_and_possible():
+    assert "--q-groups 12 --kv-groups 6" in verdict(report(row(0.75, 0.77))).next
+    assert "without --method mean" in verdict(report(row(0.75, 0.77), method="mean")).next
+
+
+def test_speed_that_was_measured_is_told_with_its_noise():
+    rows = [{"part": "model", "mode": "prefill", "model": "b", "length": 1024}]
+    speed = {"heads": {"a": "12", "b": "8/4"}, "rows": rows}
+    for low, says in ((1.1, "1.19× as fast."), (0.9, "no difference")):
+        rows[0]["speedup"] = {"median": 1.19, "low": low, "high": 1.3}
+        assert says in verdict(report(row(0, 0), speed=speed)).gained
+
+
+def test_recipes_that_are_advised_are_there():
+    for fitting in RECIPES.values():
+        for name, _, tokens in fitting:
+            assert load_recipe(name).tokens == tokens
+
+
+@pytest.mark.parametrize("spread", [0.2, 3.0])
+def test_standard_errors_agree_with_a_bootstrap_over_documents(spread):
+    counts = torch.randint(5, 400, (60,)).double()
+    sums = counts * torch.randn(60).mul(spread).add(1).double()
+    drawn = torch.randint(60, (4000, 60))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    assert standard_error(sums, counts) == pytest.approx(float(means.std()), rel=0.15)
+
+
+def test_pairs_are_surer_than_what_they_are_of():
+    counts = torch.randint(5, 400, (60,)).double()
+    before = counts * torch.randn(60).double().exp()
+    sums = [DocumentSums(counts, before), DocumentSums(counts, before - 0.1 * counts)]
+    better = gain(*sums)
+    assert better["loss"] == pytest.approx(0.1) and better["loss_error"] < 1e-6 < standard_error(before, counts)
+    assert standard_error(before[:1], counts[:1]) is None
+
+
+def test_documents_of_a_block_are_told_apart():
+    batch = {"labels": torch.zeros(2, 5), "position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]])}
+    assert document_numbers(batch, True, 3).tolist() == [3, 4, 4, 4, 5, 5, 5, 6]
+    assert document_numbers({"labels": torch.zeros(2, 2)}, False, 0).tolist() == [0, 0, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A little Python source, many documents."""
+    lines = Path(json.__file__).read_text().splitlines()
+    documents = ["\n".join(lines[i : i + 40]) for i in range(0, 300, 5)] + [str(i) for i in range(9)]
+    path = tmp_path_factory.mktemp("text") / "code.jsonl"
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("heads", "case"), [({"q_groups": 12, "kv_groups": 12}, "noise"), ({"q_groups": 2, "kv_groups": 1}, "bad")]
+)
+def test_real_conversions_reach_their_cases(heads, case, text, tmp_path):
+    result = convert(
+        "sample:gpt2", **heads, method="mean", output=tmp_path / "out", evaluate=True, verify=False, data=text
+    )
+    assert verdict(result.report).case == result.report["verdict"]["case"] == case
+    assert result.report["verdict"]["text"] in " ".join((tmp_path / "out/README.md").read_text().split())
+
+
+def test_gibberish_is_bad_text(tmp_path):
+    drawn = torch.randint(33, 126, (60, 300), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "noise.jsonl").write_text("".join(json.dumps({"text": "".join(map(chr, row))}) + "\n" for row in drawn))
+    how = {"method": "mean", "output": tmp_path / "out", "evaluate": True, "verify": False}
+    assert convert("sample:gpt2", 6, 2, data=tmp_path / "noise.jsonl", **how).report["verdict"]["case"] == "bad_text"
+    unmeasured = convert("sample:gpt2", 6, 2, overwrite=True, **how | {"evaluate": False})
+    assert unmeasured.report["verdict"]["case"] == "no_text"
+
+
+@pytest.mark.integration
+def test_training_that_harms_and_training_that_helps(text, tmp_path):
+    how = {"tokens": 2048, "sequence_length": 64, "batch_size": 8, "data": text, "held_out_tokens": 1024}
+    out = convert("sample:gpt2", 6, 2, method="svd", output=tmp_path / "out")
+    assert out.uptrain(learning_rate=0.5, keep_anyway=True, **how).report["verdict"]["case"] == "worse"
+
+
+def test_a_report_from_before_is_read(tmp_path):
+    old = read_report(convert("sample:gpt2", 6, 2, method="mean", output=tmp_path / "out").output)
+    plain = {"loss": 3.0, "perplexity": 20.1, "kl": None, "top1": None}
+    old["quality"] = {
+        "data": "text",
+        "tokens": 9,
+        "device": "cpu",
+        "source": plain,
+        "converted": plain | {"kl": 0.5, "top1": 0.9},
+    }
+    del old["verdict"]
+    write_report(tmp_path / "out", old)
+    assert "KL 0.5000" in read_report(tmp_path / "out")["verdict"]["text"]
