@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .pipeline.convert import convert
     from .publish import push_to_hub
     from .speed.bench import bench
+    from .torch_models.convert_modules import convert_modules
+    from .torch_models.converted_modules import ConvertedModules
+    from .torch_models.load_modules import load_modules
     from .uptraining.recipe import Recipe, load_recipe
     from .uptraining.uptrain import uptrain
 
@@ -30,6 +33,9 @@ _HOMES = {
     "compare": "evaluation.evaluate",
     "convert": "pipeline.convert",
     "Conversion": "pipeline.conversion_object",
+    "convert_modules": "torch_models.convert_modules",
+    "ConvertedModules": "torch_models.converted_modules",
+    "load_modules": "torch_models.load_modules",
     "load": "pipeline.conversion_object",
     "evaluate": "evaluation.evaluate",
     "METHODS": "heads",
@@ -50,6 +56,7 @@ __all__ = [
     "VARIANTS",
     "Calibration",
     "Conversion",
+    "ConvertedModules",
     "Method",
     "Partition",
     "Recipe",
@@ -57,9 +64,11 @@ __all__ = [
     "bench",
     "compare",
     "convert",
+    "convert_modules",
     "errors",
     "evaluate",
     "load",
+    "load_modules",
     "load_recipe",
     "prepare",
     "push_to_hub",

@@ -17,6 +17,7 @@ TAKES = {  # parameters in their order; those with a default have a question mar
         "text? tokens? refit? refine_steps? text_column? length? prompts? source_column? target_column? prefix?"
     ),
     "Conversion": "report output _model? _origin? _tokenizer?",
+    "ConvertedModules": "model report",
     "Method": "name summary source convert needs_statistics?",
     "Partition": "groups",
     "Recipe": (
@@ -32,8 +33,13 @@ TAKES = {  # parameters in their order; those with a default have a question mar
         "subfolder? tokenizer? max_shard_size? overwrite? verify? evaluate? data? text_column? uptrain? "
         "control? device? seed? trust_remote_code? progress?"
     ),
+    "convert_modules": (
+        "model q_groups? kv_groups? variant? calibration run? method? partition? refit? refine_steps? modules? "
+        "positions? inplace? device? seed? progress?"
+    ),
     "evaluate": "model against? data? text_column? tokens? device? seed? tokenizer?",
     "load": "model source? tokenizer?",
+    "load_modules": "model state",
     "load_recipe": "name overrides",
     "prepare": (
         "model data? text_column? columns? tokens? device? seed? tokenizer? trust_remote_code? without? writer?"

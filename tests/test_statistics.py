@@ -205,10 +205,10 @@ def test_refine_sees_every_sequence_before_any_again(monkeypatch):
     sizes, seen = [], []
 
     class Watched(Attention):
-        def layer(self, heads, x_, memory=None, attended=None):
+        def layer(self, heads, x_, *others):
             sizes.append(len(x_))
             seen.extend(int((x == row).all((1, 2)).nonzero()) for row in x_)
-            return super().layer(heads, x_, memory, attended)
+            return super().layer(heads, x_, *others)
 
     monkeypatch.setattr(refine_module, "BATCH_TOKENS", 4 * T)
     refine(heads, Watched(1.0, False), [(Inputs(x), x)], 3, generator())

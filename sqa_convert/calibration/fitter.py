@@ -62,7 +62,7 @@ class SiteFitter:
         parts = []
         for inputs in (together.to(self.device) for together in concatenated(batches)):
             outputs = [
-                self.attention.layer(heads, part.x, part.memory, part.attended)
+                self.attention.layer(heads, *part.arguments)
                 for part in (inputs[rows] for rows in inputs.split(_BATCH_TOKENS))
             ]
             parts.append((inputs, torch.cat(outputs)))

@@ -73,7 +73,7 @@ def refine(
         optimizer.zero_grad(set_to_none=True)
         for part, rows in batches.pop():
             inputs, wanted = parts[part][0][rows], parts[part][1][rows]
-            missing = attention.layer(current, inputs.x, inputs.memory, inputs.attended) - wanted
+            missing = attention.layer(current, *inputs.arguments) - wanted
             (inputs.count(missing).square().sum() / energy).backward()
         optimizer.step()
         schedule.step()

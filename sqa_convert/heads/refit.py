@@ -43,7 +43,7 @@ def refit(heads: AttentionHeads, attention: Attention, batches: Batches) -> Atte
     moment: Any = 0.0
     tokens = 0
     for inputs, wanted in batches:
-        read = attention.outputs(heads, inputs.x, inputs.memory, inputs.attended)
+        read = attention.outputs(heads, *inputs.arguments)
         features = inputs.count(read.flatten(-2))  # (n, Hq d)
         made = features @ heads.output.flatten(0, 1)
         made = made if heads.output_bias is None else made + heads.output_bias
@@ -74,7 +74,7 @@ def output_error(heads: AttentionHeads, attention: Attention, batches: Batches) 
     count = 0
     for inputs, wanted in batches:
         target = inputs.count(wanted).double()
-        output = inputs.count(attention.layer(heads, inputs.x, inputs.memory, inputs.attended))
+        output = inputs.count(attention.layer(heads, *inputs.arguments))
         lost += (output.double() - target).square().sum().item()
         energy += target.square().sum().item()
         total = total + target.sum(0)

@@ -16,11 +16,15 @@ class Inputs:
     x: Tensor
     """(B, T, D)"""
     memory: Tensor | None = None
-    """(B, S, D), what cross-attention reads; None: `x`"""
+    """(B, S, D), what cross-attention makes keys of; None: `x`"""
     counted: Tensor | None = None
     """(B, T), bool, the positions of `x` that count; None: all"""
     attended: Tensor | None = None
     """(B, S), bool, the keys that may be attended to; None: all. Causal attention needs none where padding is last."""
+    values: Tensor | None = None
+    """(B, S, D), what values are made of; None: what keys are made of"""
+    mask: Tensor | None = None
+    """(B, T, S), added to the scores of all heads; None: nothing is"""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -51,24 +55,39 @@ class Inputs:
         """How many count."""
         return self.x.shape[0] * self.x.shape[1] if self.counted is None else int(self.counted.sum())
 
+    @property
+    def read(self) -> Tensor:
+        """(B, S, D), what values are made of."""
+        return self.keys if self.values is None else self.values
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """As `Attention` takes them after the heads."""
+        return self.x, self.memory, self.attended, self.values, self.mask
+
+    @property
+    def held(self) -> list[Tensor]:
+        """All tensors there are."""
+        return [tensor for tensor in self._tensors() if tensor is not None]
+
     def count(self, rows: Tensor) -> Tensor:
         """Of (B, T, ...) what is at positions that count: (n, ...)."""
         return rows.flatten(0, 1) if self.counted is None else rows[self.counted]
 
     def key_rows(self) -> Tensor:
-        """(n, D), what keys and values are made of."""
+        """(n, D), what keys are made of."""
         seen = self.counted if self.memory is None and self.attended is None else self.attended
         return self.keys.flatten(0, 1) if seen is None else self.keys[seen]
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.x, self.memory, self.counted, self.attended
+        return self.x, self.memory, self.counted, self.attended, self.values, self.mask
 
 
 def concatenated(batches: Iterable[Inputs]) -> list[Inputs]:
     """Batches of the same lengths and padding as one, in the order these first come."""
     alike: dict[tuple[object, ...], list[Inputs]] = {}
     for batch in batches:
-        kind = (batch.x.shape[1], batch.keys.shape[1], batch.counted is None, batch.attended is None)
+        kind = (batch.x.shape[1], batch.keys.shape[1], *(tensor is None for tensor in batch._tensors()))
         alike.setdefault(kind, []).append(batch)
     return [Inputs(*map(_cat, zip(*(b._tensors() for b in group), strict=True))) for group in alike.values()]
 

@@ -115,20 +115,20 @@ def collect(
         share: of the query positions, at which patterns are looked at.
         generator: draws them.
     """
-    count, d, width = heads.query.shape
+    count, d, width = heads.value.shape
     queries, keys, read = _Moment(), _Moment(), _Moment()
     energy: Any = 0.0
     made = _Moment()  # of what heads add, before their output projections
     cross: Any = 0.0
     output_gram = (heads.output @ heads.output.mT).double()  # (H, d, d)
     for batch in batches:
-        x, source = batch.x, batch.keys
+        x, source = batch.x, batch.read
         rows = batch.count(x)
         queries.add(torch.cat([rows, torch.ones_like(rows[:, :1])], -1))
         keys.add(batch.key_rows())
         some = max(1, round(share * x.shape[1]))
         chosen = torch.randperm(x.shape[1], generator=generator)[:some].sort().values.to(x.device)
-        pattern = attention.patterns(heads, x, chosen, batch.memory, batch.attended)  # (B, H, n, S)
+        pattern = attention.patterns(heads, x, chosen, batch.memory, batch.attended, batch.mask)  # (B, H, n, S)
         counts = None if batch.counted is None else batch.counted[:, chosen]  # (B, n)
         seen = (pattern @ source[:, None]).transpose(0, 1)  # (H, B, n, D)
         seen = seen.flatten(1, 2) if counts is None else seen[:, counts]  # (H, m, D)

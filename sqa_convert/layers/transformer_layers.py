@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -77,21 +77,20 @@ def fresh(
     )  # fmt: skip
 
 
-def replace_attention(model: nn.Module, make: Callable[[nn.MultiheadAttention], nn.Module | None]) -> None:
-    """Puts what `make` returns in the place of every `nn.MultiheadAttention` of a model; None: it stays.
+def replace_attention(model: nn.Module, make: Callable[[nn.MultiheadAttention], nn.Module]) -> nn.Module:
+    """Puts what `make` returns in the place of every `nn.MultiheadAttention` of a model; returns it."""
+    attentions = {module for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    return put_modules(model, {module: make(module) for module in attentions})
 
-    A module that stands in several places is replaced by one.
-    """
-    made: dict[nn.Module, nn.Module | None] = {}
+
+def put_modules(model: nn.Module, pairs: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Puts modules in the place of others, wherever a model holds these; returns it, or what takes its own place."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves out what comes twice
-            if isinstance(child, nn.MultiheadAttention):
-                if child not in made:
-                    made[child] = make(child)
-                if (replacement := made[child]) is not None:
-                    setattr(parent, name, replacement)
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and any(
-            isinstance(part, SparseQueryAttention) for part in encoder.modules()
+            if child is not None and child in pairs:
+                parent._modules[name] = pairs[child]
+        if isinstance(parent, nn.TransformerEncoder) and any(
+            isinstance(part, SparseQueryAttention) for part in parent.modules()
         ):
-            encoder.use_nested_tensor = False  # of the fused kernel, which knows one kind of attention
+            parent.use_nested_tensor = False  # of the fused kernel, which knows one kind of attention
+    return pairs.get(model, model)
