@@ -95,6 +95,20 @@ def test_fitted_heads_are_nearer_to_the_source_than_averaged_ones():
     assert (found - wanted).norm() < (unfitted - wanted).norm()
 
 
+def test_torchs_fused_kernels_do_not_meet_what_they_do_not_know():
+    """In eval mode an nn.TransformerEncoder packs padded texts for kernels that know nn.MultiheadAttention alone."""
+    x, padding = torch.randn(4, LENGTH, WIDTH), torch.arange(LENGTH) >= torch.tensor([[LENGTH], [4], [3], [1]])
+    model = Classifier().eval()
+    assert model.encoder.use_nested_tensor
+    fewer = sqa_convert.convert_modules(model, 2, 2, calibration=[x] * 2, **FAST).model
+    again = sqa_convert.load_modules(Classifier().eval(), fewer.state_dict())
+    expected = fewer(x, padding)["logits"].detach()  # with gradients there is no packing
+    with torch.no_grad():
+        close(fewer(x, padding)["logits"], expected)
+        close(again(x, padding)["logits"], expected)
+    assert model.encoder.use_nested_tensor
+
+
 def test_at_all_heads_the_model_is_the_same():
     model = random_transformer().eval()
     result = sqa_convert.convert_modules(model, HEADS, HEADS, calibration=texts(2))

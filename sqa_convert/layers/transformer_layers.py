@@ -89,8 +89,9 @@ def put_modules(model: nn.Module, pairs: Mapping[nn.Module, nn.Module]) -> nn.Mo
         for name, child in list(parent._modules.items()):  # named_children leaves out what comes twice
             if child is not None and child in pairs:
                 parent._modules[name] = pairs[child]
-        if isinstance(parent, nn.TransformerEncoder) and any(
-            isinstance(part, SparseQueryAttention) for part in parent.modules()
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(
+            isinstance(part, SparseQueryAttention) for part in encoder.modules()
         ):
-            parent.use_nested_tensor = False  # of the fused kernel, which knows one kind of attention
+            encoder.use_nested_tensor = False  # of the fused kernel, which knows one kind of attention
     return pairs.get(model, model)
