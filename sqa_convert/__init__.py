@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .heads import METHODS, VARIANTS, Method, Partition, register_method
     from .pipeline.conversion_object import Conversion, load
     from .pipeline.convert import convert
+    from .pipeline.sweep import sweep
     from .publish import push_to_hub
     from .speed.bench import bench
     from .torch_models.convert_modules import convert_modules
@@ -48,6 +49,7 @@ _HOMES = {
     "push_to_hub": "publish",
     "register_method": "heads",
     "resolve": "checkpoints.find",
+    "sweep": "pipeline.sweep",
     "uptrain": "uptraining.uptrain",
 }
 
@@ -74,6 +76,7 @@ __all__ = [
     "push_to_hub",
     "register_method",
     "resolve",
+    "sweep",
     "uptrain",
 ]
 

@@ -26,7 +26,7 @@ R = TypeVar("R")
 _settled: ContextVar[bool] = ContextVar("settled", default=False)
 """whether somebody further out has a say: a public function, or a command, which leaves flags as they are"""
 
-_COMMAND = re.compile(r"(?<!\S)sqa-(convert|uptrain|eval|bench) (\S.*?) (--[a-z][a-z-]*)(?=$|[;,)])")
+_COMMAND = re.compile(r"(?<!\S)sqa-(convert|uptrain|eval|bench|sweep) (\S.*?) (--[a-z][a-z-]*)(?=$|[;,)])")
 
 _FLAG = re.compile(r"(?<![^\s(`])(?:--[a-z][a-z-]*|FOLDER|the flags?(?= --))(?![\w-])")
 

@@ -49,7 +49,7 @@ def no_flags_in_python():
 def blank_pictures(request, monkeypatch):
     """Drawing takes a third of a short uptraining, so only the tests that look at pictures draw them."""
     if request.module.__name__ not in ("test_page", "test_calibrate", "test_speed"):
-        monkeypatch.setattr("sqa_convert.report.pictures._rendered", lambda figure, kind: BLANK[kind])
+        monkeypatch.setattr("sqa_convert.report.pictures.rendered", lambda figure, kind: BLANK[kind])
 
 
 BLANK = {"svg": b"<svg><path/></svg>", "page": b"<svg><path/></svg>", "png": b"\x89PNG"}

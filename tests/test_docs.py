@@ -12,18 +12,25 @@ import pytest
 import typer
 import yaml
 
-from sqa_convert.cli import bench, convert, evaluate, uptrain
+from sqa_convert.cli import bench, convert, evaluate, sweep, uptrain
 from sqa_convert.uptraining.recipe import Recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-COMMANDS = {"sqa-convert": convert, "sqa-uptrain": uptrain, "sqa-eval": evaluate, "sqa-bench": bench}
+COMMANDS = {
+    "sqa-convert": convert,
+    "sqa-uptrain": uptrain,
+    "sqa-eval": evaluate,
+    "sqa-bench": bench,
+    "sqa-sweep": sweep,
+}
 MODULES = {
     "sqa_convert": "sqa-convert",
     "sqa_convert.cli.uptrain": "sqa-uptrain",
     "sqa_convert.cli.evaluate": "sqa-eval",
     "sqa_convert.cli.bench": "sqa-bench",
+    "sqa_convert.cli.sweep": "sqa-sweep",
 }
 BLOCK = re.compile(
     r"(?:^<!-- (?P<rule>not run|needs): (?P<what>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S

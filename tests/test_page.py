@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import gpt2
 
+from sqa_convert import convert as convert_model
 from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.cli.bench import main as bench
 from sqa_convert.cli.convert import main as convert
@@ -148,3 +149,10 @@ def test_a_plain_conversion_has_a_page_too(tmp_path, monkeypatch):
     assert stop.value.code == 0
     page = read("out/report.html")
     assert page.ids == ["heads", "load"] and "AutoModelForSeq2SeqLM" in page.words
+
+
+def test_the_page_shows_the_heads_of_layers_that_differ():
+    even, uneven = (convert_model(gpt2(), method="mean", allocation=heads).report for heads in ("8/4,8/4", "4/2,12/6"))
+    page = Page(report_page(uneven))
+    assert "layers" in page.ids and "4/2" in page.words and "12/6" in page.words
+    assert "layers" not in Page(report_page(even)).ids

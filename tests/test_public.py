@@ -29,8 +29,8 @@ TAKES = {  # parameters in their order; those with a default have a question mar
     "bench": "models settings? trust_remote_code? progress?",
     "compare": "models held_out trust_remote_code? progress? also? optional? untrained? own? gains?",
     "convert": (
-        "source q_groups? kv_groups? method? output? variant? sites? partition? calibration? dtype? revision? "
-        "subfolder? tokenizer? max_shard_size? overwrite? verify? evaluate? data? text_column? uptrain? "
+        "source q_groups? kv_groups? method? output? variant? sites? partition? allocation? calibration? dtype? "
+        "revision? subfolder? tokenizer? max_shard_size? overwrite? verify? evaluate? data? text_column? uptrain? "
         "control? device? seed? trust_remote_code? progress?"
     ),
     "convert_modules": (
@@ -47,6 +47,10 @@ TAKES = {  # parameters in their order; those with a default have a question mar
     "push_to_hub": "folder repo_id private?",
     "register_method": "name summary? source? needs_statistics?",
     "resolve": "name revision?",
+    "sweep": (
+        "source settings? sites? calibration? data? text_column? speed? revision? subfolder? tokenizer? device? seed? "
+        "trust_remote_code? progress?"
+    ),
     "uptrain": (
         "model recipe? source? data? text_column? device? seed? evaluate? control? resume? restart? output? "
         "keep_anyway? trust_remote_code? progress?"
@@ -54,11 +58,12 @@ TAKES = {  # parameters in their order; those with a default have a question mar
 }
 FLAGS = {
     "convert": (
-        "--calibration --calibration-length --calibration-prompts --calibration-tokens --control --data --device "
-        "--dry-run --dtype --json --kv-groups --list-methods --max-shard-size --method --no-calibration --no-evaluate "
-        "--no-refit --no-verify --output --overwrite --partition --prefix --public --push-to-hub --q-groups --quiet "
-        "--refine-steps --refit --revision --seed --sites --source-column --subfolder --target-column --text-column "
-        "--tokenizer --trust-remote-code --uptrain --variant --verbose --version -o -q -v model"
+        "--allocation --calibration --calibration-length --calibration-prompts --calibration-tokens --control --data "
+        "--device --dry-run --dtype --json --kv-groups --list-methods --max-shard-size --method --no-calibration "
+        "--no-evaluate --no-refit --no-verify --output --overwrite --partition --prefix --public --push-to-hub "
+        "--q-groups --quiet --refine-steps --refit --revision --seed --sites --source-column --subfolder "
+        "--target --target-column --text-column --tokenizer --trust-remote-code --uptrain --variant --verbose "
+        "--version -o -q -v model"
     ),
     "uptrain": (
         "--control --data --device --dry-run --json --keep-anyway --learning-rate --list-recipes --loss "
@@ -68,6 +73,11 @@ FLAGS = {
     "evaluate": (
         "--against --data --device --json --limit --max-kl --quiet --samples --seed --tasks --text-column "
         "--tokens --trust-remote-code --verbose --verify --version -q -v model"
+    ),
+    "sweep": (
+        "--calibration-tokens --data --device --json --no-speed --output --quiet --refine-steps --revision --seed "
+        "--settings --sites --subfolder --target --text-column --tokenizer --trust-remote-code --verbose --version "
+        "-o -q -v model"
     ),
     "bench": (
         "--attn --batch --compile --device --dtype --head-dim --head-grid --heads --json --lengths --modes "

@@ -10,9 +10,11 @@ import torch
 from helpers import UNEVEN, gpt2, plain_convert, sqa_gpt2, sqa_t5, t5
 from torch.utils.flop_counter import FlopCounterMode
 
-from sqa_convert import bench
+from sqa_convert import bench, convert
 from sqa_convert.cli import bench as command
 from sqa_convert.errors import RecipeError
+from sqa_convert.report.pictures import speed_picture
+from sqa_convert.report.tables import speed_rows
 from sqa_convert.speed.bench import bench_layers, grid_heads, heads_of
 from sqa_convert.speed.measurement import Measurement, speedup
 from sqa_convert.speed.settings import Settings
@@ -234,3 +236,20 @@ def test_a_converted_folder_alone_is_measured_beside_its_source(kind, run, tmp_p
 def test_what_cannot_be_is_told_in_one_line(arguments, told, run):
     code, said, err = run(*arguments)
     assert (code, said) == (2, "") and told in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("family", [gpt2, t5], ids=["gpt2", "t5"])
+def test_each_kind_of_layer_is_timed_where_they_differ(family):
+    source = family(layers=3)
+    kinds = {"gpt2": "8/4,4/2,8/4", "t5": "encoder:8/4,4/2,8/4,decoder:6/3,6/3,cross:12/1,4/1"}
+    made = convert(source, allocation=kinds[source.config.model_type], method="mean", calibration=None)
+    how = replace(QUICK, parts=("attention",), repeats=1)
+    result = bench({"source": source, "made": made}, how)
+    layers = {"prefill": {"made, layer 0": "8/4", "made, layer 1": "4/2"}}
+    layers["decode"] = {"made, layer 0": "12/1", "made, layer 1": "4/1"} if family is t5 else layers["prefill"]
+    for mode, timed in layers.items():
+        rows = [row for row in result["rows"] if row["mode"] == mode]
+        assert [row["model"] for row in rows] == ["source", *timed]
+        assert all(row["seconds"] for row in rows)
+    assert rows[1]["flops"] != rows[2]["flops"] and result["heads"]["made, layer 1"] in ("4/2", "4/1")
+    assert len(speed_rows(result)[1]) == len(result["rows"]) and b"layer 1" in speed_picture(result, "page")

@@ -29,8 +29,10 @@ from ..progress import Progress, no_bars_of_others, silent, step_done
 from ..text.plain_generation import settle
 from ..text.suitability import misfits
 from .activations import capture
+from .allocation import shared_out
 from .fisher import sensitivity
 from .fitter import SiteFitter
+from .replaced_sites import Replacement
 from .text import Text, calibration_text
 
 CANDIDATES = {"svd": ("svd", True), "svd, contiguous": ("svd", False), "procrustes": ("procrustes", True)}
@@ -73,6 +75,10 @@ def calibrate(
     settings = plan.calibration
     assert settings is not None
     calibrator = Calibrator(model, plan, source, device, seed, trust_remote_code, progress)
+    allocation = None
+    if plan.request.adaptive:
+        plan, allocation = shared_out(calibrator.fitters("weigh layers"), calibrator.replacement, plan, source)
+        calibrator.plan = plan
     candidates = _candidates(plan)
     tried: dict[str, dict[Site, ConvertedSite]] = {name: {} for name in candidates}
     for site, fitter in calibrator.fitters("fit heads"):
@@ -100,7 +106,9 @@ def calibrate(
         }
     if plan.has_language_model_head:
         report["kl"] = calibrator.kl(plan, chosen)
-    return Calibrated(chosen, report)
+    if allocation is not None:
+        report["allocation"] = allocation
+    return Calibrated(chosen, report, plan)
 
 
 def _candidates(plan: Plan) -> dict[str, tuple[str | Method, bool]]:
@@ -153,15 +161,18 @@ class Calibrator:
         self.text: Text = calibration_text(
             model, plan, source, device, self._generator("text"), trust_remote_code, progress
         )
-        self.sites = plan.converted_sites
         self.metrics: dict[Site, Tensor] = {}
         if plan.has_language_model_head:
             self.metrics = sensitivity(
-                model, self.sites, self.text.batches, device, self._generator("sensitivity"), progress
+                model, plan.converted_sites, self.text.batches, device, self._generator("sensitivity"), progress
             )
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {purpose}".encode()))
+
+    @property
+    def sites(self) -> list[Site]:
+        return self.plan.converted_sites
 
     def fitters(self, stage: str) -> Iterator[tuple[Site, SiteFitter]]:
         """Each site with its activations on the device, one at a time."""
@@ -199,6 +210,11 @@ class Calibrator:
             return measure(predict(student, self._held_out), self._expected).kl
         except QualityError:
             return None
+
+    @cached_property
+    def replacement(self) -> Replacement:
+        """The source on the held-out sequences, to put converted sites into."""
+        return Replacement(self.model, self.plan, self._held_out, self._expected)
 
     @cached_property
     def _held_out(self) -> HeldOut:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..conversion.convert_site import ConvertedSite, SiteRecord
 from ..heads import AttentionHeads, Method, Partition, get_method
 from ..heads.attend import Attention
+from ..heads.group_cost import GroupCost
 from ..heads.refine import refine
 from ..heads.refit import output_error, refit
 from ..heads.search import search
@@ -86,6 +87,14 @@ class SiteFitter:
         if counts not in self._found:
             self._found[counts] = search(self.heads, self.statistics, *counts, self._generator())
         return self._found[counts]
+
+    def loss(self, q_groups: int, kv_groups: int) -> float:
+        """Energy of the output that such counts lose in closed form, in the best partition, before any fit."""
+        return sum(map(self._group_cost.cost, self.searched(q_groups, kv_groups).groups))
+
+    @cached_property
+    def _group_cost(self) -> GroupCost:
+        return GroupCost(self.heads, self.statistics, 1, self._generator())
 
     def convert(self, method: str | Method, planned: Partition, searched: bool, with_refit: bool) -> ConvertedSite:
         """One candidate; a refitted output projection is kept where it lowers the held-out error."""

@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.diffusers_folders import part_of
-from ..checkpoints.staging import expanded
+from ..checkpoints.staging import check_output, expanded
 from ..conversion.convert_site import uses_torch
+from ..conversion.heads_by_layer import UNIFORM
 from ..conversion.request import DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
 from ..families import Site
@@ -21,6 +22,7 @@ from . import convert_flags as flags
 from .console import Out, run_app
 from .flags import EXIT_CODES, AsJson, Public, PushToHub, Quiet, Verbose, Version, make_app
 from .show_results import plan_line, push, show_conversion, show_plan
+from .targets import aimed
 
 if TYPE_CHECKING:
     from ..uptraining.recipe import Recipe
@@ -36,6 +38,8 @@ def convert(
     variant: flags.Variant = None,
     method: flags.Method = None,
     partition: flags.Partition = None,
+    allocation: flags.Allocation = UNIFORM,
+    target: flags.Target = None,
     sites: flags.Sites = None,
     calibration: flags.Calibration = None,
     calibration_prompts: flags.CalibrationPrompts = None,
@@ -102,6 +106,7 @@ def convert(
         method=method or (recipe.method if recipe else "") or AUTO,
         calibration=_calibration(no_calibration, asked, text_column, columns),
         partition=partition,
+        allocation=allocation,
         sites=sites,
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -123,34 +128,29 @@ def convert(
     part = model if subfolder is None else part_of(model, subfolder)
 
     def place(partitions: Mapping[Site, Partition]) -> Path:
-        return _default_output(part, partitions) if output is None else expanded(output)
+        return _default_output(part, partitions, request.adaptive) if output is None else expanded(output)
 
     if push_to_hub is not None:
         from ..publish import check_push
 
         check_push(push_to_hub)
-    source, plan = prepared(
-        model,
-        request,
-        place,
-        overwrite=overwrite,
-        recipe=recipe,
-        revision=revision,
-        subfolder=subfolder,
-        tokenizer=tokenizer,
-        headers_only=dry_run,
-    )
-    target = place(plan.partitions)
+    where = {"revision": revision, "subfolder": subfolder, "tokenizer": tokenizer}
+    if target:
+        if output is not None:
+            check_output(expanded(output), overwrite)
+        request = aimed(model, request, target, options, out, **where)
+    source, plan = prepared(model, request, place, overwrite=overwrite, recipe=recipe, headers_only=dry_run, **where)
+    folder = place(plan.partitions)
     runs = plan.calibration is not None or not no_evaluate or not no_verify or uses_torch(plan)
     out.quieten_libraries(transformers=recipe is not None or (runs and not dry_run))
     if dry_run:
-        check_run(plan, source, target, options, recipe)
-        show_plan(out, plan, conversion_report(plan, source, target, seed=options.seed))
+        check_run(plan, source, folder, options, recipe)
+        show_plan(out, plan, conversion_report(plan, source, folder, seed=options.seed))
         return
-    with out.progress(plan_line(plan, source.name, target)) as progress:
-        report = run(plan, source, target, options, recipe, progress)
-    show_conversion(out, report, target)
-    push(out, target, push_to_hub, public)
+    with out.progress(plan_line(plan, source.name, folder)) as progress:
+        report = run(plan, source, folder, options, recipe, progress)
+    show_conversion(out, report, folder)
+    push(out, folder, push_to_hub, public)
 
 
 def _recipe(name: str | None, changes: dict[str, Any], columns: Columns | None) -> Recipe | None:
@@ -179,14 +179,14 @@ def _calibration(
     return None if none else Calibration(text, tokens, refit, refine_steps, column, length, prompts, *of_pairs)
 
 
-def _default_output(model: str, partitions: Mapping[Site, Partition]) -> Path:
+def _default_output(model: str, partitions: Mapping[Site, Partition], adaptive: bool = False) -> Path:
     """./NAME-sqa-qNkvM, with the counts of the first kind of attention that is converted; where its layers differ their
-    means, rounded, and "-by-layer" behind them."""
+    means, rounded, and "-by-layer" behind them, as where they are going to be shared out among layers."""
     first = next((site for site, p in partitions.items() if not p.is_identity), next(iter(partitions)))
     kept = [(len(p.clusters), len(p.groups)) for site, p in partitions.items() if site.kind == first.kind]
     q_heads, kv_heads = (round(fmean(numbers)) for numbers in zip(*kept, strict=True))
     name = Path(model.removeprefix("sample:")).expanduser().resolve().name or "model"
-    return Path(f"{name}-sqa-q{q_heads}kv{kv_heads}" + ("-by-layer" if len(set(kept)) > 1 else ""))
+    return Path(f"{name}-sqa-q{q_heads}kv{kv_heads}" + ("-by-layer" if adaptive or len(set(kept)) > 1 else ""))
 
 
 def main() -> None:

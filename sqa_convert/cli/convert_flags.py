@@ -59,6 +59,26 @@ Partition = Annotated[
     ),
 ]
 
+Allocation = Annotated[
+    str,
+    typer.Option(
+        metavar="HOW",
+        rich_help_panel=HEADS,
+        help="uniform, as many heads in each layer; adaptive, as many in total, more where predictions need them; or "
+        "the counts of every layer, as 4/2,8/4,10/5,10/5.",
+    ),
+]
+
+Target = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="BOUND",
+        rich_help_panel=HEADS,
+        help="kl<=0.05, or a share of the source's: prefill, decode, cache, flops, parameters<=0.8x. Several may be "
+        "given; the cheapest point of a sweep that holds all is taken.",
+    ),
+]
+
 Sites = Annotated[
     str | None,
     typer.Option(rich_help_panel=HEADS, help="Attentions to convert, as encoder,decoder,cross. Default: all."),

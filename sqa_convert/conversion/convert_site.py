@@ -65,6 +65,8 @@ class Calibrated:
     """those it has converted"""
     report: dict[str, Any] | None
     """what it did, None where there was none"""
+    plan: Plan
+    """what is converted, with the heads of each layer where calibration shared them out"""
 
 
 def plan_method(plan: Plan) -> Method:

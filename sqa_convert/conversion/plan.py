@@ -46,6 +46,8 @@ class OutputTensor:
 class Plan:
     """Everything a conversion will do."""
 
+    request: Request
+    """what is asked"""
     family: Family
     dimensions: Dimensions
     method: str
@@ -145,12 +147,13 @@ def make_plan(source: Source, request: Request) -> Plan:
     }
     sites = tuple(family.sites(source.config))
     all_given = _all_given(partitions, given)
-    unknowns = _unknowns(partitions, dimensions)
+    unknowns = dimensions.heads * dimensions.head_dim if request.adaptive else _unknowns(partitions, dimensions)
     dtype = stored.infos[family.consumed(sites[0])[0]].dtype
     before = {name: info.shape for name, info in stored.infos.items()}
     after = {tensor.name: tensor.shape for tensor in tensors}
     before_counts = dict.fromkeys(sites, (dimensions.heads, dimensions.heads))
     return Plan(
+        request=request,
         family=family,
         dimensions=dimensions,
         method=method,

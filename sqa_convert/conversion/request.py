@@ -13,6 +13,7 @@ from ..parse_amounts import amount, parse_size
 from ..text.documents import Columns, is_own
 from ..text.formats import TEXT_COLUMN
 from .asked_partitions import HeadCounts, given_partitions, planned_partitions, site_kinds
+from .heads_by_layer import ADAPTIVE, UNIFORM, counts_by_site, counts_of
 
 BLIND_METHOD = "svd"
 """what "auto" is without calibration text"""
@@ -103,6 +104,10 @@ class Request:
     partition: str | Partition | Mapping[str, Partition] | None = None
     """which heads go together: "searched", "contiguous", a `Partition` for all sites, or one for each of some sites,
     by names such as "decoder" and "decoder.3", which may keep different numbers; None: as suits the method"""
+    allocation: str | Mapping[str, Sequence[tuple[int, int]]] = UNIFORM
+    """how heads are shared out among layers: "uniform", the same for each; "adaptive", as many in total, more where the
+    predictions need them; or the counts of every layer: "4/2,8/4", of several kinds "encoder:8/4,8/4,decoder:4/2,6/3",
+    or a table of (Hq, Hkv) by kind"""
     sites: str | Sequence[str] | None = None
     """kinds of attention to convert, also with commas; by default all the model has"""
     dtype: str = "auto"
@@ -123,8 +128,24 @@ class Request:
         parse_size(self.max_shard_size)
         if self.dtype != "auto" and self.dtype not in CASTS:
             raise RecipeError(f"--dtype {self.dtype}: choose auto, {', '.join(CASTS)}")
-        counts = HeadCounts(self.q_groups, self.kv_groups, self.variant)
-        return planned_partitions(family, config, self._kinds(config), counts, self.given_partitions(config))
+        counts, kinds = HeadCounts(self.q_groups, self.kv_groups, self.variant), self._kinds(config)
+        by_layer, given = counts_of(self.allocation), self.given_partitions(config)
+        if given and self.allocation != UNIFORM:
+            raise RecipeError("--allocation and a --partition that is given both say what each layer keeps: give one")
+        if self.adaptive and self.fitting(1) is None:
+            raise RecipeError(
+                f"--allocation {ADAPTIVE} needs text that heads are fitted on: leave out --no-calibration, and with "
+                "--method mean, first or select add --refit"
+            )
+        if by_layer is None:
+            return planned_partitions(family, config, kinds, counts, given)
+        heads, kept = family.dimensions(config).heads, counts_by_site(by_layer, family, config, kinds, counts)
+        return {site: Partition.contiguous(heads, *kept.get(site, (heads, heads))) for site in family.sites(config)}
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether heads are to be shared out among layers by what they cost."""
+        return self.allocation == ADAPTIVE
 
     def given_partitions(self, config: Config) -> dict[Site, Partition]:
         """The partitions that are given for single sites. Raises RecipeError."""

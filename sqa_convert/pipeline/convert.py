@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..caller_settings import undisturbed
 from ..checkpoints.staging import expanded
+from ..conversion.heads_by_layer import UNIFORM
 from ..conversion.request import CALIBRATED, DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
 from ..heads import AUTO, Convert, Method, Partition
@@ -39,6 +40,7 @@ def convert(
     variant: str | None = None,
     sites: str | Sequence[str] | None = None,
     partition: str | Partition | Mapping[str, Partition] | None = None,
+    allocation: str | Mapping[str, Sequence[tuple[int, int]]] = UNIFORM,
     calibration: Any = CALIBRATED,
     dtype: str = "auto",
     revision: str | None = None,
@@ -70,8 +72,9 @@ def convert(
         sites: kinds of attention to convert ("encoder", "decoder", "cross"), one or several; by default all.
         partition: which heads go together: "searched" or "contiguous", by default as suits the method; a `Partition`
             for every layer; or one for each of some sites, named by kind and layer as in report.json: "decoder.3", or
-            "decoder" for those that are not named singly. Layers may keep different numbers of heads; head counts
-            beside partitions are those of the layers that none is given for.
+            "decoder" for those that are not named singly. Head counts beside them are of the layers that have none.
+        allocation: "uniform", as many heads in each layer; "adaptive", as many in total, more where predictions need
+            them; or counts of every layer: "4/2,8/4,10/5,10/5", or a table of (Hq, Hkv) by kind of attention.
         calibration: how heads are fitted to what they do on text: a `Calibration`, the text alone, or None to convert
             from the weights alone.
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".
@@ -113,8 +116,8 @@ def convert(
     column = _column_of_data(text_column, data, calibration, uptrain)
     recipe = _recipe(uptrain, control, source, output, data=data, text_column=column, seed=seed)
     method = (recipe.method or AUTO) if recipe is not None and method == AUTO else method
-    request = Request(q_groups, kv_groups, variant, method, fitting, partition, sites, dtype, max_shard_size)
-    request = fitted_to(request, data, column or TEXT_COLUMN, recipe)
+    heads = (q_groups, kv_groups, variant, method, fitting, partition, allocation, sites)
+    request = fitted_to(Request(*heads, dtype, max_shard_size), data, column or TEXT_COLUMN, recipe)
     place = None if output is None else expanded(output)
     opened, plan = prepared(
         source, request, lambda partitions: place, overwrite=overwrite, recipe=recipe, revision=revision,

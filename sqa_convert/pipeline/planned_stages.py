@@ -40,6 +40,7 @@ def _of_calibration(plan: Plan) -> list[str]:
     stages = [LOAD]
     stages += ["sample text"] * (predicts and own and (decoder_only or settings.text == SELF))
     stages += ["measure sensitivity"] * predicts
+    stages += ["weigh layers"] * plan.request.adaptive
     stages += ["fit heads"]
     stages += [CHOOSE] * (predicts and plan.method == AUTO)
     stages += ["refine heads"] * bool(settings.refine_steps)

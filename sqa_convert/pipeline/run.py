@@ -49,7 +49,7 @@ def run(
     """Carries out a plan: a folder that appears whole, trained by a recipe where there is one; returns its report."""
     check_run(plan, source, output, options, recipe)
     # The text to measure on is prepared first, so that without it nothing is written.
-    held_out = _held_out(plan, source, options) if options.evaluate else ""
+    held_out = held_out_text(plan, source, options) if options.evaluate else ""
     stages = Stages(progress, planned_stages(plan, options, not isinstance(held_out, str), recipe))
     with told_within(stages):
         report = _to_folder(plan, source, output, options, held_out, stages)
@@ -81,6 +81,7 @@ def run_in_memory(
     stages = Stages(progress, planned_stages(plan, options, measured=False))
     with told_within(stages):
         calibrated = _calibrated(plan, source, options, stages)
+        plan = calibrated.plan
         model, records = build_model(plan, source, calibrated.sites, stages)
     _carry_generation(source, model)
     report = conversion_report(plan, source, None, records, calibrated.report, options.seed, _device(plan, options))
@@ -123,6 +124,7 @@ def _to_folder(
             check_loads(plan)
         check_copies(plan, source)
         calibrated = _calibrated(plan, source, options, progress)
+        plan = calibrated.plan
         calibrating, start = time.perf_counter() - start, time.perf_counter()
         records, sums = write_model(plan, source, folder, calibrated.sites, options.verify, progress)
         device = _device(plan, options)
@@ -154,7 +156,7 @@ def _to_folder(
     return report
 
 
-def _held_out(plan: Plan, source: Source, options: RunOptions) -> HeldOut | str:
+def held_out_text(plan: Plan, source: Source, options: RunOptions) -> HeldOut | str:
     """The text to measure on; where none was named and the default does not do, why. "" of what predicts no text."""
     from ..evaluation.held_out_text import prepare
 
@@ -225,7 +227,7 @@ def _measured(
 
 def _calibrated(plan: Plan, source: Source, options: RunOptions, progress: Progress) -> Calibrated:
     if plan.calibration is None:
-        return Calibrated({}, None)
+        return Calibrated({}, None, plan)
     import torch
 
     from ..calibration.calibrate import calibrate, load_source

@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any
 
 from .formatting import nats
+from .layers_picture import differ, layers_picture
 from .pictures import errors_picture, heads_picture, quality_picture, recovery_picture, similarity_colour, speed_picture
 from .sentences import presented
 from .tables import ROWS, costs, quality_table, speed_rows
@@ -39,6 +40,8 @@ def report_page(report: dict[str, Any], similarity: bytes | None = None) -> str:
         pictures["recovery"] = picture(recovery_picture(report, "page"))
     if any(site.get("output_error") for site in sites):
         pictures["errors"] = picture(errors_picture(sites, "page"))
+    if differ(sites):
+        pictures["layers"] = picture(layers_picture([site for site in sites if "partition" in site], "page"))
     if report.get("speed"):
         pictures["speed"] = picture(speed_picture(report["speed"], "page"))
     return filled(

@@ -130,7 +130,7 @@ def similarity_picture(sites: list[dict[str, Any]], kind: str = "svg") -> bytes:
     figure.suptitle(
         "The source's heads; those merged are framed (thick: one query head, thin: one key and value)", fontsize=9
     )
-    return _rendered(figure, kind)
+    return rendered(figure, kind)
 
 
 def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
@@ -159,7 +159,7 @@ def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
         panel.grid(alpha=0.3)
         panel.legend(framealpha=0)
     figure.suptitle(f"{_plain(report['source']['name'])}: what uptraining took back")
-    return _rendered(figure, kind)
+    return rendered(figure, kind)
 
 
 def speed_picture(speed: dict[str, Any], kind: str) -> bytes:
@@ -194,7 +194,7 @@ def speed_picture(speed: dict[str, Any], kind: str) -> bytes:
     figure.axes[0].legend(fontsize=8, framealpha=0)
     batch, dtype = rows[0]["batch"], rows[0]["dtype"]
     figure.suptitle(f"{speed['device']}, {dtype}, batch {batch}: median and range of {speed['repeats']}", fontsize=10)
-    return _rendered(figure, kind)
+    return rendered(figure, kind)
 
 
 def quality_picture(quality: dict[str, Any], rows: Sequence[str], kind: str) -> bytes:
@@ -217,7 +217,7 @@ def quality_picture(quality: dict[str, Any], rows: Sequence[str], kind: str) -> 
         panel.margins(x=0.25)
         panel.axvline(0, color=_GREY, linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
-    return _rendered(figure, kind)
+    return rendered(figure, kind)
 
 
 def errors_picture(sites: Sequence[Mapping[str, Any]], kind: str) -> bytes:
@@ -237,7 +237,7 @@ def errors_picture(sites: Sequence[Mapping[str, Any]], kind: str) -> bytes:
     panel.set(ylabel="output error / variance", ylim=(0, None))
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8, framealpha=0)
-    return _rendered(figure, kind)
+    return rendered(figure, kind)
 
 
 def _plain(name: str) -> str:
@@ -245,7 +245,7 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _rendered(figure: Any, kind: str) -> bytes:
+def rendered(figure: Any, kind: str) -> bytes:
     """The figure as a file. In a page, words are words, black is the page's colour of text, and nothing lies below."""
     from matplotlib import rc_context
 

@@ -57,6 +57,8 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
         return ["converted from the weights alone, fitted to no text"] if blind else []
     lines = [f"warning: {doubt['text']}" for doubt in done.get("warnings", [])]
     lines.append(f"fitted on {done['tokens']:,} tokens, chosen on {done['held_out_tokens']:,} more: {done['text']}")
+    if "allocation" in done:
+        lines.append(_allocation(done["allocation"]))
     if "kl_before_refine" in done:
         kl = sorted(done["kl_before_refine"].items(), key=lambda item: item[1])
         tried = " · ".join(f"{name} {value:.4f}" for name, value in kl)
@@ -70,6 +72,14 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
                 f"({errors[last]:.4f}), kept as {site['kept']} ({errors[site['kept']]:.4f})"
             )
     return lines
+
+
+def _allocation(done: dict[str, Any]) -> str:
+    """Why layers keep different numbers of heads."""
+    evenly = "/".join(map(str, done["mean"]))
+    least, *_, most = sorted(done["kl_alone"], key=lambda site: site["evenly"])
+    told = (f"{site['kind']} {site['layer']} {site['evenly']:.4f}" for site in (least, most))
+    return f"heads shared out by the KL that a layer alone costs, with {evenly} heads in each from {' to '.join(told)}"
 
 
 def uptraining_lines(report: dict[str, Any]) -> list[str]:

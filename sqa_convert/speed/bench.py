@@ -23,7 +23,16 @@ from ..progress import Progress, in_notebooks
 from .measurement import Measurement
 from .settings import GRID, LENGTHS, Settings
 from .timing import alternate, peak_memory
-from .workloads import Workload, attention_layer, bytes_read, extend_positions, flops, layer_workload, model_workload
+from .workloads import (
+    Workload,
+    attention_layer,
+    bytes_read,
+    distinct_layers,
+    extend_positions,
+    flops,
+    layer_workload,
+    model_workload,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,15 +79,27 @@ def bench(
         told = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
         raise RecipeError(f"{told}: these cannot be compared; give --dtype")
     measured = []
+    heads = {name: heads_of(model.config) for name, model in loaded.items()}
     cells = [(part, mode, length) for part in settings.parts for mode in settings.modes for length in lengths]
     for i, (part, mode, length) in enumerate(cells):
         progress("measure", i, len(cells), f"{part}, {mode}, {length:,} tokens")
         make = model_workload if part == "model" else layer_workload
-        of = {n: model if part == "model" else attention_layer(model, mode) for n, model in loaded.items()}
+        of = loaded if part == "model" else _layers(loaded, mode, heads)
         measured += _measure(of, make, part, mode, length, settings, device)
     progress("measure", len(cells), len(cells))
-    heads = {name: heads_of(model.config) for name, model in loaded.items()}
     return _result(measured, settings, device, heads, extended)
+
+
+def _layers(models: Mapping[str, Any], mode: str, heads: dict[str, str]) -> dict[str, nn.Module]:
+    """An attention layer of each model; where its layers differ the first of each kind, whose heads are noted, too."""
+    layers: dict[str, nn.Module] = {}
+    for name, model in models.items():
+        distinct = distinct_layers(model, mode)
+        for (q_heads, kv_heads), layer in sorted(distinct.items(), key=lambda item: item[1]):
+            called = name if len(distinct) == 1 else f"{name}, layer {layer}"
+            heads.setdefault(called, f"{q_heads}/{kv_heads}")
+            layers[called] = attention_layer(model, mode, layer)
+    return layers
 
 
 def _timed(given: Path | PreTrainedModel, settings: Settings, trust_remote_code: bool) -> PreTrainedModel:

@@ -125,13 +125,24 @@ def layer_workload(attention: nn.Module, mode: str, length: int, batch: int) -> 
     return Workload(_inference(step), batch, cache)
 
 
-def attention_layer(model: Any, mode: str) -> nn.Module:
-    """The layer that stands for the others, also where they have other numbers of heads: the first."""
+def attention_layer(model: Any, mode: str, layer: int = 0) -> nn.Module:
+    """A layer's attention: the one that T tokens go through in `mode`."""
     if not model.config.is_encoder_decoder:
-        return model.transformer.h[0].attn
+        return model.transformer.h[layer].attn
     if mode == "decode":
-        return model.decoder.block[0].layer[1].EncDecAttention
-    return model.encoder.block[0].layer[0].SelfAttention
+        return model.decoder.block[layer].layer[1].EncDecAttention
+    return model.encoder.block[layer].layer[0].SelfAttention
+
+
+def distinct_layers(model: Any, mode: str) -> dict[tuple[int, int], int]:
+    """The first layer of each number of query and key/value heads that `attention_layer` may give."""
+    config = model.config
+    if not hasattr(config, "heads"):
+        return {(config.num_attention_heads, config.num_attention_heads): 0}
+    kind, layers = "decoder", config.num_hidden_layers
+    if config.is_encoder_decoder:
+        kind, layers = ("cross", config.num_decoder_layers) if mode == "decode" else ("encoder", layers)
+    return {config.heads(kind, layer): layer for layer in reversed(range(layers))}
 
 
 def flops(of: nn.Module, make: Callable[..., Workload], mode: str, length: int, batch: int) -> int:

@@ -1,0 +1,76 @@
+"""What converted heads cost the predictions, of one attention site or of many: the source runs with theirs in place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..conversion.plan import Plan
+from ..errors import QualityError
+from ..evaluation.held_out_batches import HeldOut
+from ..evaluation.measure import Predictions, Quality, measure, predict
+from ..families import Site
+from ..heads import AttentionHeads
+from .activations import module_at
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A source model on text, whose attention sites can be replaced one by one. Nothing of the model is changed."""
+
+    model: Any
+    """in eval mode, on the device of `text`"""
+    plan: Plan
+    """of a conversion of it: how its sites attend"""
+    text: HeldOut
+    source: Predictions
+    """of the model on that text"""
+
+    def kl(self, heads: Mapping[Site, AttentionHeads]) -> float | None:
+        """KL divergence to the model as it is, nats a token, with these heads in its sites; None if not finite."""
+        quality = self.quality(heads)
+        return None if quality is None else quality.kl
+
+    def quality(self, heads: Mapping[Site, AttentionHeads]) -> Quality | None:
+        """What the model predicts with these heads in its sites; None where that is not finite."""
+        with self._in_place(heads):
+            try:
+                return measure(predict(self.model, self.text), self.source)
+            except QualityError:
+                return None
+
+    @contextlib.contextmanager
+    def _in_place(self, heads: Mapping[Site, AttentionHeads]) -> Iterator[None]:
+        padding: list[Tensor | None] = [None]  # what of its input an encoder reads; None: all
+
+        def look(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            mask = kwargs.get("attention_mask")
+            padding[0] = None if mask is None or bool(mask.all()) else mask.bool()
+
+        hooks = [self.model.register_forward_pre_hook(look, with_kwargs=True)]
+        try:
+            for site, converted in heads.items():
+                module = module_at(self.model, site.prefix)
+                hooks.append(module.register_forward_hook(self._instead(site, converted, padding), with_kwargs=True))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _instead(self, site: Site, heads: AttentionHeads, padding: list[Tensor | None]) -> Callable[..., Any]:
+        """A hook that gives what converted heads make of a site's inputs in place of what the site made."""
+        attention = self.plan.family.attention(site, self.plan.source_config)
+        device = self.text.device
+        weights = AttentionHeads(*(None if t is None else t.to(device) for t in vars(heads).values()))
+
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            memory = kwargs["key_value_states"] if site.kind == "cross" else None
+            attended = padding[0] if site.kind in ("encoder", "cross") else None
+            return (attention.layer(weights, hidden, memory, attended), *output[1:])
+
+        return hook

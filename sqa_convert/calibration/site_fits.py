@@ -1,0 +1,65 @@
+"""Every attention site fitted at several numbers of heads, each once: kept on disk, and put together as models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from ..conversion.convert_site import ConvertedSite
+from ..families import Site
+from ..heads import Partition
+from ..heads.allocate import Counts
+from ..progress import Progress, silent
+from .fitter import SiteFitter
+from .replaced_sites import Replacement
+
+
+@dataclass
+class SiteFits:
+    """Converted sites by their numbers of heads, and what each costs alone."""
+
+    kl_alone: dict[Site, dict[Counts, float]] = field(default_factory=dict)
+    """of the source with the site alone converted; nothing where it keeps all heads"""
+    _folder: TemporaryDirectory[str] = field(default_factory=lambda: TemporaryDirectory(prefix="sqa-fits-"))
+
+    def add(
+        self,
+        fitters: Iterable[tuple[Site, SiteFitter]],
+        counts: Sequence[Counts],
+        replacement: Replacement,
+        method: str,
+        refit: bool,
+        refine_steps: int,
+        progress: Progress = silent,
+    ) -> None:
+        """Fits sites, one at a time, at each of the counts."""
+        for site, fitter in fitters:
+            heads = len(fitter.heads.query)
+            self.kl_alone[site] = {(heads, heads): 0.0}
+            for done, kept in enumerate(counts):
+                progress(f"fit {site.kind} {site.layer}", done, len(counts))
+                converted = fitter.convert(method, Partition.contiguous(heads, *kept), True, refit)
+                if refine_steps:
+                    converted = fitter.refine(converted, refine_steps)
+                kl = replacement.kl({site: converted.heads})
+                if kl is not None:
+                    self.kl_alone[site][kept] = kl
+                    torch.save(converted, self._file(site, kept))
+            progress(f"fit {site.kind} {site.layer}", len(counts), len(counts))
+
+    def model(self, counts: Mapping[Site, Counts]) -> dict[Site, ConvertedSite] | None:
+        """The fits of a model, those of sites that keep all heads left out; None where one was not finite."""
+        fits = {}
+        for site, kept in counts.items():
+            if kept not in self.kl_alone[site]:
+                return None
+            if self._file(site, kept).exists():
+                fits[site] = torch.load(self._file(site, kept), weights_only=False)  # our own, of this process
+        return fits
+
+    def _file(self, site: Site, kept: Counts) -> Path:
+        return Path(self._folder.name) / f"{site.kind}-{site.layer}-{kept[0]}-{kept[1]}"

@@ -1,0 +1,276 @@
+"""`sqa_convert.sweep`: what a model loses and costs at many numbers of heads, from fits that are each made once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.allocation import METHOD, cheapest
+from ..calibration.calibrate import Calibrator, load_source
+from ..calibration.replaced_sites import Replacement
+from ..calibration.site_fits import SiteFits
+from ..caller_settings import undisturbed
+from ..checkpoints.source import Source
+from ..conversion.build_model import build_model
+from ..conversion.heads_by_layer import ADAPTIVE, UNIFORM, CountsByLayer, as_text
+from ..conversion.plan import Plan, make_plan
+from ..conversion.request import CALIBRATED, Calibration, Request
+from ..devices import choose_device, device_name
+from ..errors import QualityError, RecipeError
+from ..evaluation.measure import predict
+from ..families import Site
+from ..heads import check_head_counts
+from ..heads.allocate import Counts, some_head_counts
+from ..parse_amounts import check_seed
+from ..progress import Progress, in_notebooks
+from ..report.provenance import machine
+from ..speed.bench import bench
+from ..speed.settings import Settings
+from ..text.formats import TEXT_COLUMN
+from .preflight import check_run, fitted_to, prepared
+from .run import held_out_text
+from .run_options import RunOptions
+from .sweep_points import Point, rank_correlation, with_frontier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FEW_HEADS = 8
+"""of which every setting is tried"""
+
+LONGEST = 1024
+"""tokens that are timed, at most"""
+
+ROUNDS = 3
+"""of timing"""
+
+
+class Sweep(list[Point]):
+    """The points of a sweep, and what else there is to know of it."""
+
+    def __init__(self, points: Iterable[Point], info: dict[str, Any]) -> None:
+        super().__init__(points)
+        self.info = info
+
+    def to_json(self) -> dict[str, Any]:
+        model, sites = self.info["source"], self.info["asked_sites"]
+        return self.info | {"points": [point.to_json() | {"command": point.command(model, sites)} for point in self]}
+
+
+def default_settings(heads: int) -> list[Counts]:
+    """Settings that are tried of a model with so many heads, those that keep the most first."""
+    return [counts for counts in reversed(some_head_counts(heads, FEW_HEADS)) if counts != (heads, heads)]
+
+
+@undisturbed
+def sweep(
+    source: str | Path | PreTrainedModel,
+    settings: Sequence[Counts] | None = None,
+    *,
+    sites: str | Sequence[str] | None = None,
+    calibration: Calibration = CALIBRATED,
+    data: Any = None,
+    text_column: str = TEXT_COLUMN,
+    speed: bool = True,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    tokenizer: Any = None,
+    device: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Progress = in_notebooks,
+) -> Sweep:
+    """What a model loses and costs at many numbers of heads, to choose among them.
+
+    Every attention is fitted to what it does on text once at each setting, as `convert` with "svd" does; models are put
+    together from these fits, each setting with the same heads in all layers, and with as many shared out among layers.
+
+    Args:
+        source: a hub id, a folder, a sample, or a model in memory.
+        settings: pairs (Hq, Hkv); by default some twenty, from all query heads to a quarter of them.
+        sites: kinds of attention to convert, as for `convert`.
+        calibration: how heads are fitted to text.
+        data: the text to measure on, as for `convert`; heads are fitted to its training part.
+        text_column: of a table given as `data`.
+        speed: time the points of the frontier, against the source.
+        revision: of a hub id.
+        subfolder: of a pipeline of several models, the one meant.
+        tokenizer: if not beside the weights.
+        device: to compute on: "auto", "cpu", "cuda", "cuda:1", "mps".
+        seed: of everything random.
+        trust_remote_code: let code that the source brings along run.
+        progress: called as the work goes on.
+
+    Returns:
+        A list of `Point`, the settings in their order, each "uniform" and then "adaptive"; its `info` tells the text,
+        the seconds of each stage, the machine, and how well the sum of what layers cost alone predicts the KL, by rank
+        ("spearman").
+
+    Raises:
+        RecipeError: a setting is not possible, or the model has no language model head or only one head.
+        CheckpointError, UnsupportedModelError, DataError, QualityError: as `convert`.
+    """
+    check_seed(seed)
+    start = time.perf_counter()
+    opened, plan, settings = _planned(
+        source, settings, sites, calibration, data, text_column, revision=revision, subfolder=subfolder,
+        tokenizer=str(tokenizer) if isinstance(tokenizer, Path) else tokenizer,
+    )  # fmt: skip
+    options = RunOptions(
+        data=data, text_column=text_column, device=device, seed=seed, trust_remote_code=trust_remote_code,
+        evaluate=False,
+    )  # fmt: skip
+    check_run(plan, opened, None, options)
+    work = _Sweeper(plan, opened, options, progress)
+    work.fit(settings)
+    points = with_frontier(work.points(settings))
+    if speed:
+        points = work.timed(points)
+    device_used = device_name(choose_device(device))
+    work.seconds["all"] = round(time.perf_counter() - start, 1)
+    info = {
+        "schema": 1,
+        "source": opened.name,
+        "asked_sites": sites if isinstance(sites, str | None) else ",".join(sites),
+        "source_heads": plan.dimensions.heads,
+        "data": work.text.name,
+        "tokens": work.text.tokens or work.calibrator.text.held_out_tokens,
+        "calibration": work.calibrator.report(plan),
+        "spearman": rank_correlation(points),
+        "seconds": work.seconds,
+        "timed_tokens": work.timed_tokens if speed else None,
+        "machine": machine(device_used),
+    }
+    return Sweep(points, info)
+
+
+def _planned(
+    given: Any, settings: Sequence[Counts] | None, sites: Any, calibration: Calibration, data: Any, column: str,
+    **where: Any,
+) -> tuple[Source, Plan, list[Counts]]:  # fmt: skip
+    """The source, a plan with the most query heads of any setting, and all settings. Raises RecipeError."""
+    request = fitted_to(Request(1, 1, method=METHOD, calibration=calibration, sites=sites), data, column, None)
+    opened, first = prepared(given, request, lambda partitions: None, **where)
+    heads = first.dimensions.heads
+    if heads == 1 or not first.has_language_model_head:
+        lacking = "only one head" if heads == 1 else "no language model head, so nothing tells what layers cost"
+        raise RecipeError(f"{opened.name} has {lacking}: there is nothing to sweep")
+    chosen = list(dict.fromkeys(default_settings(heads) if settings is None else ((q, kv) for q, kv in settings)))
+    for counts in chosen:
+        check_head_counts(heads, *counts)
+    if not chosen or (heads, heads) in chosen:
+        raise RecipeError(f"--settings: give one or more of Hq/Hkv below {heads}/{heads}")
+    most = max(chosen)
+    return opened, make_plan(opened, replace(request, q_groups=most[0], kv_groups=most[1])), chosen
+
+
+@dataclass
+class _Sweeper:
+    """A source, fitted at many numbers of heads."""
+
+    plan: Plan
+    source: Source
+    options: RunOptions
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.timed_tokens = min(LONGEST, self.plan.dimensions.context)
+        device, start = choose_device(self.options.device), time.perf_counter()
+        held_out = held_out_text(self.plan, self.source, self.options) if self.source.folder else ""
+        model = load_source(self.plan, self.source, self.options.trust_remote_code)
+        self.calibrator = Calibrator(
+            model, self.plan, self.source, device, self.options.seed, self.options.trust_remote_code, self.progress
+        )
+        self.text = self.calibrator.replacement.text if isinstance(held_out, str) else held_out
+        self.measured = Replacement(model, self.plan, self.text, predict(model, self.text))
+        self.fits = SiteFits()
+        self._spent("text", start)
+
+    def _spent(self, stage: str, start: float) -> None:
+        self.seconds[stage] = round(time.perf_counter() - start, 1)
+
+    def fit(self, settings: Sequence[Counts]) -> None:
+        """Fits every site at each setting."""
+        start, fitting = time.perf_counter(), self.plan.calibration
+        assert fitting is not None
+        sites = self.calibrator.fitters("fit heads")
+        self.fits.add(
+            sites, settings, self.calibrator.replacement, METHOD, fitting.refit, fitting.refine_steps, self.progress
+        )
+        self._spent("fit", start)
+
+    def points(self, settings: Sequence[Counts]) -> list[Point]:
+        """Of each setting the even point, and the one with heads shared out where it differs. Raises QualityError."""
+        start, found, done = time.perf_counter(), [], 0
+        for setting in settings:
+            layers = {kind: (setting,) * len(sites) for kind, sites in self._sites().items()}
+            shared = cheapest(self.fits.kl_alone, setting)
+            for allocation, counts in ((UNIFORM, layers), (ADAPTIVE, shared)):
+                self.progress("measure", done, 2 * len(settings))
+                done += 1
+                if allocation == UNIFORM or counts != layers:
+                    point = self._point(setting, allocation, counts)
+                    found += [] if point is None else [point]
+        self.progress("measure", done, done)
+        self._spent("measure", start)
+        if not found:
+            raise QualityError(f"{self.source.name}: no setting predicts anything finite")
+        return found
+
+    def _sites(self) -> dict[str, list[Site]]:
+        sites = self.plan.converted_sites
+        return {kind: [s for s in sites if s.kind == kind] for kind in dict.fromkeys(s.kind for s in sites)}
+
+    def _by_site(self, counts: CountsByLayer) -> dict[Site, Counts]:
+        return {s: kept for kind, sites in self._sites().items() for s, kept in zip(sites, counts[kind], strict=True)}
+
+    def _plan_of(self, counts: CountsByLayer) -> Plan:
+        asked = replace(self.plan.request, q_groups=None, kv_groups=None, allocation=as_text(counts))
+        return make_plan(self.source, asked)
+
+    def _point(self, setting: Counts, allocation: str, counts: CountsByLayer) -> Point | None:
+        """None where the model predicts nothing finite."""
+        by_site = self._by_site(counts)
+        fits = self.fits.model(by_site)
+        quality = None if fits is None else self.measured.quality({site: fit.heads for site, fit in fits.items()})
+        if quality is None or quality.kl is None or quality.top1 is None:
+            return None
+        plan = self._plan_of(counts)
+        before, after = plan.before, plan.after
+        return Point(
+            q_groups=setting[0],
+            kv_groups=setting[1],
+            allocation=allocation,
+            layers=counts,
+            kl=quality.kl,
+            loss=quality.loss,
+            top1=quality.top1,
+            predicted_kl=sum(self.fits.kl_alone[site][kept] for site, kept in by_site.items()),
+            parameters=after.parameters / before.parameters,
+            flops=after.attention_flops / before.attention_flops,
+            cache=after.kv_cache_bytes / before.kv_cache_bytes if before.kv_cache_bytes else None,
+        )
+
+    def timed(self, points: Sequence[Point]) -> list[Point]:
+        """The points, those of the frontier timed beside the source."""
+        start, result = time.perf_counter(), list[Point]()
+        frontier = sum(point.frontier for point in points)
+        settings = Settings(
+            lengths=(self.timed_tokens,), modes=("prefill", "decode"), parts=("model",), repeats=ROUNDS,
+            device=self.options.device, dtype="float32",
+        )  # fmt: skip
+        for point in points:
+            if point.frontier:
+                self.progress("time", sum(p.frontier for p in result), frontier)
+                fits = self.fits.model(self._by_site(point.layers))
+                model = build_model(self._plan_of(point.layers), self.source, fits or {})[0]
+                rows = bench({"source": self.calibrator.model, "converted": model}, settings)["rows"]
+                shares = {row["mode"]: 1 / row["speedup"]["median"] for row in rows if row["model"] == "converted"}
+                point = replace(point, **shares)
+            result.append(point)
+        self._spent("time", start)
+        return result

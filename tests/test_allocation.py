@@ -1,0 +1,107 @@
+"""Heads shared out among layers: the arithmetic, what is asked, and what comes of it."""
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from helpers import gpt2, t5
+
+from sqa_convert import Calibration, convert
+from sqa_convert.calibration.calibrate import Calibrator
+from sqa_convert.conversion.heads_by_layer import as_text, counts_of
+from sqa_convert.conversion.request import Request
+from sqa_convert.errors import RecipeError
+from sqa_convert.heads.allocate import allocate, head_counts
+from sqa_convert.pipeline.preflight import prepared
+
+SHORT = Calibration(tokens=2048, refine_steps=4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_other_counts_of_the_same_totals_cost_less(seed):
+    chance = random.Random(seed)
+    layers = [{counts: chance.random() for counts in head_counts(5)} for _ in range(3)]
+    total = sum(q for q, _ in (chance.choice(list(layer)) for layer in layers)), 4
+    sums = {
+        sum(layer[c] for layer, c in zip(layers, chosen, strict=True))
+        for chosen in itertools.product(*layers)
+        if tuple(map(sum, zip(*chosen, strict=True))) == total
+    }
+    if not sums:
+        with pytest.raises(ValueError, match="add up"):
+            allocate(layers, total)
+        return
+    chosen = allocate(layers, total)
+    assert tuple(map(sum, zip(*chosen, strict=True))) == total
+    assert sum(layer[c] for layer, c in zip(layers, chosen, strict=True)) == pytest.approx(min(sums))
+
+
+@pytest.mark.parametrize("text", ["4/2,8/4,10/5", "encoder:8/4,8/4,decoder:4/2,6/3,cross:12/12"])
+def test_counts_are_read_as_they_are_written(text):
+    assert as_text(counts_of(text)) == text
+    assert counts_of(dict(counts_of(text))) == counts_of(text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"allocation": "even"}, "'even': choose uniform or adaptive, or give counts of every layer"),
+        ({"allocation": "8/4,8"}, "choose uniform or adaptive"),
+        ({"allocation": {"decoder": [8, 4]}}, "choose uniform or adaptive"),
+        ({"allocation": "8/4,4/2", "q_groups": 8}, "leave out q_groups"),
+        ({"allocation": "8/4"}, "1 counts of decoder, which has 2 layers"),
+        ({"allocation": "8/4,8/3"}, "kv_groups=3 must divide q_groups=8"),
+        ({"allocation": "encoder:8/4,8/4"}, "what is converted is decoder"),
+        ({"allocation": "adaptive"}, "give q_groups"),
+        ({"allocation": "adaptive", "q_groups": 8, "kv_groups": 4, "calibration": None}, "needs text"),
+        ({"allocation": "adaptive", "q_groups": 8, "kv_groups": 4, "method": "mean"}, "needs text"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(asked, says):
+    with pytest.raises(RecipeError, match=says):
+        convert(gpt2(), **asked)
+
+
+@pytest.mark.parametrize("make", [gpt2, t5], ids=["gpt2", "t5"])
+def test_heads_put_into_the_source_predict_as_the_converted_model_does(make):
+    source, plan = prepared(make(), Request(6, 3, calibration=SHORT), lambda partitions: None)
+    calibrator = Calibrator(source.model, plan, source, torch.device("cpu"), 0)
+    made = {
+        site: fitter.convert("svd", plan.partitions[site], False, True) for site, fitter in calibrator.fitters("fit")
+    }
+    together = calibrator.replacement.kl({site: converted.heads for site, converted in made.items()})
+    assert together == pytest.approx(calibrator.kl(plan, made), rel=1e-3) and together > 1e-4
+    assert abs(calibrator.replacement.kl({})) < 1e-6  # nothing stays in the source
+
+
+@pytest.mark.parametrize("make", [gpt2, t5], ids=["gpt2", "t5"])
+def test_heads_shared_out_are_as_many_in_total(make, tmp_path):
+    source = make(heads=4, layers=2)
+    made = convert(source, 2, 1, allocation="adaptive", calibration=SHORT, output=tmp_path / "out")
+    cost, text = made.report["cost"]["after"], made.report["calibration"]["allocation"]["counts"]
+    uniform = convert(source, 2, 1, method="mean").report["cost"]["after"]
+    by_layer = counts_of(text)
+    for kind, layers in by_layer.items():
+        assert tuple(map(sum, zip(*layers, strict=True))) == (2 * len(layers), len(layers))
+        assert [made.model.config.heads(kind or "decoder", layer) for layer in range(len(layers))] == list(layers)
+    same = ("parameters", "kv_cache_bytes_per_token", "attention_flops")
+    assert {key: cost[key] for key in same} == {key: uniform[key] for key in same}
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["allocation"]["mean"] == [2, 1]
+    assert "shared out" in (tmp_path / "out" / "report.html").read_text()
+
+    if make is t5:
+        return
+    again = convert(source, allocation=text, calibration=SHORT)
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), made.model.parameters(), strict=True))
+
+
+def test_heads_go_where_predictions_need_them():
+    source = gpt2(heads=4, layers=3)
+    for layer in (0, 2):
+        source.transformer.h[layer].attn.c_proj.weight.data *= 1e-2
+    made = convert(source, 2, 2, allocation="adaptive", calibration=SHORT)
+    assert [made.model.config.heads("decoder", layer) for layer in range(3)] == [(1, 1), (4, 4), (1, 1)]
+    even = convert(source, 2, 2, calibration=SHORT).report["calibration"]["kl"]
+    assert made.report["calibration"]["kl"] < even / 10

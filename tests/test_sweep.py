@@ -1,0 +1,154 @@
+"""sqa-sweep and --target: points, the frontier, what is picked, and what the command shows."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+from helpers import gpt2, t5
+
+from sqa_convert import Calibration, convert, sweep
+from sqa_convert.cli.convert import main as convert_command
+from sqa_convert.cli.sweep import main
+from sqa_convert.errors import RecipeError
+from sqa_convert.pipeline.sweep import default_settings
+from sqa_convert.pipeline.sweep_points import Point, Target, pick, rank_correlation, with_frontier
+
+SHORT = Calibration(tokens=2048, refine_steps=4)
+FEW = ["--settings", "3/1,2/1", "--calibration-tokens", "2048", "--refine-steps", "0", "--no-speed"]
+
+
+def point(kl, flops, cache=None, **more):
+    return Point(8, 4, "uniform", {"decoder": ((8, 4),)}, kl, 3.0, 0.8, kl, 0.9, flops, cache, **more)
+
+
+def test_the_frontier_is_what_no_other_point_beats():
+    points = with_frontier([point(0.1, 0.5, 0.5), point(0.2, 0.4, 0.6), point(0.2, 0.5, 0.5), point(0.05, 0.5, 0.9)])
+    assert [p.frontier for p in points] == [True, True, False, True]
+
+
+def test_the_knee_is_where_the_frontier_turns():
+    measured = [(0.1, 2.0), (0.3, 0.4), (0.5, 0.3), (0.7, 0.06), (0.9, 0.0)]
+    points = with_frontier([point(kl, cost) for cost, kl in measured])
+    assert [p.cost for p in points if p.knee] == [0.3]
+    assert not any(p.knee for p in with_frontier([point(0.1, 0.5)]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "cost", "holds"),
+    [
+        (["kl<=0.15"], 0.5, True),  # the cheapest
+        (["flops<=0.75x"], 0.7, True),  # the nearest to the source
+        (["kl<=0.3", "flops<=0.4x"], 0.3, True),
+        (["kl<=0.01"], 0.9, False),  # the closest
+        (["kl<=0.08", "flops<=0.6x"], 0.7, False),
+        (["prefill<=0.5x"], 0.9, True),  # all others were not timed
+    ],
+)
+def test_targets_pick_the_cheapest_point_that_holds_or_the_closest(asked, cost, holds):
+    points = [point(0.25, 0.3), point(0.1, 0.5), point(0.07, 0.7), point(0.02, 0.9, prefill=0.4)]
+    chosen, held = pick(points, [Target.read(text) for text in asked])
+    assert (chosen.cost, held) == (cost, holds)
+
+
+@pytest.mark.parametrize("text", ["kl<=0.05x", "cache<=0.3", "loss<=1", "kl>=0.1", "kl", "", "kl<=.x"])
+def test_what_is_no_target_is_refused(text):
+    with pytest.raises(RecipeError, match=r"write kl<=0.05, or .* prefill<=0.8x"):
+        Target.read(text)
+
+
+def test_ranks_are_correlated():
+    rising = [point(kl, 0.5) for kl in (0.1, 0.2, 0.3)]
+    assert rank_correlation(rising) == pytest.approx(1) and rank_correlation(rising[:2]) is None
+
+
+@pytest.mark.parametrize("heads", [2, 5, 8, 12, 16, 25, 64])
+def test_some_twenty_settings_are_tried_of_many_heads(heads):
+    settings = default_settings(heads)
+    assert all(1 <= kv <= q <= heads and q % kv == 0 for q, kv in settings) and (heads, heads) not in settings
+    assert heads < 12 or 20 <= len(settings) <= 60
+
+
+@pytest.mark.parametrize("make", [gpt2, pytest.param(t5, marks=pytest.mark.integration)], ids=["gpt2", "t5"])
+def test_a_point_is_what_its_conversion_gives(make):
+    source = make(heads=4, layers=3)
+    points = sweep(source, [(4, 2), (3, 3), (2, 1), (1, 1)], calibration=SHORT, speed=False)
+    assert [p.allocation for p in points].count("uniform") == 4
+    for one in points:
+        if (one.q_groups, one.kv_groups) == (2, 1):
+            heads = {"allocation": dict(one.layers)}
+            made = convert(source, method="svd", calibration=SHORT, **heads)
+            assert one.kl == pytest.approx(made.report["calibration"]["kl"], rel=1e-3)
+            before, after = made.report["cost"]["before"], made.report["cost"]["after"]
+            assert one.flops == after["attention_flops"] / before["attention_flops"]
+            assert one.cache == after["kv_cache_bytes_per_token"] / before["kv_cache_bytes_per_token"]
+            assert one.parameters == after["parameters"] / before["parameters"]
+    even = {(p.q_groups, p.kv_groups): p for p in points if p.allocation == "uniform"}
+    shared = [p for p in points if p.allocation == "adaptive"]
+    assert (shared or make is t5) and all(p.predicted_kl <= even[p.q_groups, p.kv_groups].predicted_kl for p in shared)
+    assert all((p.flops, p.cache) == (even[p.q_groups, p.kv_groups].flops, p.cache) for p in shared)
+    json.dumps(points.to_json())
+
+
+def test_the_frontier_is_timed():
+    points = sweep(gpt2(heads=4, n_positions=32), [(2, 1), (4, 1)], calibration=SHORT)
+    assert all((p.prefill is not None and p.decode > 0) == p.frontier for p in points)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"settings": [(8, 3)]}, "must divide"),
+        ({"settings": [(12, 12)]}, "below 12/12"),
+        ({"settings": []}, "below 12/12"),
+        ({"settings": [(13, 1)]}, "12 heads"),
+        ({"calibration": Calibration(refine_steps=-1)}, "0 or more"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(asked, says):
+    with pytest.raises(RecipeError, match=says):
+        sweep(gpt2(), **asked)
+
+
+def test_the_command_writes_a_table_a_picture_and_a_page(monkeypatch, called, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    gpt2(heads=4, n_positions=64).save_pretrained("model")
+    code, out, err = partial(called, main)("model", *FEW, "--target", "kl<=0.0000001")
+    assert code == 4 and "no point holds; closest" in err and "sqa-convert model --" in err
+    table = [line for line in out.splitlines() if line.startswith(("│", "┃"))]
+    assert len(table) >= 3 and "…" not in out and max(map(len, table)) <= 80
+    result = json.loads(Path("model-sweep/sweep.json").read_text())
+    assert result["target"]["holds"] is False
+    assert result["points"][0]["command"] == "sqa-convert model --q-groups 3 --kv-groups 1"
+    page = Path("model-sweep/sweep.html").read_text()
+    assert "<svg" in page and "<script" not in page and "sqa-convert model --q-groups" in page
+    assert "<svg" in Path("model-sweep/frontier.svg").read_text()
+    code, _, err = partial(called, main)("model", *FEW)
+    assert code == 2 and "model-sweep" in err  # which is there
+
+
+@pytest.mark.integration
+def test_a_conversion_takes_the_point_that_holds_its_target(monkeypatch, called, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    few = ["--calibration-tokens", "2048", "--refine-steps", "0", "--no-evaluate"]
+    code, out, err = partial(called, convert_command)("sample:gpt2", "--target", "flops<=0.6x", *few, "-o", "out")
+    assert code == 0, err
+    assert re.search(r"flops<=0.6x: \d+/\d+", out)
+    cost = json.loads(Path("out/report.json").read_text())["cost"]
+    assert cost["after"]["attention_flops"] <= 0.6 * cost["before"]["attention_flops"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (["--q-groups", "8"], "--target finds the heads: leave out --q-groups"),
+        (["--no-calibration"], "--target needs text"),
+        (["--target", "speed<=1x"], "--target speed<=1x: write kl<=0.05"),
+    ],
+)
+def test_targets_of_a_conversion_that_cannot_be(asked, says, monkeypatch, called, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = partial(called, convert_command)("sample:gpt2", "--target", "kl<=0.1", *asked)
+    assert code == 2 and says in err and err.count("\n") == 1
