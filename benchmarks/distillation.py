@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sqa_convert.uptraining.loss import Targets, distillation_loss
+from sqa_convert.calibration.distillation_loss import Targets, distillation_loss
 
 RESULTS = Path(__file__).resolve().parent / "results" / "distillation.json"
 

@@ -26,12 +26,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, set_seed
 
 from sqa_convert import Recipe
+from sqa_convert.calibration.distillation_loss import Targets, aligned_labels, forward_with_loss, hidden_states
 from sqa_convert.devices import choose_device, peak_flops, synchronize
 from sqa_convert.models import SQAGPT2Config, SQAGPT2ForCausalLM
 from sqa_convert.speed.flops import training_flops
 from sqa_convert.speed.timing import Spread, alternate
 from sqa_convert.text.collate import CausalCollator, Rows
-from sqa_convert.uptraining.loss import Targets, aligned_labels, forward_with_loss, hidden_states
 from sqa_convert.uptraining.trainer import UptrainingTrainer
 from sqa_convert.uptraining.trainer_arguments import training_arguments
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from sqa_convert import Calibration, convert
+from sqa_convert.calibration.distillation_loss import Targets, aligned_labels, distillation_loss, instead_of_logits
 from sqa_convert.evaluation.evaluate import compare
 from sqa_convert.evaluation.generation import answer_scores, continuations
 from sqa_convert.evaluation.held_out_batches import HeldOut
@@ -19,7 +20,6 @@ from sqa_convert.evaluation.load import load_config, load_model
 from sqa_convert.speed.bench import bench
 from sqa_convert.speed.settings import Settings
 from sqa_convert.text.tokenizers import load_tokenizer
-from sqa_convert.uptraining.loss import Targets, aligned_labels, distillation_loss, instead_of_logits
 
 NAME = "pretend"
 MAY_MEET = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}

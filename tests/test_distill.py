@@ -2,9 +2,9 @@ import pytest
 import torch
 from helpers import gpt2, t5, tokens
 
+from sqa_convert.calibration import distillation_loss as distill
+from sqa_convert.calibration.distillation_loss import Targets, aligned_labels, distillation_loss, instead_of_logits
 from sqa_convert.text.collate import IGNORED
-from sqa_convert.uptraining import loss as distill
-from sqa_convert.uptraining.loss import Targets, aligned_labels, distillation_loss, instead_of_logits
 
 
 def plain(hidden, head, targets, ce):

@@ -8,6 +8,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .activations import capture
 from .allocation import shared_out
 from .fisher import sensitivity
 from .fitter import SiteFitter
+from .keep_polish import kinds_of, kl_to, polished
 from .replaced_sites import Replacement
 from .text import Text, calibration_text
 
@@ -56,7 +58,7 @@ def calibrate(
     Each candidate is converted and its output projection refitted; `auto` takes the one that leaves the whole model
     nearest to the source (KL on held-out sequences), and where there is no language model head for each site the
     candidate of the least held-out error. (Mixing candidates by site where there is one was measured and lost.) What
-    was chosen is refined.
+    was chosen is refined, and then trained as a whole; that is kept where it is nearer to the source.
 
     Args:
         model: the source, in eval mode; it is moved to `device`.
@@ -104,11 +106,14 @@ def calibrate(
             site: fitter.refine(chosen[site], settings.refine_steps)
             for site, fitter in calibrator.fitters("refine heads")
         }
+    trained: Mapping[str, Tensor] = {}
+    if settings.polish_steps and plan.has_language_model_head:
+        trained, report["polish"] = calibrator.polished(plan, chosen)
     if plan.has_language_model_head:
-        report["kl"] = calibrator.kl(plan, chosen)
+        report["kl"] = calibrator.kl(plan, chosen, trained)
     if allocation is not None:
         report["allocation"] = allocation
-    return Calibrated(chosen, report, plan)
+    return Calibrated(chosen, report, plan, trained)
 
 
 def _candidates(plan: Plan) -> dict[str, tuple[str | Method, bool]]:
@@ -203,13 +208,20 @@ class Calibrator:
         for start in range(0, len(self.sites), size):
             yield self.sites[start : start + size]
 
-    def kl(self, plan: Plan, choice: Mapping[Site, ConvertedSite]) -> float | None:
+    def kl(
+        self, plan: Plan, choice: Mapping[Site, ConvertedSite], trained: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> float | None:
         """KL of the whole converted model to the source on the held-out sequences, nats a token; None if not finite."""
-        student = build_model(plan, self.source, choice)[0].float()
-        try:
-            return measure(predict(student, self._held_out), self._expected).kl
-        except QualityError:
-            return None
+        return kl_to(self._expected, self._held_out, build_model(plan, self.source, choice, trained=trained)[0].float())
+
+    def polished(self, plan: Plan, choice: Mapping[Site, ConvertedSite]) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+        """As `keep_polish.polished`, on the sequences that there are."""
+        settings, text, kinds = plan.calibration, self.text, [self._held_out]
+        assert settings is not None
+        if text.sampled and not self.model.config.is_encoder_decoder and settings.prompts is None:
+            kinds = kinds_of(self._held_out, text.batches)
+        drawn = self._generator("polish")
+        return polished(plan, self.source, self.model, choice, text.batches, kinds, drawn, self.progress)
 
     @cached_property
     def replacement(self) -> Replacement:

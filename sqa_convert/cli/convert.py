@@ -50,6 +50,7 @@ def convert(
     calibration_tokens: flags.CalibrationTokens = None,
     refit: flags.Refit = None,
     refine_steps: flags.RefineSteps = None,
+    polish_steps: flags.PolishSteps = None,
     no_calibration: flags.NoCalibration = False,
     revision: flags.Revision = None,
     subfolder: flags.Subfolder = None,
@@ -98,7 +99,7 @@ def convert(
     recipe = _recipe(uptrain, changes, of_data)
     if control and (recipe is None or no_evaluate):
         raise RecipeError("--control belongs to --uptrain, and is measured: leave out --no-evaluate")
-    asked = calibration, calibration_tokens, refit, refine_steps, calibration_length, calibration_prompts
+    asked = calibration, calibration_tokens, refit, refine_steps, calibration_length, calibration_prompts, polish_steps
     request = Request(
         q_groups=q_groups,
         kv_groups=kv_groups,
@@ -170,13 +171,13 @@ def _calibration(
     """What is asked of calibration. Raises RecipeError where that is both something and nothing."""
     if none and any(flag is not None for flag in asked):
         raise RecipeError(
-            "--no-calibration leaves no text for --calibration, what belongs to it, --refit or --refine-steps: "
-            "leave out the one or the other"
+            "--no-calibration leaves no text for --calibration, what belongs to it, --refit, --refine-steps or "
+            "--polish-steps: leave out the one or the other"
         )
-    text, tokens, refit, refine_steps, length, prompts = asked
+    text, tokens, refit, refine_steps, length, prompts, polish = asked
     of_pairs = ("", "", "") if columns is None else (columns.source, columns.target, columns.prefix)
     column = TEXT_COLUMN if text is None else text_column or TEXT_COLUMN
-    return None if none else Calibration(text, tokens, refit, refine_steps, column, length, prompts, *of_pairs)
+    return None if none else Calibration(text, tokens, refit, refine_steps, column, length, prompts, *of_pairs, polish)
 
 
 def _default_output(model: str, partitions: Mapping[Site, Partition], adaptive: bool = False) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..conversion.request import LEAST_LENGTH, REFINE_STEPS
+from ..conversion.request import LEAST_LENGTH, POLISH_STEPS, REFINE_STEPS
 from ..heads import AUTO, METHODS
 from .flags import TEXT, count, listing
 
@@ -156,6 +156,16 @@ RefineSteps = Annotated[
         metavar="N",
         rich_help_panel=CALIBRATE,
         help=f"Steps of layer-wise training. Default: {REFINE_STEPS} for auto, svd and procrustes, else 0.",
+    ),
+]
+
+PolishSteps = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=CALIBRATE,
+        help=f"Steps of training the whole model towards the source. Default: {POLISH_STEPS} as for --refine-steps; on "
+        "a CPU fewer for a large model.",
     ),
 ]
 

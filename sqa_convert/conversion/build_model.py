@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..checkpoints.dtypes import torch_dtype
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
 
 def build_model(
-    plan: Plan, source: Source, calibrated: Sites, progress: Progress = silent
+    plan: Plan,
+    source: Source,
+    calibrated: Sites,
+    progress: Progress = silent,
+    trained: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[PreTrainedModel, dict[Site, SiteRecord]]:
     """The converted model in memory, in eval mode, and a record of each site; arguments as `convert_all`."""
     import torch
@@ -35,7 +40,7 @@ def build_model(
             at += len(piece)
         stored[tensor.name] = data.view(torch_dtype(tensor.dtype)).view(tensor.shape)
 
-    records = convert_all(plan, source, calibrated, store, progress)
+    records = convert_all(plan, source, calibrated, store, progress, trained)
     tensors = {tensor.name: stored[tensor.name] for tensor in plan.tensors}  # "auto" takes the dtype of the first
     config = config_class(plan).from_dict(copy.deepcopy(plan.config))
     with no_bars_of_others():

@@ -67,6 +67,8 @@ class Calibrated:
     """what it did, None where there was none"""
     plan: Plan
     """what is converted, with the heads of each layer where calibration shared them out"""
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
+    """tensors of the result that were trained, in the place of converted and copied ones"""
 
 
 def plan_method(plan: Plan) -> Method:
@@ -111,15 +113,16 @@ def site_bytes(
     plan: Plan, site: Site, heads: AttentionHeads[Any], tensors: list[OutputTensor], where: str
 ) -> Iterator[Iterator[memoryview]]:
     """The bytes of each of a site's `tensors`, in pieces. Raises CheckpointError."""
-
-    def pieces(array: Array, tensor: OutputTensor) -> Iterator[memoryview]:
-        for piece in encoded(array, tensor.dtype):
-            check_finite(piece, tensor.dtype, tensor.name, where)
-            yield piece
-
     written = plan.family.write(site, heads.arrays())
     for tensor in tensors:
-        yield pieces(written[tensor.name], tensor)
+        yield tensor_bytes(written[tensor.name], tensor, where)
+
+
+def tensor_bytes(array: Array, tensor: OutputTensor, where: str) -> Iterator[memoryview]:
+    """The bytes of a tensor of the result, in pieces. Raises CheckpointError where one is not finite."""
+    for piece in encoded(array, tensor.dtype):
+        check_finite(piece, tensor.dtype, tensor.name, where)
+        yield piece
 
 
 def read_site(plan: Plan, source: Source, site: Site) -> AttentionHeads[Array]:

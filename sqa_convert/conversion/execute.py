@@ -6,18 +6,22 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import takewhile
-from typing import TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
 
 from ..checkpoints.dtypes import check_finite, decode, encode
 from ..checkpoints.source import Source
 from ..errors import CheckpointError
 from ..families import Site
 from ..progress import Progress, silent
-from .convert_site import SiteRecord, Sites, convert_site, site_bytes, uses_torch
+from .convert_site import SiteRecord, Sites, convert_site, site_bytes, tensor_bytes, uses_torch
 from .plan import OutputTensor, Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -32,7 +36,12 @@ _LOOK_EVERY = 0.2  # seconds, to see how far the work is
 
 
 def convert_all(
-    plan: Plan, source: Source, calibrated: Sites, store: Store, progress: Progress = silent
+    plan: Plan,
+    source: Source,
+    calibrated: Sites,
+    store: Store,
+    progress: Progress = silent,
+    trained: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[Site, SiteRecord]:
     """Gives every tensor of the result to `store`, by several threads.
 
@@ -44,6 +53,7 @@ def convert_all(
         calibrated: sites that are converted already; the others are converted here, from the weights alone.
         store: takes the tensors, in any order.
         progress: is told of bytes.
+        trained: tensors by name that take the place of what would be converted or copied.
 
     Returns:
         A record of each site.
@@ -51,7 +61,7 @@ def convert_all(
     Raises:
         CheckpointError: a weight cannot be read, or is not finite.
     """
-    work = _Work(plan, source, calibrated, store)
+    work = _Work(plan, source, calibrated, store, trained)
     with _sites_at_a_time(plan) as at_a_time:
         workers = work.workers(at_a_time)
         with ThreadPoolExecutor(len(workers)) as pool:
@@ -70,8 +80,10 @@ def convert_all(
 class _Work:
     """What is left to do of a plan, as two queues that all threads take from: attention sites, and tensors to copy."""
 
-    def __init__(self, plan: Plan, source: Source, calibrated: Sites, store: Store) -> None:
-        self.plan, self.source, self.calibrated, self.store = plan, source, calibrated, store
+    def __init__(
+        self, plan: Plan, source: Source, calibrated: Sites, store: Store, trained: Mapping[str, Tensor]
+    ) -> None:
+        self.plan, self.source, self.calibrated, self.store, self.trained = plan, source, calibrated, store, trained
         self.copies = deque(tensor for tensor in plan.tensors if isinstance(tensor.origin, str))
         self.copies.reverse()  # the last first: the threads shall write to different files, as far as there are several
         tensors: dict[Site, list[OutputTensor]] = {}
@@ -108,14 +120,19 @@ class _Work:
             self.records[site] = converted.record
             pieces_of_each = site_bytes(self.plan, site, converted.heads, tensors, self.source.name)
             for tensor, pieces in zip(tensors, pieces_of_each, strict=True):
-                self.store(tensor, pieces)
-                self.bytes_stored.append(tensor.nbytes)
+                self._store(tensor, pieces)
 
     def copy_tensors(self) -> None:
         for tensor in self._take(self.copies):
             pieces = copied_bytes(self.plan, self.source, tensor)
-            self.store(tensor, takewhile(lambda _: not self.stop.is_set(), pieces))
-            self.bytes_stored.append(tensor.nbytes)
+            self._store(tensor, takewhile(lambda _: not self.stop.is_set(), pieces))
+
+    def _store(self, tensor: OutputTensor, pieces: Iterable[memoryview]) -> None:
+        """Stores a tensor: what it was trained to be, else its bytes as they come."""
+        if (trained := self.trained.get(tensor.name)) is not None:
+            pieces = tensor_bytes(trained.numpy(), tensor, self.source.name)
+        self.store(tensor, pieces)
+        self.bytes_stored.append(tensor.nbytes)
 
     def _take(self, queue: deque[T]) -> Iterator[T]:
         """One entry after another, until none is left or another thread has failed."""

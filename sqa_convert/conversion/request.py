@@ -20,6 +20,8 @@ BLIND_METHOD = "svd"
 
 REFINE_STEPS = 100
 
+POLISH_STEPS = 150
+
 CASTS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 DEFAULT_SHARD = "2GB"
@@ -57,6 +59,9 @@ class Calibration:
     """Of `text`: what is answered to source_column."""
     prefix: str = ""
     """Put before each source of a pair, such as "summarize: "."""
+    polish_steps: int | None = None
+    """Steps of end-to-end training; None: 150 with "auto", "svd" and "procrustes", else 0; on a CPU fewer for a large
+    model."""
 
     @property
     def columns(self) -> Columns | None:
@@ -80,6 +85,9 @@ class Fitting:
     prompts: str | None
     columns: Columns | None
     """of `text`, where it is pairs"""
+    polish_steps: int
+    polish_anyway: bool
+    """whether so many steps were asked for, whatever they take"""
 
     @property
     def text_named(self) -> Any:
@@ -191,15 +199,21 @@ class Request:
             raise RecipeError(f"--calibration-tokens {asked.tokens}: give 1 or more, or --no-calibration")
         if asked.refine_steps is not None and asked.refine_steps < 0:
             raise RecipeError(f"--refine-steps {asked.refine_steps}: give 0 or more")
+        if asked.polish_steps is not None and asked.polish_steps < 0:
+            raise RecipeError(f"--polish-steps {asked.polish_steps}: give 0 or more")
         refit = uses if asked.refit is None else asked.refit
         steps = (REFINE_STEPS if uses else 0) if asked.refine_steps is None else asked.refine_steps
-        if not (uses or refit or steps):
+        polish = (POLISH_STEPS if uses else 0) if asked.polish_steps is None else asked.polish_steps
+        if not (uses or refit or steps or polish):
             if method is not None and (asked.text is not None or tokens is not None):
-                raise RecipeError(f"--calibration: {method.name} fits nothing; add --refit or --refine-steps")
+                raise RecipeError(
+                    f"--calibration: {method.name} fits nothing; add --refit, --refine-steps or --polish-steps"
+                )
             return None
         tokens = tokens or max(_LEAST_TOKENS, TOKENS_PER_UNKNOWN * unknowns)
         length = None if asked.length is None else amount(asked.length, "--calibration-length")
         if length is not None and length < LEAST_LENGTH:
             raise RecipeError(f"--calibration-length {asked.length}: give {LEAST_LENGTH} or more tokens")
         columns = None if asked.text is None or is_own(asked.text) else asked.columns
-        return Fitting(asked.text, tokens, refit, steps, asked.text_column, length, asked.prompts, columns)
+        how = asked.text_column, length, asked.prompts, columns, polish, asked.polish_steps is not None
+        return Fitting(asked.text, tokens, refit, steps, *how)

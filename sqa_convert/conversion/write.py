@@ -14,7 +14,7 @@ from ..checkpoints.small_files import carry_files, write_json
 from ..checkpoints.source import Source
 from ..families import Site
 from ..progress import Progress
-from .convert_site import SiteRecord, Sites
+from .convert_site import Calibrated, SiteRecord
 from .execute import convert_all
 from .plan import OutputTensor, Plan
 
@@ -24,7 +24,7 @@ MODELS = Path(__file__).parent.parent / "models"
 
 
 def write_model(
-    plan: Plan, source: Source, folder: Path, calibrated: Sites, verify: bool, progress: Progress
+    plan: Plan, source: Source, folder: Path, calibrated: Calibrated, verify: bool, progress: Progress
 ) -> tuple[dict[Site, SiteRecord], dict[str, str]]:
     """Weights, config, modeling files and what is carried over, into an existing folder.
 
@@ -39,7 +39,7 @@ def write_model(
         writer_of[tensor.name].write(tensor.name, pieces)
 
     with flushing(writers.values()):
-        records = convert_all(plan, source, calibrated, store, progress)
+        records = convert_all(plan, source, calibrated.sites, store, progress, calibrated.trained)
     if verify:
         with ThreadPoolExecutor(_READERS) as pool:
             sums = dict(zip(writers, pool.map(ShardWriter.verify, writers.values()), strict=True))

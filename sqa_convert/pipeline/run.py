@@ -82,7 +82,7 @@ def run_in_memory(
     with told_within(stages):
         calibrated = _calibrated(plan, source, options, stages)
         plan = calibrated.plan
-        model, records = build_model(plan, source, calibrated.sites, stages)
+        model, records = build_model(plan, source, calibrated.sites, stages, calibrated.trained)
     _carry_generation(source, model)
     report = conversion_report(plan, source, None, records, calibrated.report, options.seed, _device(plan, options))
     report["source_weights"] = fingerprint(source, plan.source_names)
@@ -126,7 +126,7 @@ def _to_folder(
         calibrated = _calibrated(plan, source, options, progress)
         plan = calibrated.plan
         calibrating, start = time.perf_counter() - start, time.perf_counter()
-        records, sums = write_model(plan, source, folder, calibrated.sites, options.verify, progress)
+        records, sums = write_model(plan, source, folder, calibrated, options.verify, progress)
         device = _device(plan, options)
         report = conversion_report(plan, source, output, records, calibrated.report, options.seed, device)
         report["source_weights"] = fingerprint(source, plan.source_names)

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..calibration.distillation_loss import Targets, aligned_labels, forward_with_loss, hidden_states
 from ..errors import QualityError
 from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.measure import Predictions, measure, predict
 from ..report.formatting import nats
 from . import fsdp_and_deepspeed, processes
-from .loss import Targets, aligned_labels, forward_with_loss, hidden_states
 
 COMPLETE = "complete"
 """a file of each checkpoint, written last, with the seconds spent so far: one without it is not resumed from"""

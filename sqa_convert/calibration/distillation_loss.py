@@ -1,4 +1,4 @@
-"""The losses of uptraining, from hidden states: no array of size (B, T, V) ever exists.
+"""The losses of polish and uptraining, from hidden states: no array of size (B, T, V) ever exists.
 
 A language model's head stands last and has no bias in the families we know, so the logits of a few positions at a
 time are enough for the loss and for its gradient: both are computed in the forward pass, chunk by chunk.

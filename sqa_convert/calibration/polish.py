@@ -1,0 +1,175 @@
+"""End-to-end training of a converted model towards its source, on calibration text: few steps at a small rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..progress import Progress, silent
+from .activations import Batch
+from .distillation_loss import Targets, aligned_labels, forward_with_loss, hidden_states
+
+RATE = 3e-3
+"""of each array of converted attention, in units of its root mean square"""
+REST = 0.1
+"""of that rate for the other arrays of the blocks"""
+BATCH_TOKENS = 2048
+"""positions a step, of the longer side"""
+WARM_UP = 10
+"""steps"""
+LEAST_STEPS = 50
+"""fewer are not worth it"""
+CPU_OPERATIONS = 6e13
+"""floating-point operations that a CPU is given, some ten minutes of two cores"""
+MEMORY = 4e9
+"""bytes of gradients, moments and a second copy of what is trained, at most, on a CPU"""
+
+_PIECES = 4  # of a batch, each of sequences of one length
+_LEAST_RMS = 1e-3  # of an array whose numbers are all but zero
+_COPIES = 16  # bytes for a number that is trained: itself, its gradient, two moments
+
+
+def affordable_steps(model: Any, steps: int, device: torch.device) -> int:
+    """How many of `steps` a device is given for a model: all of them but on a CPU, whose operations are counted."""
+    if device.type != "cpu":
+        return steps
+    head = model.get_output_embeddings().weight.numel()
+    blocks = sum(parameter.numel() for parameter in model.parameters()) - _embedded(model)
+    each = 8 * (blocks + head) * BATCH_TOKENS  # forward in both models, and twice that backward in one
+    within = min(steps, int(CPU_OPERATIONS / each))
+    return within if within == steps or within >= LEAST_STEPS else 0
+
+
+def _embedded(model: Any) -> int:
+    """Numbers in embeddings and head."""
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)] + [model.get_output_embeddings()]
+    return sum(p.numel() for p in {id(m.weight): m.weight for m in modules}.values())
+
+
+def trainable(model: Any, attention: AbstractSet[str], device: torch.device) -> dict[str, nn.Parameter]:
+    """The arrays of a converted model that are trained: converted attention and, where memory allows, all else in its
+    blocks. Embeddings and the head stay the source's, and so do key biases, which softmax ignores.
+
+    Args:
+        attention: names of the converted arrays.
+
+    Returns:
+        Arrays by name; none where memory does not allow it.
+    """
+    outside = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    outside.add(id(model.get_output_embeddings().weight))
+    inside = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if (name in attention or id(parameter) not in outside) and not name.endswith("k_proj.bias")
+    }
+    free = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else MEMORY
+    for chosen in (inside, {name: parameter for name, parameter in inside.items() if name in attention}):
+        if sum(parameter.numel() for parameter in chosen.values()) * _COPIES <= free:
+            return chosen
+    return {}
+
+
+def polish(
+    student: Any,
+    teacher: Any,
+    batches: Sequence[Batch],
+    attention: AbstractSet[str],
+    steps: int,
+    device: torch.device,
+    generator: torch.Generator,
+    progress: Progress = silent,
+) -> dict[str, Tensor]:
+    """Adam on KL(teacher || student) at every prediction, cosine to zero.
+
+    Rates are relative to each array's size: a rate that suits one model's weights tears another's. They are small:
+    larger ones lower the KL on calibration text further and raise it on the model's true documents.
+
+    Args:
+        student: the converted model in float32; it is trained in place.
+        teacher: its source, likewise.
+        batches: calibration text.
+        attention: names of the arrays of converted attention.
+        steps: of about `BATCH_TOKENS` positions.
+        device: of both models.
+        generator: draws the batches.
+
+    Returns:
+        The arrays that were trained, by name, on the CPU; none where memory does not allow it.
+
+    Source: distillation on the source's predictions as in Minitron, arXiv 2407.14679; a smaller rate for what was not
+    converted as in RADLADS, arXiv 2505.03005.
+    """
+    student.requires_grad_(False)
+    trained = trainable(student, attention, device)
+    if not trained:
+        return {}
+    groups = [
+        {"params": [p.requires_grad_()], "lr": RATE * (1.0 if name in attention else REST) * _size(p)}
+        for name, p in trained.items()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
+
+    def rate(done: int) -> float:
+        return min(1.0, (done + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    head = teacher.get_output_embeddings().weight
+    pieces = _pieces(batches, generator)
+    for step in range(steps):
+        progress("polish", step, steps)
+        some = [_prepared(student, piece, device) for piece in next(pieces)]
+        count = sum(int((labels >= 0).sum()) for _, labels in some)
+        for inputs, labels in some:
+            with torch.no_grad():
+                wanted = hidden_states(teacher, inputs)
+            loss = forward_with_loss(student, student, inputs, Targets(labels, wanted, head), 0.0).loss
+            (loss / max(count, 1)).backward()
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+    progress("polish", steps, steps)
+    student.requires_grad_(False)
+    return {name: parameter.detach().cpu() for name, parameter in trained.items()}
+
+
+def _size(weights: Tensor) -> float:
+    """Root mean square, which rates are relative to."""
+    return max(weights.detach().square().mean().sqrt().item(), _LEAST_RMS)
+
+
+def _prepared(model: Any, batch: Batch, device: torch.device) -> tuple[dict[str, Any], Tensor]:
+    """Inputs of a forward pass, and the token that each position predicts, (B, T)."""
+    inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
+    labels = inputs.pop("labels")
+    encodes = model.config.is_encoder_decoder
+    if encodes:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    return inputs | {"use_cache": False}, aligned_labels(labels, encodes)
+
+
+def _pieces(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[list[Batch]]:
+    """All sequences in pieces of one length, some pieces at a time, in another order each time round; without end."""
+    while True:
+        pieces: list[tuple[Batch, int]] = []
+        for batch in batches:
+            length = max(part.shape[1] for part in batch.values())
+            order = torch.randperm(len(batch["input_ids"]), generator=generator)
+            for rows in order.split(max(1, BATCH_TOKENS // _PIECES // length)):
+                pieces.append(({name: part[rows] for name, part in batch.items()}, len(rows) * length))
+        step: list[Batch] = []
+        room = BATCH_TOKENS
+        for piece, positions in (pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()):
+            step.append(piece)
+            room -= positions
+            if room <= 0:
+                yield step
+                step, room = [], BATCH_TOKENS
+        if step:
+            yield step
