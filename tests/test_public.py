@@ -14,7 +14,8 @@ import sqa_convert
 
 TAKES = {  # parameters in their order; those with a default have a question mark
     "Calibration": (
-        "text? tokens? refit? refine_steps? text_column? length? prompts? source_column? target_column? prefix?"
+        "text? tokens? refit? refine_steps? text_column? length? prompts? source_column? target_column? prefix? "
+        "polish_steps?"
     ),
     "Conversion": "report output _model? _origin? _tokenizer?",
     "ConvertedModules": "model report",
@@ -60,10 +61,10 @@ FLAGS = {
     "convert": (
         "--allocation --calibration --calibration-length --calibration-prompts --calibration-tokens --control --data "
         "--device --dry-run --dtype --json --kv-groups --list-methods --max-shard-size --method --no-calibration "
-        "--no-evaluate --no-refit --no-verify --output --overwrite --partition --prefix --public --push-to-hub "
-        "--q-groups --quiet --refine-steps --refit --revision --seed --sites --source-column --subfolder "
-        "--target --target-column --text-column --tokenizer --trust-remote-code --uptrain --variant --verbose "
-        "--version -o -q -v model"
+        "--no-evaluate --no-refit --no-verify --output --overwrite --partition --polish-steps --prefix --public "
+        "--push-to-hub --q-groups --quiet --refine-steps --refit --revision --seed --sites --source-column "
+        "--subfolder --target --target-column --text-column --tokenizer --trust-remote-code --uptrain --variant "
+        "--verbose --version -o -q -v model"
     ),
     "uptrain": (
         "--control --data --device --dry-run --json --keep-anyway --learning-rate --list-recipes --loss "

@@ -20,7 +20,7 @@ from ..evaluation.measure import Predictions, measure, predict
 from ..families import Site
 from ..progress import Progress, silent
 from .activations import Batch
-from .polish import affordable_steps, polish
+from .polish import polish
 
 USUAL = 0.02
 """share of the texts that begin with a token which is no accident"""
@@ -63,19 +63,19 @@ def polished(
     settings = plan.calibration
     assert settings is not None
     device = kinds[0].device
-    steps = settings.polish_steps
-    if not settings.polish_anyway:
-        steps = affordable_steps(teacher, steps, device)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    steps = settings.affordable_polish(plan.before.parameters, device.type == "cpu", tokens)
     told: dict[str, Any] = {"steps": steps, "kept": False}
     if not steps:
-        return {}, told
+        anyway = f"--polish-steps {settings.polish_steps} does it anyway"
+        return {}, told | {"why": f"a CPU takes too long for a model of this size; {anyway}"}
     student = build_model(plan, source, choice)[0].float().to(device)
+    attention = {tensor.name for tensor in plan.tensors if isinstance(tensor.origin, Site)}
     expected = [predict(teacher, kind) for kind in kinds]
     told["kl_before"] = [kl_to(wanted, kind, student) for wanted, kind in zip(expected, kinds, strict=True)]
-    attention = {tensor.name for tensor in plan.tensors if isinstance(tensor.origin, Site)}
     trained = polish(student, teacher, batches, attention, steps, device, generator, progress)
     if not trained:
-        return {}, told | {"steps": 0}
+        return {}, told | {"steps": 0, "why": "there is too little memory for it"}
     student = build_model(plan, source, choice, trained=trained)[0].float()
     told["kl"] = [kl_to(wanted, kind, student) for wanted, kind in zip(expected, kinds, strict=True)]
     pairs = zip(told["kl_before"], told["kl"], strict=True)

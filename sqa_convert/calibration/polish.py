@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conversion.request import POLISH_TOKENS
 from ..progress import Progress, silent
 from .activations import Batch
 from .distillation_loss import Targets, aligned_labels, forward_with_loss, hidden_states
@@ -18,37 +19,14 @@ RATE = 3e-3
 """of each array of converted attention, in units of its root mean square"""
 REST = 0.1
 """of that rate for the other arrays of the blocks"""
-BATCH_TOKENS = 2048
-"""positions a step, of the longer side"""
 WARM_UP = 10
 """steps"""
-LEAST_STEPS = 50
-"""fewer are not worth it"""
-CPU_OPERATIONS = 6e13
-"""floating-point operations that a CPU is given, some ten minutes of two cores"""
 MEMORY = 4e9
 """bytes of gradients, moments and a second copy of what is trained, at most, on a CPU"""
 
 _PIECES = 4  # of a batch, each of sequences of one length
 _LEAST_RMS = 1e-3  # of an array whose numbers are all but zero
 _COPIES = 16  # bytes for a number that is trained: itself, its gradient, two moments
-
-
-def affordable_steps(model: Any, steps: int, device: torch.device) -> int:
-    """How many of `steps` a device is given for a model: all of them but on a CPU, whose operations are counted."""
-    if device.type != "cpu":
-        return steps
-    head = model.get_output_embeddings().weight.numel()
-    blocks = sum(parameter.numel() for parameter in model.parameters()) - _embedded(model)
-    each = 8 * (blocks + head) * BATCH_TOKENS  # forward in both models, and twice that backward in one
-    within = min(steps, int(CPU_OPERATIONS / each))
-    return within if within == steps or within >= LEAST_STEPS else 0
-
-
-def _embedded(model: Any) -> int:
-    """Numbers in embeddings and head."""
-    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)] + [model.get_output_embeddings()]
-    return sum(p.numel() for p in {id(m.weight): m.weight for m in modules}.values())
 
 
 def trainable(model: Any, attention: AbstractSet[str], device: torch.device) -> dict[str, nn.Parameter]:
@@ -95,7 +73,7 @@ def polish(
         teacher: its source, likewise.
         batches: calibration text.
         attention: names of the arrays of converted attention.
-        steps: of about `BATCH_TOKENS` positions.
+        steps: of about `POLISH_TOKENS` positions.
         device: of both models.
         generator: draws the batches.
 
@@ -161,15 +139,15 @@ def _pieces(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[li
         for batch in batches:
             length = max(part.shape[1] for part in batch.values())
             order = torch.randperm(len(batch["input_ids"]), generator=generator)
-            for rows in order.split(max(1, BATCH_TOKENS // _PIECES // length)):
+            for rows in order.split(max(1, POLISH_TOKENS // _PIECES // length)):
                 pieces.append(({name: part[rows] for name, part in batch.items()}, len(rows) * length))
         step: list[Batch] = []
-        room = BATCH_TOKENS
+        room = POLISH_TOKENS
         for piece, positions in (pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()):
             step.append(piece)
             room -= positions
             if room <= 0:
                 yield step
-                step, room = [], BATCH_TOKENS
+                step, room = [], POLISH_TOKENS
         if step:
             yield step

@@ -21,6 +21,14 @@ BLIND_METHOD = "svd"
 REFINE_STEPS = 100
 
 POLISH_STEPS = 150
+POLISH_TOKENS = 2048
+"""of a step, about"""
+POLISH_ROUNDS = 8
+"""through the calibration text, at most, where nobody asks for more"""
+POLISH_OPERATIONS = 6e13
+"""floating-point, that a CPU is given for it where nobody asks for more: some ten minutes of two cores"""
+POLISH_LEAST = 50
+"""steps: fewer for want of operations are not worth it"""
 
 CASTS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -88,6 +96,23 @@ class Fitting:
     polish_steps: int
     polish_anyway: bool
     """whether so many steps were asked for, whatever they take"""
+
+    def affordable_polish(self, parameters: int, on_cpu: bool, tokens: int | None = None) -> int:
+        """Steps of polish: as many as were asked for, or as the text and a CPU allow.
+
+        Args:
+            parameters: of the source.
+            on_cpu: whether a CPU computes.
+            tokens: of the text there is; None: as many as are wanted.
+        """
+        if self.polish_anyway or not self.polish_steps:
+            return self.polish_steps
+        steps = min(self.polish_steps, POLISH_ROUNDS * -(-(tokens or self.tokens) // POLISH_TOKENS))
+        if not on_cpu:
+            return steps
+        each = 8 * parameters * POLISH_TOKENS  # forward in both models, backward in one
+        within = min(steps, int(POLISH_OPERATIONS / each))
+        return within if within == steps or within >= POLISH_LEAST else 0
 
     @property
     def text_named(self) -> Any:

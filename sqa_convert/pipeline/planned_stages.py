@@ -44,4 +44,5 @@ def _of_calibration(plan: Plan) -> list[str]:
     stages += ["fit heads"]
     stages += [CHOOSE] * (predicts and plan.method == AUTO)
     stages += ["refine heads"] * bool(settings.refine_steps)
+    stages += ["polish"] * bool(predicts and settings.affordable_polish(plan.before.parameters, on_cpu=True))
     return stages

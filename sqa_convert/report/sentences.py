@@ -63,6 +63,13 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
         kl = sorted(done["kl_before_refine"].items(), key=lambda item: item[1])
         tried = " · ".join(f"{name} {value:.4f}" for name, value in kl)
         lines.append(f"chosen: {done['chosen']}; KL on the tokens to choose by, before refining: {tried}")
+    if "kl_before" in (polish := done.get("polish", {})):
+        kept = "kept" if polish["kept"] else "left out, as it did not lower the KL everywhere"
+        pairs = zip(polish["kl_before"], polish["kl"], strict=True)
+        changes = " · ".join(f"{_kl(before)} → {_kl(after)}" for before, after in pairs)
+        lines.append(f"polished in {polish['steps']} steps, {kept}: KL on the tokens to choose by {changes}")
+    elif polish.get("steps") == 0 and "why" in polish:
+        lines.append(f"not polished: {polish['why']}")
     for site in report["sites"]:
         errors = site.get("output_error", {})
         last = next(reversed(errors), None)
@@ -124,6 +131,10 @@ def _taken_back(quality: dict[str, Any]) -> list[str]:
         return ["what uptraining changed cannot be told from noise"]
     lines = [f"uptraining took back {' and '.join(back)} that conversion had cost"]
     return [*lines, "less than nothing: more tokens or a smaller learning rate are needed"] if worse else lines
+
+
+def _kl(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.4f}"
 
 
 def _share(share: float) -> str:
