@@ -72,7 +72,7 @@ FLAGS = {
         "--text-column --tokens --trust-remote-code --verbose --version -o -q -v folder"
     ),
     "evaluate": (
-        "--against --data --device --json --limit --max-kl --quiet --samples --seed --tasks --text-column "
+        "--against --data --device --json --limit --max-error --max-kl --quiet --samples --seed --tasks --text-column "
         "--tokens --trust-remote-code --verbose --verify --version -q -v model"
     ),
     "sweep": (

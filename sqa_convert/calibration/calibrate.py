@@ -166,11 +166,9 @@ class Calibrator:
         self.text: Text = calibration_text(
             model, plan, source, device, self._generator("text"), trust_remote_code, progress
         )
-        self.metrics: dict[Site, Tensor] = {}
-        if plan.has_language_model_head:
-            self.metrics = sensitivity(
-                model, plan.converted_sites, self.text.batches, device, self._generator("sensitivity"), progress
-            )
+        self.metrics: dict[Site, Tensor] = sensitivity(
+            model, plan.converted_sites, self.text.batches, device, self._generator("sensitivity"), progress
+        )
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {purpose}".encode()))

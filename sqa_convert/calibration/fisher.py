@@ -1,9 +1,9 @@
-"""How much each direction of a site's output matters to the model's predictions: Fisher matrices."""
+"""How much each direction of a site's output matters to what the model predicts or puts out: Fisher matrices."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,9 @@ def sensitivity(
     """How much each direction of a site's output matters to the model's predictions: (D, D), float64, a Fisher matrix.
 
     To second order the KL divergence that an error e of a site's output causes is e F e^T / 2, with F the mean of g^T
-    g over positions, g the gradient of the log-likelihood of tokens drawn from the model's own prediction.
+    g over positions, g the gradient of the log-likelihood of tokens drawn from the model's own prediction. Of a model
+    without a language model head g is the gradient of a random projection of what it puts out, and e F e^T the squared
+    error of that.
 
     Source: Fisher information as in K-FAC, Martens and Grosse, arXiv 1503.05671.
     """
@@ -68,16 +70,35 @@ def sensitivity(
     tokens = 0
     try:
         share = min(1.0, SENSITIVITY_TOKENS / sum(b.get("labels", b["input_ids"]).numel() for b in batches))
+        predicts = model.get_output_embeddings() is not None
         for row in (row for batch in batches for row in _rows(batch, model.config.vocab_size, share)):
             progress("measure sensitivity", min(tokens, SENSITIVITY_TOKENS), SENSITIVITY_TOKENS)
-            logits = model(**model_inputs(model, row, device), use_cache=False).logits  # (B, T, V)
-            counted = positions(model, row)["decoder"]
-            logits = logits.flatten(0, 1) if counted is None else logits[counted.to(device)]  # (n, V)
-            drawn = draw(logits.detach(), generator).to(device)
-            nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-            tokens += len(logits)
+            output = model(**model_inputs(model, row, device), use_cache=False)
+            backward = _through_predictions if predicts else _through_states
+            tokens += backward(output, positions(model, row), generator)
     finally:
         for handle in hooks:
             handle.remove()
     progress("measure sensitivity", SENSITIVITY_TOKENS, SENSITIVITY_TOKENS)
     return {site: matrix / matrix.diagonal().mean().clamp(min=1e-30) for site, matrix in found.items()}
+
+
+def _through_predictions(output: Any, counted: Mapping[str, Tensor | None], generator: torch.Generator) -> int:
+    """From tokens drawn from each prediction; how many there are."""
+    logits, read = output.logits, counted["decoder"]  # (B, T, V)
+    logits = logits.flatten(0, 1) if read is None else logits[read.to(logits.device)]  # (n, V)
+    drawn = draw(logits.detach(), generator).to(logits.device)
+    nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    return len(logits)
+
+
+def _through_states(output: Any, counted: Mapping[str, Tensor | None], generator: torch.Generator) -> int:
+    """From a random projection of the first thing that a model puts out; of how many positions."""
+    states = output[0]
+    drawn = torch.randn(states.shape, generator=generator).to(states)
+    for read in counted.values():
+        if read is not None and read.shape == states.shape[:2]:
+            drawn = drawn * read.to(drawn)[..., None]
+            break
+    states.backward(drawn)
+    return states.shape[0] * states.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,6 +44,13 @@ def evaluate_command(
     max_kl: Annotated[
         float | None, typer.Option(metavar="X", help="Exit with code 4 if KL(against || FOLDER) is larger, nats/token.")
     ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Of text encoders: exit with code 4 if the last hidden state's squared error is more of its variance.",
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness, or a YAML file (extra: sqa-convert[eval])."),
@@ -71,6 +79,7 @@ def evaluate_command(
     from ..checkpoints.small_files import REPORT
     from ..evaluation.evaluate import compare, untrained
     from ..evaluation.held_out_text import prepare
+    from ..evaluation.hidden_states import puts_out_hidden_states
     from ..report.report_json import read_report
     from ..text.formats import TEXT_COLUMN
 
@@ -80,14 +89,24 @@ def evaluate_command(
         return
     if max_kl is not None and not 0 <= max_kl < math.inf:
         raise RecipeError(f"--max-kl {max_kl}: give 0 or more, in nats a token")
+    if max_error is not None and not 0 <= max_error < math.inf:
+        raise RecipeError(f"--max-error {max_error}: give 0 or more, a share of the variance")
     folder, revision = resolve(model), None
     if against is None and (folder / REPORT).is_file():
         source = read_report(folder)["source"]
         against, revision = source["name"], source["revision"]
-    if max_kl is not None and against is None:
-        raise RecipeError("--max-kl needs a model to compare with: give --against")
+    for flag, gate in (("--max-kl", max_kl), ("--max-error", max_error)):
+        if gate is not None and against is None:
+            raise RecipeError(f"{flag} needs a model to compare with: give --against")
     models = ({} if against is None else {"against": resolve(against, revision)}) | {"model": folder}
     names = {"against": against or "", "model": model}
+    if puts_out_hidden_states(folder):
+        if max_kl is not None or tasks is not None:
+            raise RecipeError(f"{model} predicts no tokens: --max-error in place of --max-kl, and no --tasks")
+        _hidden_states(out, models, names, data, text_column, tokens, device, max_error, trust_remote_code)
+        return
+    if max_error is not None:
+        raise RecipeError(f"--max-error is for models that put out hidden states; {model} predicts tokens: --max-kl")
     with out.progress() as progress:
         held_out = prepare(
             folder,
@@ -120,6 +139,37 @@ def evaluate_command(
     show_evaluation(out, result)
     if max_kl is not None and quality["model"]["kl"] > max_kl:
         raise QualityError(f"KL {quality['model']['kl']:.4f} to {against} is more than --max-kl {max_kl:g}")
+
+
+def _hidden_states(
+    out: Out,
+    models: dict[str, Path],
+    names: dict[str, str],
+    data: str | None,
+    text_column: str | None,
+    tokens: int,
+    device: str,
+    max_error: float | None,
+    trust_remote_code: bool,
+) -> None:
+    """Of a model that predicts no tokens. Raises QualityError."""
+    from ..devices import choose_device
+    from ..evaluation.hidden_states import compare_hidden_states, held_out_rows
+    from ..evaluation.load import Measured
+    from ..text.formats import TEXT_COLUMN
+
+    measured = Measured(models["model"], trust_remote_code=trust_remote_code)
+    with out.progress() as progress:
+        held_out = held_out_rows(measured, data, text_column or TEXT_COLUMN, tokens, choose_device(device))
+        quality = compare_hidden_states(models, held_out, trust_remote_code=trust_remote_code, progress=progress)
+    show_evaluation(
+        out, {"schema": 1, "models": {key: names[key] for key in models}, "quality": quality, "samples": []}
+    )
+    if max_error is not None and quality["model"]["error"] > max_error:
+        raise QualityError(
+            f"the hidden state's error {quality['model']['error']:.4f} to {names['against']} is more than "
+            f"--max-error {max_error:g}"
+        )
 
 
 def _verify(out: Out, model: str, trust_remote_code: bool) -> None:

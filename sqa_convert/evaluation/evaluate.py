@@ -12,14 +12,17 @@ import torch
 
 from ..caller_settings import undisturbed
 from ..checkpoints.small_files import REPORT, is_ours, read_json
-from ..devices import device_name
+from ..devices import choose_device, device_name
 from ..errors import CheckpointError, RecipeError
 from ..flags_as_arguments import names_arguments
+from ..parse_amounts import amount
 from ..text.formats import TEXT_COLUMN
+from ..text.python_data import repeatable
 from ..text.suitability import Fit, misfits
 from .held_out_batches import HeldOut
 from .held_out_text import DEFAULT_TOKENS, prepare
-from .load import Converted, load_model, located, unmoved
+from .hidden_states import compare_hidden_states, held_out_rows, puts_out_hidden_states
+from .load import Converted, Measured, load_model, located, unmoved
 from .measure import Predictions, measured_by_document, predict
 from .standard_errors import DocumentSums, gain
 
@@ -157,6 +160,10 @@ def evaluate(
         "loss_error" and "kl_error" are standard errors over documents, the first one of the loss above that of
         `against`; None of one document.
 
+    Of models without a language model head, such as text encoders, the dicts hold instead "error", the squared error of
+    the last hidden state to that of `against` as a share of its variance, "layer_errors", the same after each layer,
+    and "cosine", of the means over a text, the mean over texts.
+
     Raises:
         CheckpointError: a model or its tokenizer cannot be loaded.
         DataError: there is too little text, or the tokenizer does not fit the model.
@@ -171,6 +178,10 @@ def evaluate(
         for measured in models.values():
             if not isinstance(measured, Path):
                 stack.enter_context(unmoved(measured))
+        if puts_out_hidden_states(models["model"]):
+            reader, column = Measured(models["model"], tokenizer), text_column or TEXT_COLUMN
+            count, chosen = amount(tokens, "--tokens"), choose_device(device)
+            return compare_hidden_states(models, held_out_rows(reader, repeatable(data), column, count, chosen))
         held_out = prepare(
             models["model"],
             data,

@@ -43,7 +43,8 @@ class HeldOut:
         if own is None and loss is not None:
             own = own_loss(model, self.batches[0], self.device, torch.Generator().manual_seed(0))
         first = 0 if model.config.is_encoder_decoder else 1
-        labels = torch.cat([batch["labels"][:, first:].flatten() for batch in self.batches])
+        told = [batch["labels"][:, first:] if "labels" in batch else _read(batch) for batch in self.batches]
+        labels = torch.cat([tokens.flatten() for tokens in told])
         predicted = labels[labels != IGNORED]
         return Fit(
             loss,
@@ -54,6 +55,12 @@ class HeldOut:
             who,
             len(predicted),
         )
+
+
+def _read(batch: dict[str, Tensor]) -> Tensor:
+    """What a model that predicts nothing reads."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"] if mask is None else batch["input_ids"][mask.bool()]
 
 
 def _token_entropy(tokens: Tensor) -> float | None:

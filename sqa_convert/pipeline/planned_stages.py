@@ -26,8 +26,9 @@ def planned_stages(plan: Plan, options: RunOptions, measured: bool, recipe: Reci
     stages = [*_of_calibration(plan), "convert"]
     if measured:
         averaged = ["evaluate mean"] if plan.method != "mean" else []
+        written = [WRITE_SAMPLES] if plan.has_language_model_head else []
         verified = [VERIFY] if options.verify else []
-        stages += ["evaluate source", "evaluate converted", *averaged, WRITE_SAMPLES, *verified, DRAW]
+        stages += ["evaluate source", "evaluate converted", *averaged, *written, *verified, DRAW]
     return stages if recipe is None else [*stages, *recipe.stages(options.measure_training)]
 
 
@@ -39,7 +40,7 @@ def _of_calibration(plan: Plan) -> list[str]:
     decoder_only = all(site.kind == "decoder" for site in plan.sites)
     stages = [LOAD]
     stages += ["sample text"] * (predicts and own and (decoder_only or settings.text == SELF))
-    stages += ["measure sensitivity"] * predicts
+    stages += ["measure sensitivity"]
     stages += ["weigh layers"] * plan.request.adaptive
     stages += ["fit heads"]
     stages += [CHOOSE] * (predicts and plan.method == AUTO)

@@ -162,13 +162,37 @@ def held_out_text(plan: Plan, source: Source, options: RunOptions) -> HeldOut | 
 
     assert source.folder is not None
     if not plan.has_language_model_head:
-        return ""
+        return _held_out_of_hidden_states(plan, source, options)
     names = ("text_column", "columns", "device", "seed", "trust_remote_code")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
     without = "leave out --data" if options.data is not None else ""
     given, tokenizer = (source.model, source.folder) if isinstance(source, ModelSource) else (source.folder, None)
     try:
         return prepare(given, options.data, **how, tokenizer=tokenizer, without=without)
+    except (CheckpointError, DataError) as error:
+        if options.data is not None:
+            raise
+        return one_line(error).replace(str(source.folder), source.name)
+
+
+def _held_out_of_hidden_states(plan: Plan, source: Source, options: RunOptions) -> HeldOut | str:
+    """The text that a model without a language model head reads; "" of one that puts out something else."""
+    from ..devices import choose_device
+    from ..evaluation.held_out_text import DEFAULT_TOKENS
+    from ..evaluation.hidden_states import held_out_rows, only_hidden_states
+    from ..evaluation.load import Measured
+
+    assert source.folder is not None
+    if not only_hidden_states(plan.family.source_architecture(plan.source_config)):
+        return ""
+    given, tokenizer = (source.model, source.folder) if isinstance(source, ModelSource) else (source.folder, None)
+    measured = Measured(given, tokenizer, options.trust_remote_code)
+    fitted = plan.calibration.text_named if plan.calibration is not None else None
+    data, flag = (options.data, "--data") if options.data is not None else (fitted, "--calibration")
+    column = plan.calibration.text_column if plan.calibration and options.data is None else options.text_column
+    device = choose_device(options.device)
+    try:
+        return held_out_rows(measured, data, column, DEFAULT_TOKENS, device, flag)
     except (CheckpointError, DataError) as error:
         if options.data is not None:
             raise
@@ -196,6 +220,7 @@ def _measured(
     """The "quality" and "samples" of a report, with what averaging the heads would have cost."""
     from ..evaluation.evaluate import compare
     from ..evaluation.generation import continuations
+    from ..evaluation.hidden_states import compare_hidden_states
     from ..evaluation.load import unmoved
 
     def averaged() -> PreTrainedModel:
@@ -210,6 +235,12 @@ def _measured(
     compared: dict[str, Any] = models if plan.method == "mean" else models | {"mean": averaged}
     trust = options.trust_remote_code
     with unmoved(given) if isinstance(source, ModelSource) else nullcontext():
+        if not plan.has_language_model_head:
+            return {
+                "quality": compare_hidden_states(
+                    compared, held_out, trust_remote_code=trust, progress=progress, optional={"mean"}
+                )
+            }
         quality = compare(
             compared,
             held_out,

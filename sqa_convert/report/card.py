@@ -57,6 +57,7 @@ def _results(report: dict[str, Any], task: str) -> list[Any] | None:
         return None
     text = {"task_type": task, "dataset_type": "text", "dataset_name": quality["data"]}
     names = {"perplexity": "perplexity", "loss": "loss, nats/token", "kl": "KL to the source, nats/token"}
+    names |= {"error": "squared error of the hidden state", "cosine": "cosine of mean vectors to the source's"}
     return [
         EvalResult(**text, metric_type=key, metric_name=name, metric_value=round(last[key], 4))
         for key, name in names.items()

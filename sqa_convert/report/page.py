@@ -76,7 +76,12 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
         if before[key]
     ]
     last = last_quality(report)
-    if last is not None:
+    if last is not None and "error" in last:
+        tiles += [
+            (f"{last['error']:.2%}", "error of the hidden state"),
+            (f"{last['cosine']:.4f}", "cosine of mean vectors"),
+        ]
+    elif last is not None:
         tiles += [
             (nats(last["loss"] - quality["source"]["loss"], "+", 3), "nats/token of loss"),
             (f"{last['top1']:.1%}", "most likely token as the source's"),

@@ -63,6 +63,8 @@ def quality_rows(measured: Mapping[str, Mapping[str, float | None]]) -> tuple[li
         "perplexity": ("perplexity", perplexity),
         "kl": ("KL to source", nats),
         "top1": ("top-1 as source", share),
+        "error": ("error of the hidden state", "{:.2%}".format),
+        "cosine": ("cosine of mean vectors", "{:.4f}".format),
         "exact_match": ("exact match", share),
         "rougeL": ("ROUGE-L", share),
     }
