@@ -110,7 +110,13 @@ def above(report: Mapping[str, Any]) -> float:
 
 
 def _no_text(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
-    if last_quality(report) is not None:
+    row = last_quality(report)
+    if row is not None and row.get("error") is not None:
+        mean = report["quality"].get("mean", {}).get("error")
+        beside = "" if mean is None else f"; with heads averaged {mean:.2%}"
+        lost = f"The hidden state differs by {row['error']:.2%} of its variance{beside}, mean vectors have a cosine of"
+        return f"{lost} {row['cosine']:.4f}.", "use it where its source was, and compare", ""
+    if row is not None:
         return "What was measured is not the loss on text.", "use it on your task, and compare", ""
     why = f": {report['not_measured']}" if report.get("not_measured") else ""
     if auto_class(dict(report)) not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):

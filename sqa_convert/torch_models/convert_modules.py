@@ -14,11 +14,11 @@ from ..devices import choose_device
 from ..errors import RecipeError
 from ..heads import AUTO, Convert, Method, Partition
 from ..layers.transformer_layers import put_modules
-from ..progress import Progress, in_notebooks
+from ..progress import Progress, Stages, in_notebooks
 from .asked_conversion import Asked
 from .converted_modules import ConvertedModules
 from .find_attention import bare, find_attention
-from .fit_modules import fit_blindly, fit_to_batches
+from .fit_modules import STAGES, fit_blindly, fit_to_batches
 from .run_batches import Run, Runner, at_rest
 from .take_batches import take_batches
 
@@ -99,9 +99,10 @@ def convert_modules(
             if calibration is None:
                 fitted = fit_blindly(asked, planned, attentions)
             else:
+                stages = Stages(progress, STAGES)
                 runner = Runner(work, run, chosen)
                 batches = take_batches(runner, attentions, calibration, positions, planned)
-                fitted = fit_to_batches(asked, planned, attentions, runner, batches, seed, progress)
+                fitted = fit_to_batches(asked, planned, attentions, runner, batches, seed, stages)
     finally:
         work.to(home)
     for name, layer in fitted.layers.items():

@@ -33,6 +33,9 @@ from .watch_calls import Seen, in_groups, watch_calls
 BLIND_METHOD = "svd"
 """what "auto" is without batches"""
 
+STAGES = ("measure sensitivity", "fit heads")
+"""of a fit to batches"""
+
 _MEASURED = ("calibration", "output_error", "output_error_of_mean")
 
 
@@ -94,13 +97,13 @@ def fit_to_batches(
     fitted = FittedModules()
     called = {name: module for name, module in attentions.items() if batches.sizes[name]}
     fitted.kept = {name: "no batch reaches it" for name in attentions if name not in called}
-    progress("measure sensitivity", 0, 1)
+    progress(STAGES[0], 0, 1)
     metrics = output_sensitivity(runner, called, _some(batches, called), _generator(seed, "sensitivity"))
-    progress("measure sensitivity", 1, 1)
+    progress(STAGES[0], 1, 1)
     names, fewest = list(called), torch.inf
     positions = [0, 0]
     for name, module, seen in _watched(runner, called, batches):
-        progress("fit heads", names.index(name), len(names))
+        progress(STAGES[1], names.index(name), len(names))
         if any(part.masks_differ for part in seen):
             fitted.kept[name] = "its masks differ by head"
             continue
@@ -123,7 +126,7 @@ def fit_to_batches(
         }
         best = best_of_each(tried)[site]
         fitted.add(name, module, fitter.refine(best, asked.steps) if asked.steps else best)
-    progress("fit heads", len(names), len(names))
+    progress(STAGES[1], len(names), len(names))
     fitted.measured["calibration"] = {
         "batches": len(batches.fitted) + (0 if batches.single else len(batches.held_out)),
         "positions": positions[0], "held_out_positions": positions[1], "refit": asked.with_refit,

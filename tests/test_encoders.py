@@ -1,0 +1,113 @@
+"""Text encoders, which predict nothing: measured by their hidden states."""
+
+import json
+
+import pytest
+import torch
+from helpers import randomize
+from torch.nn.functional import cosine_similarity
+from transformers import AutoTokenizer, GPT2Model, T5EncoderModel
+
+from sqa_convert import Calibration, convert, evaluate, resolve
+from sqa_convert.cli import evaluate as eval_command
+from sqa_convert.errors import RecipeError
+from sqa_convert.models import SQAT5EncoderModel
+
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """The encoder of a sample, with its tokenizer, and captions."""
+    folder = tmp_path_factory.mktemp("encoders")
+    T5EncoderModel.from_pretrained(resolve("sample:t5")).save_pretrained(folder / "source")
+    AutoTokenizer.from_pretrained(resolve("sample:t5")).save_pretrained(folder / "source")
+    captions = [
+        {"text": f"def caption_{i}(self, width={i}): return self.rows[{i} : width]" * (1 + i % 3)} for i in range(ROWS)
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
+    how = Calibration(str(folder / "captions.jsonl"), tokens=1500, refine_steps=2)
+    convert(folder / "source", 8, 4, output=folder / "out", calibration=how, evaluate=True, verify=False)
+    return folder
+
+
+def test_an_encoder_is_measured_on_the_held_out_part_of_what_it_is_fitted_to(encoder):
+    report = json.loads((encoder / "out" / "report.json").read_text())
+    quality = report["quality"]
+    assert "held-out part" in quality["data"] and "captions.jsonl" in quality["data"] and quality["tokens"] > 0
+    source, converted, mean = (quality[name] for name in ("source", "converted", "mean"))
+    assert source == {"error": None, "cosine": None, "layer_errors": None}
+    assert 0 < converted["error"] < mean["error"] and mean["cosine"] < converted["cosine"] < 1
+    assert len(converted["layer_errors"]) == 4 and converted["layer_errors"][-1] == converted["error"]
+    share, cosine = f"{converted['error']:.2%}", f"{converted['cosine']:.4f}"
+    card, page = ((encoder / "out" / name).read_text() for name in ("README.md", "report.html"))
+    for text in (card, page):
+        assert share in text and cosine in text
+    assert "squared error of the hidden state" in card and "with heads averaged" in card
+
+
+def test_the_figures_are_what_they_are_said_to_be(encoder):
+    result = evaluate(encoder / "out", encoder / "source", data=str(encoder / "captions.jsonl"), tokens=300)
+    models = [
+        c.from_pretrained(encoder / n).eval() for c, n in ((T5EncoderModel, "source"), (SQAT5EncoderModel, "out"))
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(encoder / "source")
+    from sqa_convert.text.documents import documents
+
+    found, states = 0, ([], [])
+    cosines = []
+    for text in documents(str(encoder / "captions.jsonl"), "heldout", shuffled=True):
+        ids = tokenizer(str(text), return_tensors="pt").input_ids
+        with torch.no_grad():
+            pair = [model(ids).last_hidden_state[0].double() for model in models]
+        for kept, state in zip(states, pair, strict=True):
+            kept.append(state)
+        cosines.append(cosine_similarity(*(state.mean(0) for state in pair), dim=0))
+        found += ids.numel()
+        if found >= 300:
+            break
+    wanted, made = map(torch.cat, states)
+    error = (made - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    assert result["tokens"] == found
+    assert result["model"]["error"] == pytest.approx(error.item(), rel=1e-4)
+    assert result["model"]["cosine"] == pytest.approx(torch.stack(cosines).mean().item(), rel=1e-6)
+
+
+def test_the_gate_of_an_encoder(encoder, called):
+    given = ("--data", encoder / "captions.jsonl", "--tokens", 128)
+    code, said, _ = called(eval_command.main, encoder / "out", *given, "--max-error", 100)
+    assert code == 0 and "hidden" in said and "cosine" in said
+    code, _, err = called(eval_command.main, encoder / "out", *given, "--max-error", 1e-6)
+    assert code == 4 and "is more than --max-error 1e-06" in err
+    code, said, _ = called(eval_command.main, encoder / "out", *given, "--json")
+    assert len(json.loads(said)["quality"]["model"]["layer_errors"]) == 4
+    for flags, wanted in (
+        (("--max-kl", 1), "--max-error in place of --max-kl"), (("--max-error", -1), "give 0 or more"),
+    ):  # fmt: skip
+        code, _, err = called(eval_command.main, encoder / "out", *given, *flags)
+        assert code == 2 and wanted in err
+    code, _, err = called(eval_command.main, "sample:gpt2", "--against", "sample:gpt2", "--max-error", 1)
+    assert code == 2 and "predicts tokens: --max-kl" in err
+
+
+def test_at_all_heads_nothing_is_lost(encoder):
+    same = convert(encoder / "source", 12, 12, calibration=None).model
+    source = T5EncoderModel.from_pretrained(encoder / "source").eval()
+    tokenizer = AutoTokenizer.from_pretrained(encoder / "source")
+    found = evaluate(same, source, data=str(encoder / "captions.jsonl"), tokens=128, tokenizer=tokenizer)
+    assert found["model"]["error"] == 0 and found["model"]["cosine"] == pytest.approx(1)
+
+
+def test_a_gpt2_without_a_head_is_measured_too():
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(resolve("sample:gpt2"))
+    config.n_layer = 2
+    source = randomize(GPT2Model(config), 0.1).eval()
+    rows = [{"input_ids": list(range(i, i + 20))} for i in range(1, 100)]
+    fewer = convert(source, 6, 3, calibration=None).model
+    found = evaluate(fewer, source, data=rows, tokens=100)
+    assert found["model"]["error"] > 0 and len(found["model"]["layer_errors"]) == 2
+    other = GPT2Model(config.__class__(**{**config.to_dict(), "n_layer": 1})).eval()
+    with pytest.raises(RecipeError, match="number of layers"):
+        evaluate(other, source, data=rows, tokens=100)
