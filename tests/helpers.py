@@ -11,6 +11,8 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
 )
 
 from sqa_convert import convert
@@ -46,6 +48,8 @@ def t5(heads=12, layers=3, family="t5", **options):
     }  # fmt: skip
     if family == "mt5":
         return randomize(MT5ForConditionalGeneration(MT5Config(**settings | options)))
+    if family == "umt5":
+        return randomize(UMT5ForConditionalGeneration(UMT5Config(**settings | options)))
     return randomize(T5ForConditionalGeneration(T5Config(**settings | options)))
 
 
@@ -58,6 +62,7 @@ SOURCES = {
     "t5": t5,
     "t5-v1.1": lambda: t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "mt5": lambda: t5(family="mt5"),
+    "umt5": lambda: t5(family="umt5"),
 }
 
 

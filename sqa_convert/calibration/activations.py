@@ -37,7 +37,8 @@ def capture(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             if crosses and site == crosses[0]:
-                memory.append(kwargs["key_value_states"].float().cpu())
+                states = kwargs["key_value_states" if "key_value_states" in kwargs else "encoder_hidden_states"]  # UMT5
+                memory.append(states.float().cpu())
             attended = {"encoder": counted["encoder"], "cross": counted["encoder"]}.get(site.kind)
             own = memory[0] if site.kind == "cross" else None
             seen[site].append(Inputs(hidden.float().cpu(), own, counted[site.kind], attended))

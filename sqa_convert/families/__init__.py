@@ -10,8 +10,9 @@ from ..errors import UnsupportedModelError, shown
 from .base import Config, Dimensions, Family, Site, Written, most
 from .gpt2 import GPT2
 from .t5 import T5
+from .umt5 import UMT5
 
-FAMILIES: dict[str, Family] = {name: family for family in (GPT2(), T5()) for name in family.model_types}
+FAMILIES: dict[str, Family] = {name: family for family in (GPT2(), T5(), UMT5()) for name in family.model_types}
 
 
 def family_of(config: Config) -> Family:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UnsupportedModelError
 from ..heads.weights import AttentionHeads
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from ..checkpoints.dtypes import Array
     from ..heads.attend import Attention
 
-_TABLE = "relative_attention_bias.weight"  # (buckets, H), in the source only in layer 0 of a stack
-_STALE = "decoder.block.0.layer.1.EncDecAttention." + _TABLE  # old checkpoints carry it; it was never used
+TABLE = "relative_attention_bias.weight"  # (buckets, H), in the source only in layer 0 of a stack
+_STALE = "decoder.block.0.layer.1.EncDecAttention." + TABLE  # old checkpoints carry it; it was never used
 _USUAL_CONTEXT = 512  # tokens; T5 has no longest input, this is what it was trained on
 
 
 class T5(Family):
-    model_types = ("t5", "mt5")
+    model_types: ClassVar[tuple[str, ...]] = ("t5", "mt5")
     site_kinds = ("encoder", "decoder", "cross")
     model_files = ("configuration_sqa_t5.py", "modeling_sqa_t5.py")
     tokenizer_class = "T5Tokenizer"
@@ -112,8 +112,8 @@ class T5(Family):
             layer = site.prefix.rpartition(".")[0]
             shapes[f"{layer}.layer_norm.weight"] = (width,)
             shapes |= {f"{site.prefix}.{name}": shape for name, shape in attention.items()}
-            if site.kind != "cross" and site.layer == 0:
-                shapes[f"{site.prefix}.{_TABLE}"] = (self._buckets(config), config["num_heads"])
+            if self._has_table(site):
+                shapes[f"{site.prefix}.{TABLE}"] = (self._buckets(config), config["num_heads"])
         for stack, count in self._layers(config).items():
             for i in range(count):
                 layer = f"{stack}.block.{i}.layer.{2 if stack == 'decoder' else 1}"
@@ -128,16 +128,20 @@ class T5(Family):
         head: dict[str, Shape] = {"lm_head.weight": (config["vocab_size"], config["d_model"])}
         return head if self.has_language_model_head(config) else {}
 
-    @staticmethod
-    def _default_ff(config: Config) -> str:
+    def _default_ff(self, config: Config) -> str:
         return "gated-gelu" if config.get("model_type") == "mt5" else "relu"
 
     @staticmethod
     def _buckets(config: Config) -> int:
         return config.get("relative_attention_num_buckets") or 32
 
+    def _has_table(self, site: Site) -> bool:
+        """Whether the source stores a position bias table there."""
+        return site.kind != "cross" and site.layer == 0
+
     def _table(self, site: Site) -> str:
-        return f"{site.kind}.block.0.layer.0.SelfAttention.{_TABLE}"
+        """The source's table of a self-attention."""
+        return f"{site.kind}.block.0.layer.0.SelfAttention.{TABLE}"
 
     def tied(self, config: Config) -> Mapping[str, str]:
         copies = (*(f"{stack}.embed_tokens.weight" for stack in self._layers(config)), *self.optional(config))
@@ -151,7 +155,7 @@ class T5(Family):
 
     def consumed(self, site: Site) -> list[str]:
         names = [f"{site.prefix}.{name}.weight" for name in "qkvo"]
-        return names + ([self._table(site)] if site.kind != "cross" and site.layer == 0 else [])
+        return names + ([self._table(site)] if self._has_table(site) else [])
 
     def read(self, site: Site, get: Callable[[str], Array], dimensions: Dimensions) -> AttentionHeads[Array]:
         query, key, value = (split_heads(get(f"{site.prefix}.{name}.weight"), dimensions.head_dim) for name in "qkv")
@@ -190,7 +194,7 @@ class T5(Family):
             "o.weight": join_heads(heads.output).T,
         }
         if heads.position_bias is not None:
-            tensors[_TABLE] = heads.position_bias.T
+            tensors[TABLE] = heads.position_bias.T
         return {f"{site.prefix}.{name}": tensor for name, tensor in tensors.items()}
 
     def written(self, site: Site, config: Config, q_heads: int, kv_heads: int) -> dict[str, Written]:
@@ -203,7 +207,7 @@ class T5(Family):
             for name, shape in shapes.items()
         }
         if site.kind != "cross":
-            written[f"{site.prefix}.{_TABLE}"] = Written((self._buckets(config), q_heads), self._table(site))
+            written[f"{site.prefix}.{TABLE}"] = Written((self._buckets(config), q_heads), self._table(site))
         return written
 
     def result_config(self, config: Config, heads: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
