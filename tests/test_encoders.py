@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from helpers import randomize
+from helpers import randomize, t5
 from torch.nn.functional import cosine_similarity
-from transformers import AutoTokenizer, GPT2Model, T5EncoderModel
+from transformers import AutoModelForTextEncoding, AutoTokenizer, GPT2Model, T5EncoderModel, UMT5EncoderModel
 
 from sqa_convert import Calibration, convert, evaluate, resolve
 from sqa_convert.cli import evaluate as eval_command
@@ -111,3 +111,17 @@ def test_a_gpt2_without_a_head_is_measured_too():
     other = GPT2Model(config.__class__(**{**config.to_dict(), "n_layer": 1})).eval()
     with pytest.raises(RecipeError, match="number of layers"):
         evaluate(other, source, data=rows, tokens=100)
+
+
+def test_a_umt5_encoder_is_fitted_with_a_table_in_each_layer(tmp_path):
+    source = randomize(UMT5EncoderModel(t5(family="umt5").config), 0.2).eval()
+    how = Calibration([{"input_ids": list(range(i, i + 20))} for i in range(1, 40)], tokens=400, refine_steps=2)
+    conversion = convert(source, 6, 3, calibration=how, output=tmp_path / "out")
+    assert conversion.report["architecture"] == "SQAT5EncoderModel"
+    tables = [block.layer[0].SelfAttention.relative_attention_bias.weight for block in conversion.model.encoder.block]
+    assert {tuple(table.shape) for table in tables} == {(32, 6)}
+    same = convert(source, 12, 12, calibration=None).model
+    ids = torch.randint(1, 60, (2, 70))
+    assert torch.equal(same(ids)[0], source(ids)[0])
+    loaded = AutoModelForTextEncoding.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(loaded(ids)[0], conversion.model(ids)[0])
