@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from sqa_convert import Calibration, convert
+from sqa_convert import Calibration, convert, convert_modules
 from sqa_convert.calibration.distillation_loss import Targets, aligned_labels, distillation_loss, instead_of_logits
 from sqa_convert.evaluation.evaluate import compare
 from sqa_convert.evaluation.generation import answer_scores, continuations
 from sqa_convert.evaluation.held_out_batches import HeldOut
 from sqa_convert.evaluation.held_out_text import prepare
 from sqa_convert.evaluation.load import load_config, load_model
+from sqa_convert.layers import KeyValueCache, SparseQueryAttention
 from sqa_convert.speed.bench import bench
 from sqa_convert.speed.settings import Settings
 from sqa_convert.text.tokenizers import load_tokenizer
@@ -184,6 +185,30 @@ def distillation(folder, output):
     assert any(parameter.grad is not None for parameter in student.parameters())
 
 
+def torch_models():
+    """Layers in every way they are called, and a model of torch's own converted there."""
+    model = torch.nn.Transformer(16, 4, 1, 1, 32, batch_first=True, dropout=0.0).to(NAME)
+    source, target = torch.randn(3, 6, 16), torch.randn(3, 5, 16)
+    later, padding = torch.ones(5, 5).triu(1).bool(), torch.arange(6) >= torch.tensor([[6], [4], [2]])
+
+    def run(model, batch):
+        masks = {"tgt_mask": later.to(NAME), "src_key_padding_mask": padding.to(NAME)}
+        return model(*batch, **masks, memory_key_padding_mask=padding.to(NAME))
+
+    conversion = convert_modules(model, 2, 1, calibration=[(source, target)] * 3, run=run, refine_steps=2)
+    assert {p.device.type for p in conversion.model.parameters()} == {NAME}
+    assert conversion.report["output_error"] < 1
+    x = source.to(NAME)
+    layer = SparseQueryAttention(
+        16, 4, 0.1, add_bias_kv=True, batch_first=True, device=NAME, q_groups=2, kv_groups=1, rotary_base=100.0
+    )
+    cache = KeyValueCache()
+    masked = {"key_padding_mask": padding.to(NAME), "attn_mask": torch.zeros(12, 6, 6).to(NAME)}
+    for given in ({}, {"is_causal": True}, masked, {"need_weights": False, "is_causal": True, "cache": cache}):
+        layer(x, x, x, **given)[0].sum().backward()
+    assert len(cache) == 6
+
+
 def main(folder, output):
     try:
         keep = register()  # noqa: F841 - must stay alive
@@ -194,6 +219,7 @@ def main(folder, output):
     measuring(folder, output)
     speed(folder, output)
     distillation(folder, output)
+    torch_models()
 
 
 if __name__ == "__main__":
