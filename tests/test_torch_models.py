@@ -1,6 +1,7 @@
 """Models of others with `nn.MultiheadAttention`: converted by what they do on batches, whatever they are built like."""
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
@@ -157,6 +158,63 @@ def test_as_many_batches_are_taken_as_are_needed():
 
     result = sqa_convert.convert_modules(Classifier(), 2, 2, calibration=forever(), positions=200, **FAST)
     assert result.report["calibration"]["batches"] == -(-200 // (4 * LENGTH))
+
+
+class Pooled(nn.Module):
+    """A last attention that reads one query a sequence; whole numbers come out, of which there is no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Classifier()
+        self.pool = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.query = nn.Parameter(torch.randn(1, 1, WIDTH))
+
+    def forward(self, x):
+        x = self.inner.encoder(x)
+        return self.pool(self.query.expand(len(x), -1, -1), x, x)[0].argmax(-1)
+
+
+def test_an_attention_that_reads_little_is_not_waited_for_without_end():
+    def forever():
+        while True:
+            yield torch.randn(4, LENGTH, WIDTH)
+
+    result = sqa_convert.convert_modules(Pooled(), 2, 2, calibration=forever(), positions=60, **FAST)
+    assert result.report["calibration"]["batches"] == 10  # of 24 positions, and 4 queries of the last attention
+    assert len(result.report["modules"]) == 3 and result.report["output_error"] is None
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("there is none")
+
+
+def test_a_model_without_gradients_is_converted_all_the_same():
+    run = lambda model, x: NoGradient.apply(model(x)["logits"])  # noqa: E731
+    result = sqa_convert.convert_modules(
+        Classifier(), 2, 2, calibration=[torch.randn(8, LENGTH, WIDTH)] * 2, run=run, **FAST
+    )
+    assert len(result.report["modules"]) == 2
+
+
+@pytest.mark.parametrize("wrapped", ["bfloat16", "compiled", "parallel"])
+def test_models_as_people_run_them(wrapped):
+    model = Classifier().eval()
+    x = [torch.randn(8, LENGTH, WIDTH) for _ in range(2)]
+    given = {
+        "bfloat16": lambda: model.to(torch.bfloat16),
+        "compiled": lambda: torch.compile(model),
+        "parallel": lambda: nn.DataParallel(model),
+    }[wrapped]()
+    dtype = torch.bfloat16 if wrapped == "bfloat16" else torch.float32
+    result = sqa_convert.convert_modules(given, 2, 2, calibration=[UserDict(x=batch.to(dtype)) for batch in x], **FAST)
+    assert type(result.model) is Classifier and {p.dtype for p in result.model.parameters()} == {dtype}
+    assert result.report["output_error"] < 1
 
 
 def test_how_a_batch_is_run_can_be_said():

@@ -43,7 +43,8 @@ class Runner:
 
     def __call__(self, batch: Any, model: nn.Module | None = None) -> list[Tensor]:
         """The floating tensors of what the model, or another, makes of a batch. Raises DataError where it fails."""
-        moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device), batch)
+        plain = dict(batch) if isinstance(batch, Mapping) else batch  # pytree does not look into all mappings
+        moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device), plain)
         try:
             output = self._run(self.model if model is None else model, moved)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:

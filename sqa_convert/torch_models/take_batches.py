@@ -18,6 +18,9 @@ from .run_batches import Runner
 LEAST_POSITIONS = 65_536
 """query positions that batches are taken for"""
 
+ENOUGH_FOR_ANY = 4
+"""times as many positions as are wanted: when one attention has read that, no others are waited for"""
+
 HELD_OUT = 10
 """one in so many batches, or sequences"""
 
@@ -42,7 +45,8 @@ def take_batches(
     positions: int | None,
     planned: Mapping[str, Partition],
 ) -> Batches:
-    """Batches, until every attention that they reach has read enough positions.
+    """Batches, until every attention that they reach has read enough positions, or one far more: some read one query of
+    each sequence.
 
     Raises:
         DataError: there is none, or the model cannot be run on one, or none reaches an attention.
@@ -68,7 +72,8 @@ def take_batches(
         for batch in _iterated(batches):
             runner(batch)
             taken.append(batch)
-            if all(read[name] >= wanted[name] for name in attentions if read[name]) and any(read.values()):
+            shares = [read[name] / wanted[name] for name in attentions if read[name]]
+            if shares and (min(shares) >= 1 or max(shares) >= ENOUGH_FOR_ANY):
                 break
     finally:
         for handle in hooks:
