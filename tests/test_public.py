@@ -81,7 +81,7 @@ FLAGS = {
         "-o -q -v model"
     ),
     "bench": (
-        "--attn --batch --compile --device --dtype --head-dim --head-grid --heads --json --lengths --modes "
+        "--attn --batch --compile --csv --details --device --dtype --head-dim --head-grid --heads --json --lengths --modes "
         "--output --parts --quiet --repeats --trust-remote-code --variants --verbose --version -o -q -v "
         "models"
     ),

@@ -11,7 +11,7 @@ import typer
 from ..errors import CheckpointError, OutputError, RecipeError, one_line
 from ..parse_amounts import amount
 from .console import Out, run_app
-from .flags import EXIT_CODES, AsJson, Device, Quiet, TrustRemoteCode, Verbose, Version, make_app
+from .flags import EXIT_CODES, SAY, AsJson, Device, Quiet, TrustRemoteCode, Verbose, Version, make_app
 from .show_results import show_report
 
 GRID = "One attention layer of random weights"
@@ -57,6 +57,10 @@ def bench_command(
         Path | None,
         typer.Option("--output", "-o", help="Folder for speed.json and plots. A converted FOLDER gets them anyway."),
     ] = None,
+    details: Annotated[
+        bool, typer.Option("--details", help="Also times, tokens a second, memory and cache of every model.")
+    ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", rich_help_panel=SAY, help="The rows as CSV on stdout.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -67,7 +71,9 @@ def bench_command(
 
     [bold]sqa-bench gpt2-sqa-q8kv4 --lengths 256,1k[/bold]
     """
-    out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
+    if as_json and as_csv:
+        raise RecipeError("--json or --csv: give one")
+    out = Out(as_json=as_json, quiet=quiet or as_csv, verbose=verbose)
     names = list(models or [])
     if head_grid == bool(names):
         raise RecipeError("give MODEL, or --head-grid without one")
@@ -75,7 +81,7 @@ def bench_command(
     from ..checkpoints.small_files import write_json
     from ..checkpoints.staging import expanded
     from ..report.report_json import REPORT, read_report
-    from ..report.tables import speed_rows, speed_title
+    from ..report.speed_table import speed_csv, speed_details, speed_rows, speed_sentence, speed_title
     from ..report.write import write_report, write_speed_pictures
     from ..speed.bench import bench, bench_layers
     from ..speed.settings import GRID as PAPER
@@ -103,7 +109,16 @@ def bench_command(
             folders = _resolve(names)
             result = bench(folders, settings, trust_remote_code=trust_remote_code, progress=progress)
     out.json(result)
-    out.table(speed_title(result), *speed_rows(result))
+    if as_csv:
+        print(speed_csv(result), end="")
+    alone = len(result["heads"]) == 1
+    out.words(speed_title(result))
+    if not alone:
+        out.table("", *speed_rows(result))
+    for what, table in speed_details(result) if details or alone else ():
+        out.table(what, *table)
+    if not alone:
+        out.words(speed_sentence(result))
     try:
         if output is not None:
             write_json(output / RESULT, result)

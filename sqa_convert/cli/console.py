@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ..checkpoints.staging import NOWHERE, here
 from ..errors import RecipeError, SQAError
@@ -23,6 +22,7 @@ from ..progress import hear_others
 from ..report.provenance import asked_by
 from .stage_display import showing
 from .streams import forgiving_streams
+from .tables_that_fit import fitted_table
 
 INTERRUPTED = 130
 _WIDE = 200
@@ -71,13 +71,13 @@ class Out:
     def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
         if self.as_json or self.quiet:
             return
-        table = Table(title=visible(title), title_justify="left", title_style="bold")
-        for i, column in enumerate(columns):
-            table.add_column(visible(column), justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*map(visible, row))
-        # A log or a pipe has no width: nothing is cut off there.
-        self.stdout.print(table, width=None if self.stdout.is_terminal or "COLUMNS" in os.environ else _WIDE)
+        # A log or a pipe has no width.
+        known = self.stdout.is_terminal or "COLUMNS" in os.environ
+        width = self.stdout.width if known else _WIDE
+        table = fitted_table([visible(column) for column in columns], [tuple(map(visible, row)) for row in rows], width)
+        if title:
+            self.stdout.print(visible(title), style="bold", soft_wrap=not known)
+        self.stdout.print(table, width=width)
 
     def result(self, text: str) -> None:
         if not self.as_json and not self.quiet:

@@ -8,7 +8,8 @@ from typing import Any
 from ..checkpoints.companions import MODULES
 from .formatting import within_reason
 from .sentences import presented
-from .tables import costs, quality_table, speed_rows
+from .speed_table import speed_rows
+from .tables import costs, quality_table
 from .verdict import last_quality
 
 TEMPLATE = Path(__file__).parent.parent / "templates" / "card.md"

@@ -10,7 +10,8 @@ from .formatting import nats
 from .layers_picture import differ, layers_picture
 from .pictures import errors_picture, heads_picture, quality_picture, recovery_picture, similarity_colour, speed_picture
 from .sentences import presented
-from .tables import ROWS, costs, quality_table, speed_rows
+from .speed_table import speed_rows
+from .tables import ROWS, costs, quality_table
 from .templates import filled
 from .verdict import last_quality
 

@@ -8,7 +8,8 @@ from typing import Any
 from ..heads import METHODS
 from .formatting import nats
 from .report_json import NEXT_TO_NOTHING, auto_class
-from .tables import heads_by_layer, speed_title
+from .speed_table import speed_sentence, speed_title
+from .tables import heads_by_layer
 from .verdict import sure, verdict
 
 
@@ -26,6 +27,7 @@ def presented(report: dict[str, Any]) -> dict[str, Any]:
         "verdict": verdict(report),
         "uptraining": uptraining_lines(report),
         "speed_title": speed_title(speed) if speed else "",
+        "speed_said": speed_sentence(speed) if speed else "",
     }
 
 

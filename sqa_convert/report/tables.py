@@ -1,4 +1,4 @@
-"""A report in tables: cost, quality, speed."""
+"""A report in tables: cost and quality."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any
 
-from .formatting import nats, perplexity
+from .formatting import nats, perplexity, within_reason
 
 ROWS = ("source", "converted", "before", "uptrained", "control", "mean")
 """models a report may hold measurements of; "before" is what a second uptraining began with, "mean" the source with its
@@ -70,61 +70,16 @@ def quality_rows(measured: Mapping[str, Mapping[str, float | None]]) -> tuple[li
     }
     shown = {key: how for key, how in columns.items() if any(key in quality for quality in measured.values())}
 
-    def cell(value: float | None, style: Callable[[float], str]) -> str:
-        return "" if value is None else style(value)
+    def cell(quality: Mapping[str, float | None], key: str, style: Callable[[float], str]) -> str:
+        value, error = quality.get(key), quality.get(f"{key}_error") if key == "kl" else None
+        if value is None:
+            return ""
+        return style(value) if error is None or not within_reason(key, value) else f"{style(value)} ± {error:.4f}"
 
     rows = [
-        (name, *(cell(quality.get(key), style) for key, (_, style) in shown.items()))
-        for name, quality in measured.items()
+        (name, *(cell(quality, key, style) for key, (_, style) in shown.items())) for name, quality in measured.items()
     ]
     return ["", *(head for head, _ in shown.values())], rows
-
-
-def speed_title(speed: dict[str, Any]) -> str:
-    """Where, and how often, speed was measured."""
-    row = speed["rows"][0]
-    compiled = ", compiled" if speed["compiled"] else ""
-    extended = ", ".join(speed["positions_extended"])
-    repeated = f"; for timing alone {extended} repeat their positions beyond their own" if extended else ""
-    return (
-        f"{speed['device']} ({speed['machine']}), torch {speed['versions']['torch']}, {row['dtype']}, "
-        f"{row['attention']}{compiled}, batch {row['batch']}; median (range) of {speed['repeats']} alternating rounds"
-        f"{repeated}"
-    )
-
-
-def speed_rows(speed: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
-    """How fast models are: column heads, and a row for each model, part, mode and length."""
-    columns = ["", "tokens", "model", "ms", "tokens/s", "speed-up", "ideal", "peak MB", "cache MB"]
-
-    def megabytes(value: int | None) -> str:
-        return "" if value is None else f"{value / 1e6:,.1f}"
-
-    rows: list[tuple[str, ...]] = []
-    for row in speed["rows"]:
-        took, gained = row["seconds"], row.get("speedup")
-        first = row["model"] == next(iter(speed["heads"]))
-        ms = "out of memory" if took is None else f"{_ms(took['median'])} ({_ms(took['low'])}–{_ms(took['high'])})"
-        rows.append(
-            (
-                f"{row['part']}, {row['mode']}",
-                f"{row['length']:,}",
-                f"{row['model']} ({speed['heads'][row['model']]})",
-                ms,
-                "" if took is None else f"{row['tokens_per_second']:,.0f}",
-                ""
-                if first or gained is None
-                else f"{gained['median']:.2f}× ({gained['low']:.2f}–{gained['high']:.2f})",
-                "" if first or row["ideal"] is None else f"{row['ideal']:.2f}×",
-                megabytes(row["peak_bytes"]),
-                megabytes(row["cache_bytes"]),
-            )
-        )
-    return columns, rows
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}" if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
 
 
 def _one_or_by_site(counts: Mapping[str, int | list[int]]) -> str:
