@@ -290,7 +290,6 @@ def test_bad_sources_get_one_line_and_exit_code_3(run, source, fault):
         (["SOURCE", *HEADS, "--device", "cuda:1"], 2, "--device cuda:1"),
         (["x" * 5000, *HEADS], 3, "xxx"),
         (["~nobody-of-this-name/x", *HEADS], 3, "nobody-of-this-name"),
-        ([], 2, "MODEL"),
     ],
 )
 def test_bad_arguments_get_one_line_and_their_exit_code(run, source, tmp_path, arguments, code, says):

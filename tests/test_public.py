@@ -60,19 +60,21 @@ TAKES = {  # parameters in their order; those with a default have a question mar
 FLAGS = {
     "convert": (
         "--allocation --calibration --calibration-length --calibration-prompts --calibration-tokens --control --data "
-        "--device --dry-run --dtype --json --kv-groups --list-methods --max-shard-size --method --no-calibration "
+        "--device --dry-run --dtype --help-all --json --kv-groups --list-methods --max-shard-size --method "
+        "--no-calibration "
         "--no-evaluate --no-refit --no-verify --output --overwrite --partition --polish-steps --prefix --public "
         "--push-to-hub --q-groups --quiet --refine-steps --refit --revision --seed --sites --source-column "
         "--subfolder --target --target-column --text-column --tokenizer --trust-remote-code --uptrain --variant "
         "--verbose --version -o -q -v model"
     ),
     "uptrain": (
-        "--control --data --device --dry-run --json --keep-anyway --learning-rate --list-recipes --loss "
+        "--control --data --device --dry-run --help-all --json --keep-anyway --learning-rate --list-recipes --loss "
         "--no-evaluate --output --public --push-to-hub --quiet --recipe --restart --resume --seed --source "
         "--text-column --tokens --trust-remote-code --verbose --version -o -q -v folder"
     ),
     "evaluate": (
-        "--against --data --device --json --limit --max-error --max-kl --quiet --samples --seed --tasks --text-column "
+        "--against --data --device --help-all --json --limit --max-error --max-kl --quiet --samples --seed --tasks "
+        "--text-column "
         "--tokens --trust-remote-code --verbose --verify --version -q -v model"
     ),
     "sweep": (
@@ -81,9 +83,9 @@ FLAGS = {
         "-o -q -v model"
     ),
     "bench": (
-        "--attn --batch --compile --csv --details --device --dtype --head-dim --head-grid --heads --json --lengths --modes "
-        "--output --parts --quiet --repeats --trust-remote-code --variants --verbose --version -o -q -v "
-        "models"
+        "--attn --batch --compile --csv --details --device --dtype --head-dim --head-grid --heads --help-all "
+        "--json --lengths --modes --output --parts --quiet --repeats --trust-remote-code --variants --verbose "
+        "--version -o -q -v models"
     ),
 }
 

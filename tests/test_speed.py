@@ -215,7 +215,6 @@ def test_a_converted_folder_alone_is_measured_beside_its_source(kind, run, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "MODEL"),
         (["sample:gpt2", "--head-grid"], "--head-grid"),
         (["sample:gpt2", "--lengths", "1q"], "'1q'"),
         (["sample:gpt2", "--lengths", "1"], "give 2 to"),

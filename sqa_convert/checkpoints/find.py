@@ -235,7 +235,8 @@ def _download(name: str, revision: str | None, *patterns: str) -> tuple[Path, st
         raise CheckpointError(f"{name} is neither a folder here nor a model on the hub") from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{name} is no folder here, and not in the cache while the hub is offline (HF_HUB_OFFLINE) or out of reach"
+            f"{name} is no folder here, and not in the cache while the hub is offline (HF_HUB_OFFLINE) or out of "
+            "reach; sample:gpt2 and sample:t5 need neither"
         ) from error
     except Exception as error:  # the hub client lets its HTTP library's own errors through
         raise CheckpointError(f"{name} could not be downloaded: {one_line(error)}") from error

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import CheckpointError, OutputError, RecipeError, one_line
 from ..parse_amounts import amount
+from .brief_help import HelpAll, brief, examples
 from .console import Out, run_app
 from .flags import EXIT_CODES, SAY, AsJson, Device, Quiet, TrustRemoteCode, Verbose, Version, make_app
 from .show_results import show_report
@@ -17,9 +18,14 @@ from .show_results import show_report
 GRID = "One attention layer of random weights"
 RESULT = "speed.json"
 app = make_app()
+EXAMPLES = (
+    "sqa-bench gpt2-sqa-q10kv5 --lengths 64 --repeats 2",
+    "sqa-bench --head-grid --lengths 64 --modes prefill --repeats 2",
+)
+FIRST = ("lengths", "modes", "parts", "details", "output", "head_grid", "device")
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=examples(*EXAMPLES) + EXIT_CODES, cls=brief(*FIRST))
 def bench_command(
     models: Annotated[
         list[str] | None,
@@ -66,6 +72,7 @@ def bench_command(
     quiet: Quiet = False,
     verbose: Verbose = False,
     version: Version = False,
+    help_all: HelpAll = False,
 ) -> None:
     """Time, memory and cache of models side by side, and what counting operations and bytes would promise.
 

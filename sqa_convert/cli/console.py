@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from ..errors import RecipeError, SQAError
 from ..flags_as_arguments import flags_named
 from ..progress import hear_others
 from ..report.provenance import asked_by
+from .brief_help import called_here
 from .stage_display import showing
 from .streams import forgiving_streams
 from .tables_that_fit import fitted_table
@@ -119,10 +121,22 @@ def run_app(app: Any, name: str) -> NoReturn:
         _run(app, name)
 
 
+def _usual(app: Any, error: Any) -> str:
+    """What a flag that there is not is called here, for who knows it from other programs; mostly nothing."""
+    known = {flag for param in typer.main.get_command(app).params for flag in param.opts}
+    given = getattr(error, "option_name", None) or ""
+    here = called_here(given, known)
+    return f"No such option: {given}, {here}." if here else ""
+
+
 def _run(app: Any, name: str) -> NoReturn:
     if not here():
         _fail(NOWHERE, RecipeError.exit_code)
     try:
+        if len(sys.argv) == 1:  # who gives nothing wants to know what to give
+            with contextlib.redirect_stdout(sys.stderr):
+                app(args=["--help"], prog_name=name, standalone_mode=False)
+            sys.exit(RecipeError.exit_code)
         code = app(prog_name=name, standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer makes a code of the interruption
             raise KeyboardInterrupt
@@ -136,7 +150,7 @@ def _run(app: Any, name: str) -> NoReturn:
             if sys.flags.optimize > 1:
                 _fail("transformers needs docstrings: leave out -OO, or unset PYTHONOPTIMIZE", RecipeError.exit_code)
             raise
-        _fail(f"{error.format_message()} See {name} --help.", RecipeError.exit_code)
+        _fail(f"{_usual(app, error) or error.format_message()} See {name} --help.", RecipeError.exit_code)
 
 
 def _stop_after_all(ignored: Any) -> None:

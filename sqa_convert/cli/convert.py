@@ -19,6 +19,7 @@ from ..report.report_json import conversion_report
 from ..text.documents import Columns
 from ..text.formats import TEXT_COLUMN
 from . import convert_flags as flags
+from .brief_help import HelpAll, brief, examples
 from .console import Out, run_app
 from .flags import EXIT_CODES, AsJson, Public, PushToHub, Quiet, Verbose, Version, make_app
 from .show_results import plan_line, push, show_conversion, show_plan
@@ -28,9 +29,15 @@ if TYPE_CHECKING:
     from ..uptraining.recipe import Recipe
 
 app = make_app()
+EXAMPLES = (
+    "sqa-convert sample:gpt2 --q-groups 8 --kv-groups 4 --dry-run",
+    "sqa-convert sample:gpt2 --q-groups 10 --kv-groups 5 --no-calibration",
+    "sqa-convert sample:t5 --variant sqa --method mean -o t5-averaged",
+)
+FIRST = ("q_groups", "kv_groups", "variant", "output", "data", "uptrain", "device", "dry_run")
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=examples(*EXAMPLES) + EXIT_CODES, cls=brief(*FIRST))
 def convert(
     model: flags.Model,
     q_groups: flags.QGroups = None,
@@ -75,6 +82,7 @@ def convert(
     quiet: Quiet = False,
     verbose: Verbose = False,
     version: Version = False,
+    help_all: HelpAll = False,
     list_methods: flags.ListMethods = False,
 ) -> None:
     """Convert a pretrained GPT-2 or T5 model to [bold]Sparse Query Attention[/bold]: fewer query and key/value heads.

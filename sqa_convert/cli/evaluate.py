@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import QualityError, RecipeError
+from .brief_help import HelpAll, brief, examples
 from .console import Out, run_app
 from .flags import (
     EXIT_CODES,
@@ -26,9 +27,14 @@ from .flags import (
 from .show_results import show_evaluation
 
 app = make_app()
+EXAMPLES = (
+    "sqa-eval gpt2-sqa-q10kv5 --max-kl 5",
+    "sqa-eval gpt2-sqa-q10kv5 --verify",
+)
+FIRST = ("against", "data", "max_kl", "tasks", "verify", "device")
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=examples(*EXAMPLES) + EXIT_CODES, cls=brief(*FIRST))
 def evaluate_command(
     model: Annotated[str, typer.Argument(metavar="FOLDER", help="Converted or not: a folder, hub id or sample.")],
     against: Annotated[
@@ -53,7 +59,9 @@ def evaluate_command(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness, or a YAML file (extra: sqa-convert[eval])."),
+        typer.Option(
+            metavar="A,B", help="Tasks of lm-evaluation-harness, or a YAML file (extra: sqa-convert\\[eval])."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", parser=count(1), help="Examples of each task.")] = None,
     verify: Annotated[
@@ -69,6 +77,7 @@ def evaluate_command(
     quiet: Quiet = False,
     verbose: Verbose = False,
     version: Version = False,
+    help_all: HelpAll = False,
 ) -> None:
     """Loss, perplexity, KL and agreement of a model on held-out text, beside the model it was made from.
 

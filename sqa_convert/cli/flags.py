@@ -13,7 +13,7 @@ from ..parse_amounts import amount
 
 SAY = "What is said"
 EXIT_CODES = (
-    "Exit codes: 0 done · 1 unexpected · 2 usage, recipe, data or output · 3 source · 4 a quality gate · "
+    "\n\nExit codes: 0 done · 1 unexpected · 2 usage, recipe, data or output · 3 source · 4 a quality gate · "
     "130 interrupted · 143 terminated."
 )
 TEXT = "Text or a table of it: file, folder, glob, or hub data set ID[:CONFIG]. Default: Python's own standard library."

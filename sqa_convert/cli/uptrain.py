@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..checkpoints.find import SAMPLE_PREFIX
+from ..checkpoints.small_files import REPORT
 from ..checkpoints.staging import expanded
-from ..errors import RecipeError
+from ..errors import CheckpointError, RecipeError
 from ..report.report_json import read_report
 from ..uptraining.recipe import dump_recipe, load_recipe, recipe_names, summary
+from .brief_help import HelpAll, brief, examples
 from .console import Out, run_app
 from .flags import (
     EXIT_CODES,
@@ -33,6 +37,12 @@ from .flags import (
 from .show_results import push, show_quality, show_report, show_verdict
 
 app = make_app()
+EXAMPLES = (
+    "sqa-uptrain gpt2-sqa-q10kv5 --dry-run",
+    "sqa-uptrain gpt2-sqa-q10kv5 --tokens 20k",
+    "sqa-uptrain --list-recipes",
+)
+FIRST = ("recipe", "data", "tokens", "output", "resume", "device", "dry_run", "list_recipes")
 
 
 def _list_recipes() -> None:
@@ -40,7 +50,17 @@ def _list_recipes() -> None:
         print(f"{name:14} {summary(name)}")
 
 
-@app.command(epilog=EXIT_CODES)
+def _check_converted(given: Path) -> None:
+    """Raises CheckpointError where what is given is a model that nobody has converted, with what to do first."""
+    name = str(given)
+    if name.startswith(SAMPLE_PREFIX) or ((given / "config.json").is_file() and not (given / REPORT).is_file()):
+        raise CheckpointError(
+            f"{name} was not made by sqa-convert: convert it first (sqa-convert {shlex.quote(name)} --q-groups N "
+            "--kv-groups M), and give the folder that comes of it"
+        )
+
+
+@app.command(epilog=examples(*EXAMPLES) + EXIT_CODES, cls=brief(*FIRST))
 def uptrain_command(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Made by sqa-convert; the best of what is trained takes its place.")
@@ -82,6 +102,7 @@ def uptrain_command(
     quiet: Quiet = False,
     verbose: Verbose = False,
     version: Version = False,
+    help_all: HelpAll = False,
     list_recipes: Annotated[
         bool,
         typer.Option("--list-recipes", callback=listing(_list_recipes), is_eager=True, help="Show the recipes."),
@@ -106,6 +127,7 @@ def uptrain_command(
     given = {"recipe": recipe, "restart": restart or None, **changes}
     if resume and (flags := [f"--{k.replace('_', '-')}" for k, v in given.items() if v is not None]):
         raise RecipeError(f"--resume goes on with the recipe of the stopped run: leave out {', '.join(flags)}")
+    _check_converted(folder)
     folder = expanded(folder, "FOLDER")
     if keep_anyway:
         from ..uptraining.run_folder import goes_on

@@ -151,7 +151,9 @@ def source_lines(report: dict[str, Any]) -> list[str]:
 
 def heads_lines(report: dict[str, Any]) -> list[str]:
     """How many heads each layer has, in sentences; none where the layers of each kind of attention are alike."""
-    by_layer = heads_by_layer(report)
+    by_layer, cost = heads_by_layer(report), report["cost"]
+    if all(cost["before"][key] == cost["after"][key] for key in ("query_heads", "key_value_heads")):
+        return ["every head was kept: this is the source again, no smaller and no faster"]
     if not by_layer:
         return []
     shown = "; ".join(
