@@ -5,9 +5,15 @@ import shlex
 
 import pytest
 
-from sqa_convert.cli import bench, convert, evaluate, uptrain
+from sqa_convert.cli import bench, convert, evaluate, sweep, uptrain
 
-COMMANDS = {"sqa-convert": convert, "sqa-uptrain": uptrain, "sqa-eval": evaluate, "sqa-bench": bench}
+COMMANDS = {
+    "sqa-convert": convert,
+    "sqa-uptrain": uptrain,
+    "sqa-eval": evaluate,
+    "sqa-bench": bench,
+    "sqa-sweep": sweep,
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -16,6 +16,8 @@ from sqa_convert.cli.bench import main as bench
 from sqa_convert.cli.convert import main as convert
 from sqa_convert.cli.uptrain import main as uptrain
 from sqa_convert.report.page import report_page
+from sqa_convert.report.page_bars import logarithmic, speed_bars
+from sqa_convert.report.pictures import recovery_picture
 
 RECIPE = (
     "tokens: 1_024\nsequence_length: 32\nbatch_size: 8\nlearning_rate: 1.0e-3\nevaluations: 2\nheld_out_tokens: 2_048\n"
@@ -29,12 +31,18 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.headings, self.links, self.ids, self.words, self.tags = [], [], [], [], "", []
+        self.unnamed = []
         self.feed(text)
         self.close()
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        names = dict(attributes)
+        needs = {"img": "alt", "th": "scope", "section": "aria-label"} | (
+            {"div": "aria-label"} if "tabindex" in names else {}
+        )
+        self.unnamed += [tag] * (tag in needs and not names.get(needs[tag]))
         self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href", "action")]
         self.ids += [value for name, value in attributes if name == "id" and tag in ("h2",)]
         if tag not in VOID:
@@ -83,7 +91,7 @@ def folder(tmp_path_factory):
 
 def test_every_command_that_adds_to_the_report_adds_to_the_page(folder):
     _, (converted, uptrained, timed) = folder
-    always = ["quality", "samples", "heads", "errors", "similarity", "load"]
+    always = ["quality", "cost", "errors", "heads", "similarity", "samples", "made", "load"]
     assert converted.ids == always
     assert set(uptrained.ids) == {*always, "recovery"}
     assert set(timed.ids) == {*always, "recovery", "speed"}
@@ -105,7 +113,9 @@ def test_it_shows_what_was_measured(folder):
     for text in report["samples"]:
         assert text.keys() == {"given", "source", "converted", "uptrained"}
         assert all(words in page.words for words in text.values())
-    assert page.tags.count("svg") == 4 + len(report["sites"])
+    assert page.tags.count("svg") == 2 + len(report["sites"])  # curves of loss and KL
+    assert report["verdict"]["text"] in " ".join(page.words.split())
+    assert report["command"] in page.words and str(report["seed"]) in page.words and report["date"] in page.words
     assert "12 heads become 8 query and 4 key/value heads (decoder 0)" in page.words
 
 
@@ -118,7 +128,8 @@ def test_pictures_have_numbers_at_their_axes_and_names_as_they_are(folder):
     report = json.loads((folder[0] / "report.json").read_text())
     report["source"]["name"] = "/data/$a_{$b/<gpt2>"
     page = Page(report_page(report))
-    assert "mathdefault" not in page.words and "/data/$a_{$b/<gpt2>: what uptraining took back" in page.words
+    assert "mathdefault" not in page.words and "/data/$a_{$b/<gpt2>" in page.words
+    assert b"what uptraining took back" in recovery_picture(report, "page")
 
 
 def test_no_name_of_a_picture_is_there_twice(folder):
@@ -140,6 +151,28 @@ def test_names_and_texts_are_only_text(folder):
     assert "script" not in page.tags and page.words.count("alert(1)") >= 3
 
 
+def test_tables_have_heads_and_what_scrolls_or_is_seen_has_a_name(folder):
+    text = (folder[0] / "report.html").read_text()
+    for page in folder[1]:
+        assert page.unnamed == [] and page.tags.count("table") >= 2
+    assert text.count("<caption>") == text.count("<table") - 1  # that of ratios has its heading
+    assert len(text) < 1.5e6
+
+
+def test_bars_of_one_scale_can_be_told_apart():
+    bars = logarithmic("KL", [("a", 0.01, "", ""), ("b", 0.02, "", ""), ("c", 2.0, "", ""), ("d", 0.0, "", "")]).bars
+    shares = [bar.share for bar in bars]
+    assert shares[2] == 100 and shares[1] - shares[0] > 5 < shares[0] and shares[3] == 0
+    assert logarithmic("KL", [("a", 0.0, "", "")]).scale == "all are zero"
+
+
+def test_ratios_have_what_counting_promises_beside_them(folder):
+    speed = json.loads((folder[0] / "report.json").read_text())["speed"]
+    charts = speed_bars(speed)
+    assert [chart.title for chart in charts] == ["attention, prefill", "attention, decode", "attention, train"]
+    assert all(bar.mark > 0 and bar.note.startswith("by count") for chart in charts for bar in chart.bars)
+
+
 def test_a_plain_conversion_has_a_page_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["sample:t5", "--variant", "sqa", "--method", "mean", "--no-evaluate", "-o", "out", "-q"]
@@ -148,7 +181,8 @@ def test_a_plain_conversion_has_a_page_too(tmp_path, monkeypatch):
         convert()
     assert stop.value.code == 0
     page = read("out/report.html")
-    assert page.ids == ["heads", "load"] and "AutoModelForSeq2SeqLM" in page.words
+    assert page.ids == ["cost", "heads", "made", "load"] and "AutoModelForSeq2SeqLM" in page.words
+    assert "Nothing was measured" in page.words and "Speed was not measured: sqa-bench out" in page.words
 
 
 def test_the_page_shows_the_heads_of_layers_that_differ():

@@ -11,6 +11,7 @@ from ..conversion.request import REFINE_STEPS, Calibration
 from ..errors import QualityError, RecipeError
 from ..text.formats import TEXT_COLUMN
 from . import convert_flags as flags
+from .brief_help import HelpAll, brief, examples
 from .console import Out, run_app
 from .flags import EXIT_CODES, AsJson, Device, Quiet, Verbose, Version, make_app
 from .targets import read_targets, told
@@ -18,9 +19,11 @@ from .targets import read_targets, told
 RESULT, PICTURE = "sweep.json", "frontier.svg"
 
 app = make_app()
+EXAMPLES = ("sqa-sweep sample:gpt2 --settings 10/5,8/4 --calibration-tokens 4k --refine-steps 10 --no-speed",)
+FIRST = ("settings", "target", "data", "output", "device", "no_speed")
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(epilog=examples(*EXAMPLES) + EXIT_CODES, cls=brief(*FIRST))
 def sweep_command(
     model: flags.Model,
     settings: Annotated[
@@ -50,6 +53,7 @@ def sweep_command(
     quiet: Quiet = False,
     verbose: Verbose = False,
     version: Version = False,
+    help_all: HelpAll = False,
 ) -> None:
     """How much quality each number of heads costs, and what it saves: the same in each layer, and shared out.
 

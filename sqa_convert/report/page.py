@@ -6,14 +6,15 @@ from base64 import b64encode
 from statistics import mean
 from typing import Any
 
-from .formatting import nats
+from .formatting import perplexity
 from .layers_picture import differ, layers_picture
-from .pictures import errors_picture, heads_picture, quality_picture, recovery_picture, similarity_colour, speed_picture
+from .page_bars import error_bars, quality_bars, speed_bars
+from .pictures import heads_picture, similarity_colour, training_pictures
 from .sentences import presented
-from .speed_table import speed_rows
+from .speed_table import speed_details, speed_rows
 from .tables import ROWS, costs, quality_table
 from .templates import filled
-from .verdict import last_quality
+from .verdict import last_quality, longest_prefill, plus_minus
 
 PAGE = "report.html"
 
@@ -28,66 +29,58 @@ def report_page(report: dict[str, Any], similarity: bytes | None = None) -> str:
     """
     from markupsafe import Markup
 
-    def picture(content: bytes | str) -> Markup:
-        return Markup(content.decode() if isinstance(content, bytes) else content)
-
-    quality, sites = report.get("quality", {}), report["sites"]
+    quality, sites, speed = report.get("quality", {}), report["sites"], report.get("speed")
     alike = [_alike(site) for site in sites]
+    known = [value for likeness in alike if likeness for value in likeness.values()]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
     rows = quality_table(report)
-    pictures: dict[str, Any] = {}
-    if sum(quality.get(name, {}).get("kl") is not None for name in ROWS):
-        pictures["quality"] = picture(quality_picture(quality, ROWS, "page"))
-    if report.get("uptraining", {}).get("curve"):
-        pictures["recovery"] = picture(recovery_picture(report, "page"))
-    if any(site.get("output_error") for site in sites):
-        pictures["errors"] = picture(errors_picture(sites, "page"))
-    if differ(sites):
-        pictures["layers"] = picture(layers_picture([site for site in sites if "partition" in site], "page"))
-    if report.get("speed"):
-        pictures["speed"] = picture(speed_picture(report["speed"], "page"))
+    curves = training_pictures(report) if report.get("uptraining", {}).get("curve") else []
+    parted = [site for site in sites if "partition" in site]
     return filled(
         PAGE,
         **presented(report),
         tiles=_tiles(report),
         cost=costs(report),
         quality=rows if rows[1] else None,
+        quality_bars=quality_bars(quality, ROWS),
+        errors=error_bars(sites),
         samples=[{name: text[name] for name in _MODELS if name in text} for text in report.get("samples", [])],
         heads=[
-            picture(heads_picture(site["partition"], f"{site['kind']} {site['layer']}", likeness))
+            Markup(heads_picture(site["partition"], f"{site['kind']} {site['layer']}", likeness, (low, high)))
             for site, likeness in zip(sites, alike, strict=True)
             if "partition" in site
         ],
-        scale=[similarity_colour(i / 10) for i in range(11)] if any(map(bool, alike)) else [],
-        pictures=pictures,
+        scale=[similarity_colour(i / 10) for i in range(11)] if known else [],
+        ends=(f"{low:.2f}", f"{high:.2f}"),
+        layers=Markup(layers_picture(parted, "page").decode()) if differ(sites) else "",
+        curves=[Markup(picture.decode()) for picture in curves],
         similarity=None if similarity is None else b64encode(similarity).decode(),
-        speed=speed_rows(report["speed"]) if report.get("speed") else None,
+        speed=speed_bars(speed) if speed else None,
+        speed_tables=[("", speed_rows(speed)), *speed_details(speed)] if speed else [],
     )
 
 
 def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The numbers to see first: (figure, what it is)."""
     before, after, quality = report["cost"]["before"], report["cost"]["after"], report.get("quality", {})
-    tiles = [
-        (f"{after[key] / before[key]:.2f}×", name)
-        for key, name in (
-            ("score_flops", "T² attention arithmetic"),
-            ("kv_cache_bytes_per_token", "KV cache"),
-            ("parameters", "parameters"),
-        )
-        if before[key]
-    ]
-    last = last_quality(report)
-    if last is not None and "error" in last:
+    last, tiles = last_quality(report), []
+    if last is not None and last.get("error") is not None:
         tiles += [
             (f"{last['error']:.2%}", "error of the hidden state"),
             (f"{last['cosine']:.4f}", "cosine of mean vectors"),
         ]
-    elif last is not None:
+    if last is not None and last.get("kl") is not None:
+        source = quality["source"]
         tiles += [
-            (nats(last["loss"] - quality["source"]["loss"], "+", 3), "nats/token of loss"),
-            (f"{last['top1']:.1%}", "most likely token as the source's"),
+            (plus_minus(last["loss"] - source["loss"], last.get("loss_error"), "+"), "loss above the source's, nats"),
+            (f"{perplexity(source['perplexity'])} → {perplexity(last['perplexity'])}", "perplexity"),
+            (plus_minus(last["kl"], last.get("kl_error")), "KL to the source, nats"),
         ]
-    return tiles
+        if last.get("top1") is not None:
+            tiles.append((f"{last['top1']:.1%}", "most likely token as the source's"))
+    counted = (("kv_cache_bytes_per_token", "cache"), ("score_flops", "T² arithmetic"), ("parameters", "parameters"))
+    tiles += [(f"{after[key] / before[key]:.2f}×", f"the {name}, by count") for key, name in counted if before[key]]
+    return [*tiles, (longest_prefill(report) or "not measured", "times as fast here, prefill")]
 
 
 def _alike(site: dict[str, Any]) -> dict[int, float] | None:

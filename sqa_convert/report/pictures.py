@@ -17,17 +17,23 @@ _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#
 
 _GREY = "#888888"  # to be seen on white and on black
 
+_MODELS = {"source": _GREY, "converted": _COLOURS[0], "uptrained": "#3a8a4d", "control": _COLOURS[3], "mean": "#b07aa1"}
+"""of each model, the same everywhere"""
+
+_NAME_HEIGHT = 0.075  # of a line of text, as a share of a panel's height
+
 _SCALE = "viridis"
 
 _BOX = 32  # a head's side in the picture of the heads
 
 _MOST_SHOWN = 12  # sites in the picture of similarities, evenly chosen
 
-_MOST_NAMED = 16  # sites with their names below an axis
-
 
 def heads_picture(
-    groups: Sequence[Sequence[Sequence[int]]], kind: str, alike: Mapping[int, float] | None = None
+    groups: Sequence[Sequence[Sequence[int]]],
+    kind: str,
+    alike: Mapping[int, float] | None = None,
+    ends: tuple[float, float] = (0.0, 1.0),
 ) -> str:
     """The partition as SVG: source heads above, their query heads and key/value heads below, one colour a group.
 
@@ -36,6 +42,7 @@ def heads_picture(
         kind: what the picture is of.
         alike: instead of the group's colour, source heads get one for how alike the heads merged with them are, 0 to 1;
             those that are not in it grey.
+        ends: the likeness of the first and the last colour.
     """
     step, left, rows = 44, 96, {"source heads": 40, "query heads": 110, "key/value": 180}
     source_y, query_y, kv_y = rows.values()
@@ -46,7 +53,7 @@ def heads_picture(
         queries = [fmean(center[head] for head in cluster) for cluster in group]
         for x, cluster in zip(queries, group, strict=True):
             lines += [f"M{center[head]:g} {source_y + _BOX}L{x:g} {query_y}" for head in cluster]
-            boxes += [_source_box(head, center[head], source_y, _colour(g), alike) for head in cluster]
+            boxes += [_source_box(head, center[head], source_y, _colour(g), alike, ends) for head in cluster]
             boxes.append(_Box(x, query_y, f"q{next(number)}", _colour(g)))
         lines += [f"M{x:g} {query_y + _BOX}L{fmean(queries):g} {kv_y}" for x in queries]
         boxes.append(_Box(fmean(queries), kv_y, f"kv{g}", _colour(g)))
@@ -73,11 +80,14 @@ class _Box:
         return "#000" if sum(int(self.colour[i : i + 2], 16) for i in (1, 3, 5)) > 384 else "#fff"
 
 
-def _source_box(head: int, x: float, y: int, colour: str, alike: Mapping[int, float] | None) -> _Box:
+def _source_box(
+    head: int, x: float, y: int, colour: str, alike: Mapping[int, float] | None, ends: tuple[float, float]
+) -> _Box:
     if alike is None:
         return _Box(x, y, str(head), colour)
     if head in alike:
-        return _Box(x, y, str(head), similarity_colour(alike[head]), f"head {head}: alike {alike[head]:.2f}")
+        share = (alike[head] - ends[0]) / max(ends[1] - ends[0], 1e-9)
+        return _Box(x, y, str(head), similarity_colour(share), f"head {head}: alike {alike[head]:.2f}")
     return _Box(x, y, str(head), _GREY, f"head {head}: shares with none")
 
 
@@ -133,111 +143,114 @@ def similarity_picture(sites: list[dict[str, Any]], kind: str = "svg") -> bytes:
     return rendered(figure, kind)
 
 
+_CURVES = {"loss": "held-out loss, nats/token", "kl": "held-out KL to the source, nats/token"}
+
+
 def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
     """Held-out loss and KL against tokens of uptraining, with source and control, as "svg" or "png"."""
     from matplotlib.figure import Figure
 
-    curve, quality = report["uptraining"]["curve"], report.get("quality", {})
-    keys = {"loss": "held-out loss, nats/token", "kl": "held-out KL to the source, nats/token"}
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for panel, (key, label) in zip(panels, keys.items(), strict=True):
-        points = [(point["tokens"], min(point[key], MOST_NATS)) for point in curve if key in point]
-        if any(point.get(key, 0) > MOST_NATS for point in curve):
-            label += f" (beyond {MOST_NATS:g} not shown)"
-        panel.plot(*zip(*points, strict=True), marker="o", markersize=3, color=_COLOURS[0], label="uptrained")
-        lines = {"source": ("--", _GREY), "control": (":", _COLOURS[3])}
-        for name, (style, colour) in lines.items():
-            value = quality.get(name, {}).get(key)
-            if value:
-                panel.axhline(min(value, MOST_NATS), linestyle=style, color=colour, label=f"{name} {nats(value)}")
-        panel.set(xlabel="tokens", ylabel=label)
-        if key == "kl":
-            panel.set_yscale("log")
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:g}")
-        panel.grid(alpha=0.3)
-        panel.legend(framealpha=0)
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    for panel, key in zip(figure.subplots(1, 2), _CURVES, strict=True):
+        _curve(panel, report, key)
     figure.suptitle(f"{_plain(report['source']['name'])}: what uptraining took back")
     return rendered(figure, kind)
 
 
-def speed_picture(speed: dict[str, Any], kind: str) -> bytes:
-    """Time of a run against length, log-log, a panel for each part and mode."""
+def training_pictures(report: dict[str, Any]) -> list[bytes]:
+    """The same for a page, a picture each."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    rows = [row for row in speed["rows"] if row["seconds"]]
-    cells = list(dict.fromkeys((row["part"], row["mode"]) for row in rows))
+    pictures = []
+    for key in _CURVES:
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        _curve(figure.subplots(), report, key)
+        pictures.append(rendered(figure, "page"))
+    return pictures
+
+
+def _curve(panel: Any, report: dict[str, Any], key: str) -> None:
+    """One measure as it went: the model as a curve, source, start and control as lines with their names at the end."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    curve, quality, label = report["uptraining"]["curve"], report.get("quality", {}), _CURVES[key]
+    points = [(point["tokens"], min(point[key], MOST_NATS)) for point in curve if key in point]
+    if any(point.get(key, 0) > MOST_NATS for point in curve):
+        label += f" (beyond {MOST_NATS:g} not shown)"
+    panel.plot(*zip(*points, strict=True), marker="o", markersize=3, color=_MODELS["uptrained"])
+    names = {"uptrained": points[-1][1]} if points else {}
+    for name, style in (("source", "--"), ("converted", "-."), ("control", ":")):
+        value = quality.get(name, {}).get(key)
+        if value:
+            names[name] = min(value, MOST_NATS)
+            panel.axhline(names[name], linestyle=style, color=_MODELS[name], linewidth=1)
+    panel.set(xlabel="tokens", ylabel=label)
+    if key == "kl":
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}" if _within_a_decade(names) else "")
+    panel.xaxis.set_major_locator(MaxNLocator(4))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.tick_params(labelsize=8, which="both")
+    panel.grid(alpha=0.3)
+    _name_at_the_end(panel, names)
+
+
+def _within_a_decade(values: Mapping[str, float]) -> bool:
+    positive = [value for value in values.values() if value > 0]
+    return bool(positive) and max(positive) < 10 * min(positive)
+
+
+def _name_at_the_end(panel: Any, values: Mapping[str, float]) -> None:
+    """Names beside the right edge, at the height of what they name, but never on each other."""
+    low, high = panel.get_ylim()
+    scale = panel.yaxis.get_transform().transform
+    bottom, top = scale([low, high])
+    heights = {name: float((scale([value])[0] - bottom) / (top - bottom)) for name, value in values.items()}
+    free = -1.0
+    for name in sorted(heights, key=heights.__getitem__):
+        free = max(heights[name], free + _NAME_HEIGHT)
+        text = f"{name} {nats(values[name])}"
+        panel.text(1.02, free, text, transform=panel.transAxes, va="center", fontsize=8, color=_MODELS[name])
+
+
+def speed_picture(speed: dict[str, Any], kind: str) -> bytes:
+    """How many times as fast models are as the first, a panel for each part and mode, with the ratio of counting."""
+    from matplotlib.figure import Figure
+
+    first, *others = speed["heads"]
+    rows = [row for row in speed["rows"] if row.get("speedup") and row["model"] in others]
+    cells = list(dict.fromkeys((row["part"], row["mode"]) for row in rows)) or [("", "")]
     columns = min(3, len(cells))
     lines = -(-len(cells) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * lines + 0.4), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
-    for panel, (part, mode) in zip(panels, cells, strict=False):
-        for i, (name, heads) in enumerate(speed["heads"].items()):
-            shown = [row for row in rows if (row["part"], row["mode"], row["model"]) == (part, mode, name)]
-            lengths = [row["length"] for row in shown]
-            middle = [1e3 * row["seconds"]["median"] for row in shown]
-            colour = _COLOURS[i % len(_COLOURS)]
-            panel.plot(lengths, middle, marker="o", markersize=3, color=colour, label=f"{_plain(name)} ({heads})")
-            low, high = ([1e3 * row["seconds"][end] for row in shown] for end in ("low", "high"))
-            panel.fill_between(lengths, low, high, color=colour, alpha=0.2)
-        panel.set(title=f"{part}: {mode}", xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
-        ticks = sorted({row["length"] for row in rows})
-        panel.set_xticks(ticks, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in ticks], fontsize=8)
-        panel.minorticks_off()
-        panel.yaxis.set_major_locator(MaxNLocator(4))  # a decade may lie beyond what is shown
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.grid(alpha=0.3)
+    lengths = sorted({row["length"] for row in rows})
+    figure = Figure(
+        figsize=(3.6 * columns, 1 + lines * (1.0 + 0.28 * len(lengths) * max(1, len(others)))), layout="constrained"
+    )
+    for panel, (part, mode) in zip(figure.subplots(lines, columns, squeeze=False).flat, cells, strict=False):
+        shown = [row for row in rows if (row["part"], row["mode"]) == (part, mode)]
+        names = [_size(row["length"]) + (f" {_plain(row['model'])}" if len(others) > 1 else "") for row in shown]
+        heights = [len(shown) - i for i in range(len(shown))]
+        bars = panel.barh(heights, [row["speedup"]["median"] for row in shown], height=0.6, color=_MODELS["converted"])
+        panel.bar_label(bars, [f"{row['speedup']['median']:.2f}×" for row in shown], padding=3, fontsize=8)
+        for at, row in zip(heights, shown, strict=True):
+            if row["ideal"] is not None:
+                panel.plot([row["ideal"]] * 2, [at - 0.4, at + 0.4], color=_COLOURS[1], linewidth=2)
+        panel.axvline(1, color=_GREY, linewidth=1)
+        panel.set_yticks(heights, names, fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.set_title(f"{part}: {mode}", fontsize=10)
+        panel.set_xlim(0, 1.25 * max([max(row["speedup"]["median"], row["ideal"] or 0) for row in shown] + [1]))
+        panel.spines[["top", "right"]].set_visible(False)
     for panel in list(figure.axes)[len(cells) :]:
         panel.set_visible(False)
-    figure.axes[0].legend(fontsize=8, framealpha=0)
-    batch, dtype = rows[0]["batch"], rows[0]["dtype"]
-    figure.suptitle(f"{speed['device']}, {dtype}, batch {batch}: median and range of {speed['repeats']}", fontsize=10)
+    title = f"times as fast as {_plain(first)} ({speed['heads'][first]}); orange: by count. {speed['device']}"
+    figure.suptitle(title, fontsize=9)
     return rendered(figure, kind)
 
 
-def quality_picture(quality: dict[str, Any], rows: Sequence[str], kind: str) -> bytes:
-    """KL to the source, and loss above the source's, of each of `rows` that was measured."""
-    from matplotlib.figure import Figure
-
-    names = [name for name in reversed(rows) if quality.get(name, {}).get("kl") is not None]
-    panels_of = {
-        "KL to the source, nats/token": [quality[name]["kl"] for name in names],
-        "loss above the source's, nats/token": [quality[name]["loss"] - quality["source"]["loss"] for name in names],
-    }
-    figure = Figure(figsize=(9, 0.9 + 0.45 * len(names)), layout="constrained")
-    for panel, (label, values) in zip(figure.subplots(1, 2), panels_of.items(), strict=True):
-        lengths = [min(value, MOST_NATS) for value in values]
-        bars = panel.barh(
-            names, lengths, color=[_GREY if name == "mean" else _COLOURS[0] for name in names], height=0.6
-        )
-        panel.bar_label(bars, [nats(value) for value in values], padding=3)
-        panel.set_xlabel(label)
-        panel.margins(x=0.25)
-        panel.axvline(0, color=_GREY, linewidth=0.8)
-        panel.spines[["top", "right"]].set_visible(False)
-    return rendered(figure, kind)
-
-
-def errors_picture(sites: Sequence[Mapping[str, Any]], kind: str) -> bytes:
-    """The error of each site's output after each stage of its conversion, as a share of the output's variance."""
-    from matplotlib.figure import Figure
-
-    shown = [site for site in sites if site.get("output_error")]
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    panel = figure.subplots()
-    stages = list(dict.fromkeys(stage for site in shown for stage in site["output_error"]))
-    for i, stage in enumerate(stages):
-        points = [(x, site["output_error"][stage]) for x, site in enumerate(shown) if stage in site["output_error"]]
-        panel.plot(*zip(*points, strict=True), marker="o", markersize=4, linestyle=":", color=_colour(i), label=stage)
-    names = [f"{site['kind']} {site['layer']}" for site in shown]
-    step = -(-len(names) // _MOST_NAMED)
-    panel.set_xticks(range(0, len(names), step), names[::step], rotation=45, ha="right", fontsize=8)
-    panel.set(ylabel="output error / variance", ylim=(0, None))
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, framealpha=0)
-    return rendered(figure, kind)
+def _size(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
 
 
 def _plain(name: str) -> str:

@@ -43,6 +43,21 @@ def speed_rows(speed: Mapping[str, Any]) -> Table:
     return [*columns, "model"] if named else columns, [row if named else row[:-1] for row in rows]
 
 
+def speed_labels(speed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Ratios to the first model: "what" was measured, the "name" of a row, "measured", "shown", "ideal"."""
+    several = len(speed["heads"]) > 2
+    return [
+        {
+            "what": _what(row),
+            "name": f"{row['length']:,} tokens" + (f", {row['model']}" if several else ""),
+            "measured": None if row.get("speedup") is None else row["speedup"]["median"],
+            "shown": "" if row.get("speedup") is None else f"{row['speedup']['median']:.2f}×",
+            "ideal": row["ideal"],
+        }
+        for row in _others(speed)
+    ]
+
+
 def speed_details(speed: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     """Titles and tables of everything measured, for each part and mode."""
     columns = ["", "tokens", "ms", "tokens/s", "peak MB", "cache MB"]

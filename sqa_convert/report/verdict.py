@@ -172,9 +172,9 @@ def _measured(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
 def _numbers(report: Mapping[str, Any], heading: str) -> str:
     quality, row = report["quality"], last_quality(report)
     assert row is not None
-    loss = _plus_minus(above(report), row.get("loss_error"), "+")
+    loss = plus_minus(above(report), row.get("loss_error"), "+")
     ppl = f"perplexity {perplexity(quality['source']['perplexity'])} → {perplexity(row['perplexity'])}"
-    text = f"{heading}: loss {loss} nats a token ({ppl}), KL {_plus_minus(row['kl'], row.get('kl_error'))}"
+    text = f"{heading}: loss {loss} nats a token ({ppl}), KL {plus_minus(row['kl'], row.get('kl_error'))}"
     documents = quality.get("documents")
     if documents is None:
         return text
@@ -182,7 +182,21 @@ def _numbers(report: Mapping[str, Any], heading: str) -> str:
     return f"{text}, on {documents:,} document{'s' if documents != 1 else ''}{few}"
 
 
-def _plus_minus(value: float, error: float | None, sign: str = "") -> str:
+def longest_prefill(report: Mapping[str, Any]) -> str:
+    """ "1.19×" of the longest prefill of the whole model that was measured; nothing where none was."""
+    rows = [row for row in _speed_rows(report) if row["mode"] == "prefill"]
+    return f"{max(rows, key=lambda row: row['length'])['speedup']['median']:.2f}×" if rows else ""
+
+
+def _speed_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of whole models beside the first."""
+    speed = report.get("speed") or {"rows": [], "heads": {}}
+    first = next(iter(speed["heads"]), None)
+    return [r for r in speed["rows"] if r.get("speedup") and r["part"] == "model" and r["model"] != first]
+
+
+def plus_minus(value: float, error: float | None, sign: str = "") -> str:
+    """A figure and its standard error, where that is known."""
     shown = nats(value, sign)
     return shown if error is None or shown.startswith(("over", "under")) else f"{shown} ± {error:.4f}"
 
@@ -203,8 +217,7 @@ def _gained(report: Mapping[str, Any]) -> str:
 
 def _measured_speed(report: Mapping[str, Any]) -> str:
     """Of the longest prefill, or else the longest of what was measured of whole models."""
-    rows = [row for row in report.get("speed", {}).get("rows", []) if row.get("speedup") and row["part"] == "model"]
-    rows = [row for row in rows if row["model"] != next(iter(report["speed"]["heads"]))]
+    rows = _speed_rows(report)
     if not rows:
         return ""
     row = max(rows, key=lambda row: (row["mode"] == "prefill", row["length"]))
