@@ -14,7 +14,7 @@ from sqa_convert import bench, convert
 from sqa_convert.cli import bench as command
 from sqa_convert.errors import RecipeError
 from sqa_convert.report.pictures import speed_picture
-from sqa_convert.report.tables import speed_rows
+from sqa_convert.report.speed_table import speed_details
 from sqa_convert.speed.bench import bench_layers, grid_heads, heads_of
 from sqa_convert.speed.measurement import Measurement, speedup
 from sqa_convert.speed.settings import Settings
@@ -251,4 +251,5 @@ def test_each_kind_of_layer_is_timed_where_they_differ(family):
         assert [row["model"] for row in rows] == ["source", *timed]
         assert all(row["seconds"] for row in rows)
     assert rows[1]["flops"] != rows[2]["flops"] and result["heads"]["made, layer 1"] in ("4/2", "4/1")
-    assert len(speed_rows(result)[1]) == len(result["rows"]) and b"layer 1" in speed_picture(result, "page")
+    shown = [row for _, (_, rows) in speed_details(result) for row in rows]
+    assert len(shown) == len(result["rows"]) and b"layer 1" in speed_picture(result, "page")

@@ -27,6 +27,7 @@ from .workloads import (
     Workload,
     attention_layer,
     bytes_read,
+    check_kinds,
     distinct_layers,
     extend_positions,
     flops,
@@ -74,7 +75,7 @@ def bench(
         if extend_positions(model, max(lengths)):
             extended.append(name)
         loaded[name] = model.to(device)
-    _check_kinds(loaded)
+    check_kinds(loaded)
     dtypes = {name: str(model.dtype).removeprefix("torch.") for name, model in loaded.items()}
     if len(set(dtypes.values())) > 1:
         told = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
@@ -101,15 +102,6 @@ def _layers(models: Mapping[str, Any], mode: str, heads: dict[str, str]) -> dict
             heads.setdefault(called, f"{q_heads}/{kv_heads}")
             layers[called] = attention_layer(model, mode, layer)
     return layers
-
-
-def _check_kinds(loaded: Mapping[str, PreTrainedModel]) -> None:
-    """Raises RecipeError where models do not do the same work, so that neither is the faster one."""
-    kinds = {name: model.config.is_encoder_decoder for name, model in loaded.items()}
-    if len(set(kinds.values())) > 1:
-        words = {True: "an encoder-decoder", False: "decoder-only"}
-        told = ", ".join(f"{name} is {words[kind]}" for name, kind in kinds.items())
-        raise RecipeError(f"{told}: their times cannot be compared; give models of one kind")
 
 
 def _timed(given: Path | PreTrainedModel, settings: Settings, trust_remote_code: bool) -> PreTrainedModel:

@@ -8,7 +8,7 @@ first, in decoding the cross-attention of the decoder's first block, whose keys 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import RecipeError
 from .flops import counted, on_meta
 
 MODES = ("prefill", "decode", "train")
@@ -199,3 +200,12 @@ def _training(module: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Non
         module.zero_grad(set_to_none=True)
 
     return run
+
+
+def check_kinds(loaded: Mapping[str, Any]) -> None:
+    """Raises RecipeError where models do not do the same work, so that neither is the faster one."""
+    kinds = {name: model.config.is_encoder_decoder for name, model in loaded.items()}
+    if len(set(kinds.values())) > 1:
+        words = {True: "an encoder-decoder", False: "decoder-only"}
+        told = ", ".join(f"{name} is {words[kind]}" for name, kind in kinds.items())
+        raise RecipeError(f"{told}: their times cannot be compared; give models of one kind")
