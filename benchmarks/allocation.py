@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 
+from sqa_convert import resolve
 from sqa_convert.calibration.allocation import METHOD, cheapest, site_costs
 from sqa_convert.calibration.calibrate import Calibrator, load_source
 from sqa_convert.calibration.replaced_sites import Replacement
@@ -41,7 +42,7 @@ CPU = torch.device("cpu")
 def held_out(source: str) -> HeldOut:
     """A sample's usual text, or the true held-out documents of a stranger."""
     if source.startswith("sample:"):
-        return prepare(source, device="cpu")
+        return prepare(resolve(source), device="cpu")
     from strangers import MEASURED, STRANGERS, batch_of, encoded
 
     folder = Path(source)
@@ -55,7 +56,7 @@ def held_out(source: str) -> HeldOut:
 
 def measure(source: str, settings: list[tuple[int, int]], seed: int) -> list[dict[str, Any]]:
     """A row for each setting: KL with the same heads in each layer, with heads shared out, and where they went."""
-    start = time.process_time()
+    start, text = time.process_time(), held_out(source)
     opened, plan = prepared(source, Request(*max(settings), method=METHOD), lambda partitions: None)
     model = load_source(plan, opened)
     calibrator = Calibrator(model, plan, opened, CPU, seed)
@@ -72,7 +73,6 @@ def measure(source: str, settings: list[tuple[int, int]], seed: int) -> list[dic
             if counts != (heads, heads):
                 fit = fitter.convert(METHOD, Partition.contiguous(heads, *counts), True, True)
                 fits[site, counts] = fitter.refine(fit, plan.calibration.refine_steps).heads
-    text = held_out(source)
     replacement = Replacement(model, plan, text, predict(model, text))
     rows = []
     for counts in settings:

@@ -13,7 +13,7 @@ from ..conversion.convert_site import ConvertedSite
 from ..families import Site
 from ..heads import Partition
 from ..heads.allocate import Counts
-from ..progress import Progress, silent
+from ..progress import step_done
 from .fitter import SiteFitter
 from .replaced_sites import Replacement
 
@@ -34,14 +34,13 @@ class SiteFits:
         method: str,
         refit: bool,
         refine_steps: int,
-        progress: Progress = silent,
     ) -> None:
         """Fits sites, one at a time, at each of the counts."""
         for site, fitter in fitters:
             heads = len(fitter.heads.query)
             self.kl_alone[site] = {(heads, heads): 0.0}
             for done, kept in enumerate(counts):
-                progress(f"fit {site.kind} {site.layer}", done, len(counts))
+                step_done(done / len(counts))
                 converted = fitter.convert(method, Partition.contiguous(heads, *kept), True, refit)
                 if refine_steps:
                     converted = fitter.refine(converted, refine_steps)
@@ -49,7 +48,6 @@ class SiteFits:
                 if kl is not None:
                     self.kl_alone[site][kept] = kl
                     torch.save(converted, self._file(site, kept))
-            progress(f"fit {site.kind} {site.layer}", len(counts), len(counts))
 
     def model(self, counts: Mapping[Site, Counts]) -> dict[Site, ConvertedSite] | None:
         """The fits of a model, those of sites that keep all heads left out; None where one was not finite."""

@@ -25,11 +25,12 @@ from ..families import Site
 from ..heads import check_head_counts
 from ..heads.allocate import Counts, some_head_counts
 from ..parse_amounts import check_seed
-from ..progress import Progress, in_notebooks
+from ..progress import Progress, Stages, in_notebooks, told_within
 from ..report.provenance import machine
 from ..speed.bench import bench
 from ..speed.settings import Settings
 from ..text.formats import TEXT_COLUMN
+from .planned_stages import LOAD, planned_stages
 from .preflight import check_run, fitted_to, prepared
 from .run import held_out_text
 from .run_options import RunOptions
@@ -37,6 +38,9 @@ from .sweep_points import Point, rank_correlation, with_frontier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+MEASURE, TIME = "measure", "time"
+"""stages"""
 
 FEW_HEADS = 8
 """of which every setting is tried"""
@@ -120,15 +124,22 @@ def sweep(
         tokenizer=str(tokenizer) if isinstance(tokenizer, Path) else tokenizer,
     )  # fmt: skip
     options = RunOptions(
-        data=data, text_column=text_column, device=device, seed=seed, trust_remote_code=trust_remote_code,
-        evaluate=False,
-    )  # fmt: skip
+        data=data,
+        text_column=text_column,
+        columns=None if data is None else calibration.columns,
+        device=device,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
     check_run(plan, opened, None, options)
-    work = _Sweeper(plan, opened, options, progress)
-    work.fit(settings)
-    points = with_frontier(work.points(settings))
-    if speed:
-        points = work.timed(points)
+    planned = [stage for stage in planned_stages(plan, options, False) if stage not in ("refine heads", "convert")]
+    stages = Stages(progress, [*planned, MEASURE, *([TIME] if speed else [])])
+    with told_within(stages):
+        work = _Sweeper(plan, opened, options, stages)
+        work.fit(settings)
+        points = with_frontier(work.points(settings))
+        if speed:
+            points = work.timed(points)
     device_used = device_name(choose_device(device))
     work.seconds["all"] = round(time.perf_counter() - start, 1)
     info = {
@@ -181,6 +192,7 @@ class _Sweeper:
         self.timed_tokens = min(LONGEST, self.plan.dimensions.context)
         device, start = choose_device(self.options.device), time.perf_counter()
         held_out = held_out_text(self.plan, self.source, self.options) if self.source.folder else ""
+        self.progress(LOAD, 0, 1)
         model = load_source(self.plan, self.source, self.options.trust_remote_code)
         self.calibrator = Calibrator(
             model, self.plan, self.source, device, self.options.seed, self.options.trust_remote_code, self.progress
@@ -198,9 +210,7 @@ class _Sweeper:
         start, fitting = time.perf_counter(), self.plan.calibration
         assert fitting is not None
         sites = self.calibrator.fitters("fit heads")
-        self.fits.add(
-            sites, settings, self.calibrator.replacement, METHOD, fitting.refit, fitting.refine_steps, self.progress
-        )
+        self.fits.add(sites, settings, self.calibrator.replacement, METHOD, fitting.refit, fitting.refine_steps)
         self._spent("fit", start)
 
     def points(self, settings: Sequence[Counts]) -> list[Point]:
@@ -210,12 +220,12 @@ class _Sweeper:
             layers = {kind: (setting,) * len(sites) for kind, sites in self._sites().items()}
             shared = cheapest(self.fits.kl_alone, setting)
             for allocation, counts in ((UNIFORM, layers), (ADAPTIVE, shared)):
-                self.progress("measure", done, 2 * len(settings))
+                self.progress(MEASURE, done, 2 * len(settings))
                 done += 1
                 if allocation == UNIFORM or counts != layers:
                     point = self._point(setting, allocation, counts)
                     found += [] if point is None else [point]
-        self.progress("measure", done, done)
+        self.progress(MEASURE, done, done)
         self._spent("measure", start)
         if not found:
             raise QualityError(f"{self.source.name}: no setting predicts anything finite")
@@ -265,7 +275,7 @@ class _Sweeper:
         )  # fmt: skip
         for point in points:
             if point.frontier:
-                self.progress("time", sum(p.frontier for p in result), frontier)
+                self.progress(TIME, sum(p.frontier for p in result), frontier)
                 fits = self.fits.model(self._by_site(point.layers))
                 model = build_model(self._plan_of(point.layers), self.source, fits or {})[0]
                 rows = bench({"source": self.calibrator.model, "converted": model}, settings)["rows"]
