@@ -3,10 +3,9 @@
     python benchmarks/allocation.py sample:gpt2 sample:t5
     python benchmarks/allocation.py build/strangers/signatures --heads 4/2
 
-Both are made as `sqa_convert.convert(source, q, kv, method="svd", allocation=…)` makes them, from text and statistics
-that are computed once a source, and measured with the fits in the source's place. A sample is measured on the built-in
-held-out text, a folder of benchmarks/strangers.py on its own held-out documents. Results are added to
-benchmarks/results/allocation.json.
+Both are made as `sqa_convert.convert(source, q, kv, method="svd", allocation=…)` makes them, without its polish, from
+text and statistics that are computed once a source. A sample is measured on the built-in held-out text, a folder of
+benchmarks/strangers.py on its own held-out documents. Results are added to benchmarks/results/allocation.json.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ import transformers
 from sqa_convert import resolve
 from sqa_convert.calibration.allocation import METHOD, cheapest, site_costs
 from sqa_convert.calibration.calibrate import Calibrator, load_source
-from sqa_convert.calibration.replaced_sites import Replacement
+from sqa_convert.conversion.build_model import build_model
 from sqa_convert.conversion.heads_by_layer import as_text
+from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Request
 from sqa_convert.evaluation.held_out_batches import HeldOut
 from sqa_convert.evaluation.held_out_text import prepare
-from sqa_convert.evaluation.measure import predict
+from sqa_convert.evaluation.measure import measure, predict
 from sqa_convert.heads import Partition
 from sqa_convert.pipeline.preflight import prepared
 
@@ -54,7 +55,7 @@ def held_out(source: str) -> HeldOut:
     return HeldOut([batch_of(rows[i : i + 64]) for i in range(0, len(rows), 64)], "its own documents", 0, CPU)
 
 
-def measure(source: str, settings: list[tuple[int, int]], seed: int) -> list[dict[str, Any]]:
+def measured(source: str, settings: list[tuple[int, int]], seed: int) -> list[dict[str, Any]]:
     """A row for each setting: KL with the same heads in each layer, with heads shared out, and where they went."""
     start, text = time.process_time(), held_out(source)
     opened, plan = prepared(source, Request(*max(settings), method=METHOD), lambda partitions: None)
@@ -72,16 +73,19 @@ def measure(source: str, settings: list[tuple[int, int]], seed: int) -> list[dic
             heads = plan.dimensions.heads
             if counts != (heads, heads):
                 fit = fitter.convert(METHOD, Partition.contiguous(heads, *counts), True, True)
-                fits[site, counts] = fitter.refine(fit, plan.calibration.refine_steps).heads
-    replacement = Replacement(model, plan, text, predict(model, text))
+                fits[site, counts] = fitter.refine(fit, plan.calibration.refine_steps)
+    expected = predict(model, text)
     rows = []
     for counts in settings:
         ways = {"uniform": dict.fromkeys(order, counts)}
         ways["adaptive"] = {site: shared[counts][site.kind][order[site]] for site in order}
         row: dict[str, Any] = {"source": Path(source).name, "heads": "/".join(map(str, counts)), "seed": seed}
         for way, kept in ways.items():
+            by_layer = {kind: [c for site, c in kept.items() if site.kind == kind] for kind in shared[counts]}
+            asked = replace(plan.request, q_groups=None, kv_groups=None, allocation=as_text(by_layer))
             chosen = {site: fits[site, c] for site, c in kept.items() if (site, c) in fits}
-            row[way] = round(replacement.kl(chosen), 5)
+            converted = build_model(make_plan(opened, asked), opened, chosen)[0]
+            row[way] = round(measure(predict(converted, text), expected).kl, 5)
         row |= {"share": round(row["adaptive"] / row["uniform"], 3), "layers": as_text(shared[counts])}
         print(row, flush=True)
         rows.append(row)
@@ -97,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = [tuple(map(int, word.split("/"))) for word in options.heads.split(",")]
     for source in options.sources:
-        rows = measure(source, settings, options.seed)
+        rows = measured(source, settings, options.seed)
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
         results["rows"] += rows
         results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -16,7 +16,7 @@ from sqa_convert.errors import RecipeError
 from sqa_convert.heads.allocate import allocate, head_counts
 from sqa_convert.pipeline.preflight import prepared
 
-SHORT = Calibration(tokens=2048, refine_steps=4)
+SHORT = Calibration(tokens=2048, refine_steps=4, polish_steps=0)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -15,7 +15,7 @@ from sqa_convert.errors import RecipeError
 from sqa_convert.pipeline.sweep import default_settings
 from sqa_convert.pipeline.sweep_points import Point, Target, pick, rank_correlation, with_frontier
 
-SHORT = Calibration(tokens=2048, refine_steps=4)
+SHORT = Calibration(tokens=2048, refine_steps=4, polish_steps=0)
 FEW = ["--settings", "3/1,2/1", "--calibration-tokens", "2048", "--refine-steps", "0", "--no-speed"]
 
 
@@ -89,6 +89,14 @@ def test_a_point_is_what_its_conversion_gives(make):
     assert (shared or make is t5) and all(p.predicted_kl <= even[p.q_groups, p.kv_groups].predicted_kl for p in shared)
     assert all((p.flops, p.cache) == (even[p.q_groups, p.kv_groups].flops, p.cache) for p in shared)
     json.dumps(points.to_json())
+
+
+@pytest.mark.integration
+def test_a_point_is_measured_as_its_conversion_is():
+    few = Calibration(tokens=2048, refine_steps=0, polish_steps=0)
+    (point,) = sweep("sample:gpt2", [(8, 4)], calibration=few, speed=False)
+    made = convert("sample:gpt2", 8, 4, method="svd", calibration=few)
+    assert point.kl == pytest.approx(made.evaluate()["model"]["kl"], rel=1e-3)
 
 
 def test_the_frontier_is_timed():

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..conversion.plan import Plan
 from ..errors import QualityError
 from ..evaluation.held_out_batches import HeldOut
-from ..evaluation.measure import Predictions, Quality, measure, predict
+from ..evaluation.measure import Predictions, measure, predict
 from ..families import Site
 from ..heads import AttentionHeads
 from .activations import module_at
@@ -27,19 +27,15 @@ class Replacement:
     plan: Plan
     """of a conversion of it: how its sites attend"""
     text: HeldOut
+    """rows that begin at position 0 and are padded at the end, as calibration's are: of no packed documents"""
     source: Predictions
     """of the model on that text"""
 
     def kl(self, heads: Mapping[Site, AttentionHeads]) -> float | None:
         """KL divergence to the model as it is, nats a token, with these heads in its sites; None if not finite."""
-        quality = self.quality(heads)
-        return None if quality is None else quality.kl
-
-    def quality(self, heads: Mapping[Site, AttentionHeads]) -> Quality | None:
-        """What the model predicts with these heads in its sites; None where that is not finite."""
         with self._in_place(heads):
             try:
-                return measure(predict(self.model, self.text), self.source)
+                return measure(predict(self.model, self.text), self.source).kl
             except QualityError:
                 return None
 

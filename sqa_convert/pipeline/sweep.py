@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.allocation import METHOD, cheapest
 from ..calibration.calibrate import Calibrator, load_source
-from ..calibration.replaced_sites import Replacement
 from ..calibration.site_fits import SiteFits
 from ..caller_settings import undisturbed
 from ..checkpoints.source import Source
@@ -20,7 +19,7 @@ from ..conversion.plan import Plan, make_plan
 from ..conversion.request import CALIBRATED, Calibration, Request
 from ..devices import choose_device, device_name
 from ..errors import QualityError, RecipeError
-from ..evaluation.measure import predict
+from ..evaluation.measure import measure, predict
 from ..families import Site
 from ..heads import check_head_counts
 from ..heads.allocate import Counts, some_head_counts
@@ -89,8 +88,9 @@ def sweep(
 ) -> Sweep:
     """What a model loses and costs at many numbers of heads, to choose among them.
 
-    Every attention is fitted to what it does on text once at each setting, as `convert` with "svd" does; models are put
-    together from these fits, each setting with the same heads in all layers, and with as many shared out among layers.
+    Every attention is fitted to what it does on text once at each setting, as `convert` with "svd" does before it
+    polishes; models are put together from these fits, each setting with the same heads in all layers, and with as many
+    shared out among layers.
 
     Args:
         source: a hub id, a folder, a sample, or a model in memory.
@@ -132,7 +132,9 @@ def sweep(
         trust_remote_code=trust_remote_code,
     )
     check_run(plan, opened, None, options)
-    planned = [stage for stage in planned_stages(plan, options, False) if stage not in ("refine heads", "convert")]
+    planned = [
+        stage for stage in planned_stages(plan, options, False) if stage not in ("refine heads", "polish", "convert")
+    ]
     stages = Stages(progress, [*planned, MEASURE, *([TIME] if speed else [])])
     with told_within(stages):
         work = _Sweeper(plan, opened, options, stages)
@@ -198,7 +200,7 @@ class _Sweeper:
             model, self.plan, self.source, device, self.options.seed, self.options.trust_remote_code, self.progress
         )
         self.text = self.calibrator.replacement.text if isinstance(held_out, str) else held_out
-        self.measured = Replacement(model, self.plan, self.text, predict(model, self.text))
+        self.expected = predict(model, self.text)
         self.fits = SiteFits()
         self._spent("text", start)
 
@@ -244,12 +246,16 @@ class _Sweeper:
 
     def _point(self, setting: Counts, allocation: str, counts: CountsByLayer) -> Point | None:
         """None where the model predicts nothing finite."""
-        by_site = self._by_site(counts)
+        by_site, plan = self._by_site(counts), self._plan_of(counts)
         fits = self.fits.model(by_site)
-        quality = None if fits is None else self.measured.quality({site: fit.heads for site, fit in fits.items()})
-        if quality is None or quality.kl is None or quality.top1 is None:
+        if fits is None:
             return None
-        plan = self._plan_of(counts)
+        try:
+            model = build_model(plan, self.source, fits)[0].float()
+            quality = measure(predict(model, self.text), self.expected)
+        except QualityError:
+            return None
+        assert quality.kl is not None and quality.top1 is not None
         before, after = plan.before, plan.after
         return Point(
             q_groups=setting[0],
