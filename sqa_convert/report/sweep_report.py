@@ -67,7 +67,8 @@ def frontier_picture(result: Mapping[str, Any], kind: str) -> bytes:
             values = [min(p["kl"], MOST_NATS) for p in shown]
             panel.scatter([p[key] for p in shown], values, s=18, color=colour, label=allocation)
     frontier = sorted((p for p in points if p["frontier"]), key=lambda p: (p["cost"], -p["kl"]))
-    cost.plot([p["cost"] for p in frontier], [p["kl"] for p in frontier], color=_COLOURS["adaptive"], linewidth=0.8)
+    line = [p for i, p in enumerate(frontier) if all(p["kl"] < cheaper["kl"] for cheaper in frontier[:i])]
+    cost.plot([p["cost"] for p in line], [p["kl"] for p in line], color=_COLOURS["adaptive"], linewidth=0.8)
     step = -(-len(frontier) // _MOST_NAMED)
     for point in frontier:
         if point["knee"] or frontier.index(point) % step == 0:
