@@ -344,6 +344,41 @@ def test_attention_of_any_shape_is_converted_and_what_cannot_be_stays():
     assert "stays: no batch reaches it" in str(result)
 
 
+def test_masks_that_are_causal_in_some_batches_alone():
+    """The last batches are held out: here alone they have another mask, or alone the causal one."""
+    later = torch.ones(LENGTH, LENGTH).triu(1).bool()
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)}).eval()
+    run = lambda model, batch: model["a"](batch[0], batch[0], batch[0], attn_mask=batch[1])[0]  # noqa: E731
+    x = torch.randn(4, 30, LENGTH, WIDTH)
+    for masks in ((later, later, later, None), (None, None, None, later)):
+        batches = list(zip(x, masks, strict=True))
+        same = sqa_convert.convert_modules(model, 3, 3, calibration=batches, run=run, refine_steps=0).report
+        entry = same["modules"][0]
+        assert entry["error"] == pytest.approx(same["output_error"], rel=0.05)  # of the same module on the same batches
+
+
+def test_modules_that_not_all_batches_reach():
+    model = nn.ModuleDict({n: nn.MultiheadAttention(WIDTH, HEADS, batch_first=True) for n in ("a", "b")})
+    run = lambda model, batch: model[batch[0]](batch[1], batch[1], batch[1])[0]  # noqa: E731
+    batches = [(n, torch.randn(20, LENGTH, WIDTH)) for n in "aaaab"]  # the last is held out
+    result = sqa_convert.convert_modules(model, 2, 2, calibration=batches, run=run, **FAST)
+    assert [entry["module"] for entry in result.report["modules"]] == ["a", "b"]
+    assert result.report["calibration"]["held_out_positions"] == 8 * LENGTH  # a tenth of what `a` reads
+
+
+def test_what_counts_in_nothing_stays():
+    """All of it is padding."""
+    model, x = Classifier(), torch.randn(4, LENGTH, WIDTH)
+    batches = [{"x": x, "padding": torch.ones(4, LENGTH).bool()}] * 2
+    run = lambda model, batch: model.encoder.layers[0].self_attn(  # noqa: E731
+        batch["x"], batch["x"], batch["x"], key_padding_mask=batch["padding"])[0].nan_to_num()  # fmt: skip
+    result = sqa_convert.convert_modules(model, 2, 2, calibration=batches, run=run, **FAST)
+    kept = result.report["kept"]
+    assert kept["encoder.layers.1.self_attn"] == "no batch reaches it"
+    assert kept["encoder.layers.0.self_attn"] == "nothing that it reads counts"
+    assert result.report["modules"] == [] and "stays" in str(result)
+
+
 def test_a_module_in_two_places_is_one_afterwards():
     model = nn.ModuleDict({"a": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
     model["b"] = model["a"]

@@ -104,14 +104,15 @@ def fit_to_batches(
     positions = [0, 0]
     for name, module, seen in _watched(runner, called, batches):
         progress(STAGES[1], names.index(name), len(names))
-        if any(part.masks_differ for part in seen):
-            fitted.kept[name] = "its masks differ by head"
-            continue
-        inputs = _split(seen[0].inputs) if batches.single else (seen[0].inputs, seen[1].inputs)
+        causal = all(part.causal for part in seen)
+        inputs = _parts([part.inputs(causal) for part in seen])
         counts = [sum(one.positions for one in part) for part in inputs]
+        if any(part.masks_differ for part in seen) or not all(counts):
+            differ = any(part.masks_differ for part in seen)
+            fitted.kept[name] = "its masks differ by head" if differ else "nothing that it reads counts"
+            continue
         positions = [max(pair) for pair in zip(positions, counts, strict=True)]
         fewest = min(fewest, counts[0] / (len(planned[name].clusters) * module.head_dim + 1))
-        causal = all(part.causal for part in seen)
         fitter = SiteFitter(
             attention_of(module, causal), heads_of(module), *inputs, metrics.get(name), runner.device,
             _generator(seed, name),
@@ -152,8 +153,12 @@ def _watched(
             yield name, module, [part.pop(name) for part in seen]
 
 
-def _split(inputs: list[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
-    """Sequences to fit and the last tenth, at least one, held out; of a single one both."""
+def _parts(given: list[list[Inputs]]) -> tuple[list[Inputs], list[Inputs]]:
+    """What is fitted and what is held out. Where all is of one part, the last tenth of its sequences, at least one, is
+    held out; a single sequence is both."""
+    if len(given) == 2 and all(given):
+        return given[0], given[1]
+    inputs = [one for part in given for one in part]
     total = sum(map(len, inputs))
     if total == 1:
         return inputs, inputs

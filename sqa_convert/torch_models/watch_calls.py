@@ -31,9 +31,9 @@ class Seen:
         """Whether it attends causally in every call."""
         return all(call.causal for call in self.calls)
 
-    @property
-    def inputs(self) -> list[Inputs]:
-        return [call.inputs if self.causal else call.explicit for call in self.calls]
+    def inputs(self, causal: bool) -> list[Inputs]:
+        """Of an attention that is taken for causal, or is told of it by masks."""
+        return [call.inputs if causal else call.explicit for call in self.calls]
 
     @property
     def positions(self) -> int:
