@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sqa_convert import convert
-from sqa_convert.evaluation.standard_errors import DocumentSums, document_numbers, gain, standard_error
+from sqa_convert.evaluation.standard_errors import DocumentSums, by_position, document_numbers, gain, standard_error
 from sqa_convert.report.report_json import read_report
 from sqa_convert.report.verdict import RECIPES, verdict
 from sqa_convert.report.write import write_report
@@ -132,6 +132,14 @@ def test_documents_of_a_block_are_told_apart():
     batch = {"labels": torch.zeros(2, 5), "position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]])}
     assert document_numbers(batch, True, 3).tolist() == [3, 4, 4, 4, 5, 5, 5, 6]
     assert document_numbers({"labels": torch.zeros(2, 2)}, False, 0).tolist() == [0, 0, 1, 1]
+
+
+def test_positions_begin_again_with_each_document():
+    documents = torch.tensor([0] * 20 + [2] * 9)
+    values = torch.cat([torch.arange(1, 21), torch.arange(1, 10)]).double()
+    found = by_position(values, documents)
+    assert [(part["from"], part["to"]) for part in found] == [(1, 8), (9, 16), (17, 32)]
+    assert [part["mean"] for part in found] == pytest.approx([4.5, 109 / 9, 18.5], abs=1e-6)
 
 
 @pytest.fixture(scope="module")

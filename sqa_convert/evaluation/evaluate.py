@@ -93,6 +93,8 @@ def compare(
             against = sums.get(next(iter(models)))
             quality, sums[name] = measured_by_document(predictions, source, against)
             result[name] = asdict(quality) | ({} if also is None else also(model))
+            if sums[name].kl_by_position is not None:
+                result[name]["kl_by_position"] = sums[name].kl_by_position
             if name in gains:
                 result[name]["gain"] = gain(sums[gains[name]], sums[name])
             if fit is None:

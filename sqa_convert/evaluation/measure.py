@@ -15,7 +15,7 @@ from ..progress import step_done
 from ..text.collate import IGNORED
 from ..text.suitability import misfits
 from .held_out_batches import HeldOut
-from .standard_errors import DocumentSums, document_numbers, standard_error
+from .standard_errors import DocumentSums, by_position, document_numbers, standard_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,7 +139,10 @@ def _by_document(documents: Tensor | None, losses: list[Tensor], divergences: li
     def of(values: Tensor) -> Tensor:
         return torch.zeros(int(numbers.max()) + 1, dtype=torch.float64).index_add(0, numbers, values)
 
-    return DocumentSums(of(torch.ones_like(loss)), of(loss), of(torch.cat(divergences)) if divergences else None)
+    if not divergences:
+        return DocumentSums(of(torch.ones_like(loss)), of(loss))
+    kl = torch.cat(divergences)
+    return DocumentSums(of(torch.ones_like(loss)), of(loss), of(kl), by_position(kl, numbers))
 
 
 def made_for(model: Any, held_out: HeldOut) -> bool:

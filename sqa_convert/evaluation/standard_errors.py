@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FIRST_POSITIONS = 8
+"""of a document that are taken together; each later range is as long as all before it"""
+
 
 @dataclass(frozen=True)
 class DocumentSums:
@@ -19,6 +22,8 @@ class DocumentSums:
     """(documents,)"""
     kl: Tensor | None = None
     """(documents,)"""
+    kl_by_position: list[dict[str, float]] | None = None
+    """as of `by_position`"""
 
 
 def standard_error(sums: Tensor, counts: Tensor) -> float | None:
@@ -37,6 +42,26 @@ def standard_error(sums: Tensor, counts: Tensor) -> float | None:
         return None
     residual = sums - sums.sum() / counts.sum() * counts
     return math.sqrt(float(residual.square().sum()) * documents / (documents - 1)) / float(counts.sum())
+
+
+def by_position(values: Tensor, documents: Tensor) -> list[dict[str, float]]:
+    """The mean of what was measured by how far into its document: [{"from", "to" (both count from 1), "mean"}].
+
+    Args:
+        values: (N,) of tokens, document by document.
+        documents: (N,) each one's document.
+    """
+    places = torch.arange(len(documents))
+    first = torch.full((int(documents.max()) + 1,), len(documents)).scatter_reduce(0, documents, places, "amin")
+    position = places - first[documents] + 1
+    result, start = [], 1
+    while start <= int(position.max()):
+        end = max(FIRST_POSITIONS, 2 * (start - 1))
+        inside = (position >= start) & (position <= end)
+        if bool(inside.any()):
+            result.append({"from": start, "to": end, "mean": round(float(values[inside].mean()), 6)})
+        start = end + 1
+    return result
 
 
 def gain(before: DocumentSums, after: DocumentSums) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .formatting import perplexity
 from .layers_picture import differ, layers_picture
-from .page_bars import error_bars, quality_bars, speed_bars
+from .page_bars import error_bars, position_bars, quality_bars, speed_bars
 from .pictures import heads_picture, similarity_colour, training_pictures
 from .sentences import presented
 from .speed_table import speed_details, speed_rows
@@ -43,7 +43,7 @@ def report_page(report: dict[str, Any], similarity: bytes | None = None) -> str:
         cost=costs(report),
         quality=rows if rows[1] else None,
         quality_bars=quality_bars(quality, ROWS),
-        errors=error_bars(sites),
+        errors=[*error_bars(sites), *position_bars(last_quality(report))],
         samples=[{name: text[name] for name in _MODELS if name in text} for text in report.get("samples", [])],
         heads=[
             Markup(heads_picture(site["partition"], f"{site['kind']} {site['layer']}", likeness, (low, high)))

@@ -83,6 +83,13 @@ def error_bars(sites: Sequence[Mapping[str, Any]]) -> list[Bars]:
     return result
 
 
+def position_bars(row: Mapping[str, Any] | None) -> list[Bars]:
+    """KL by how far into its document a token stands; none where that was not measured."""
+    found = (row or {}).get("kl_by_position") or []
+    figures = [(f"{part['from']:,}–{part['to']:,}", part["mean"], nats(part["mean"]), "converted") for part in found]
+    return [logarithmic("KL by position in the document", figures)] if len(figures) > 1 else []
+
+
 def speed_bars(speed: Mapping[str, Any]) -> list[Bars]:
     """How many times as fast as the first model each other one is, with what counting promises as a mark."""
     result = []
