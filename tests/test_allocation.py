@@ -10,6 +10,7 @@ from helpers import gpt2, t5
 
 from sqa_convert import Calibration, convert
 from sqa_convert.calibration.calibrate import Calibrator
+from sqa_convert.cli.convert import main
 from sqa_convert.conversion.heads_by_layer import as_text, counts_of
 from sqa_convert.conversion.request import Request
 from sqa_convert.errors import RecipeError
@@ -105,3 +106,11 @@ def test_heads_go_where_predictions_need_them():
     assert [made.model.config.heads("decoder", layer) for layer in range(3)] == [(1, 1), (4, 4), (1, 1)]
     even = convert(source, 2, 2, calibration=SHORT).report["calibration"]["kl"]
     assert made.report["calibration"]["kl"] < even / 10
+
+
+def test_a_dry_run_says_that_heads_are_shared_out_later(monkeypatch, called, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = ["sample:gpt2", "--q-groups", "8", "--kv-groups", "4", "--dry-run"]
+    code, out, _ = called(main, *asked, "--allocation", "adaptive")
+    assert code == 0 and "how many each keeps is found on text" in out and "gpt2-sqa-q8kv4-by-layer" in out
+    assert "found on text" not in called(main, *asked)[1]

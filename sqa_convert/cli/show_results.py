@@ -46,6 +46,8 @@ def show_plan(out: Out, plan: Plan, report: dict[str, Any]) -> None:
     out.table(f"{report['source']['name']} → {report['output']} (not written)", *costs(report))
     for line in (*source_lines(report), *left_lines(report), *heads_lines(report)):
         out.result(line)
+    if plan.request.adaptive:
+        out.result("heads of each layer on average; how many each keeps is found on text")
     for file, tensors in plan.shards.items():
         out.result(f"{file}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:,.1f} MB")
         if out.verbose:
