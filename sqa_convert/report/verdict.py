@@ -35,6 +35,9 @@ NAIVE = ("mean", "first", "select")
 SHORT, LONG = 256, 1024
 """tokens of a sequence of the recipe for small models, and of those for the others"""
 
+_MEASURED = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForTextEncoding")
+"""classes whose models sqa-eval measures"""
+
 RECIPES = {
     "decoder": (("quick", 3e7, 300_000), ("gpt2-small", 2e8, 100_000_000), ("gpt2-medium", 1e9, 100_000_000)),
     "encoder": (("quick", 3e7, 300_000), ("t5-small", 1.5e8, 100_000_000), ("t5-base", 1e9, 100_000_000)),
@@ -119,7 +122,7 @@ def _no_text(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
     if row is not None:
         return "What was measured is not the loss on text.", "use it on your task, and compare", ""
     why = f": {report['not_measured']}" if report.get("not_measured") else ""
-    if auto_class(dict(report)) not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+    if auto_class(dict(report)) not in _MEASURED:
         return f"Nothing was measured{why or ', for it predicts no text'}.", "measure it on your task", ""
     lost = f"Nothing was measured{why}: how much was lost is not known."
     return lost, "give text: measure it", f"sqa-eval {_folder(report)} --data TEXT"
