@@ -45,7 +45,7 @@ SAYS = [
     (lambda: convert(GPT2, 8, 4, calibration=Calibration(length=2)), "Calibration(length=2): give 8 or more tokens"),
     (lambda: convert(GPT2, 8, 4, calibration=Calibration(refine_steps=-1)), "Calibration(refine_steps=-1): give 0 or"),
     (lambda: convert(GPT2, 8, 4, "mean", calibration="stdlib"),
-     "calibration: mean fits nothing; add Calibration(refit=True) or Calibration(refine_steps=…)"),
+     "calibration: mean fits nothing; add Calibration(refit=True), Calibration(refine_steps=…) or Calibration(polish_steps"),
     (lambda: convert(T5, 8, 4, calibration=Calibration(prompts="none.txt")),
      "Calibration(prompts=…) are for decoder-only language models"),
     (lambda: convert(GPT2, 8, 4, seed=-1), "seed=-1: give a whole number"),
@@ -98,6 +98,8 @@ def test_every_flag_in_a_message_is_of_an_argument():
         bench,
         bench_layers,
         sqa_convert.prepare,
+        sqa_convert.convert_modules,
+        sqa_convert.sweep,
         verify,
     ]
     known = {flag for function in functions for flag in _arguments(function, {})}
