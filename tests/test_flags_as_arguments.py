@@ -45,7 +45,7 @@ SAYS = [
     (lambda: convert(GPT2, 8, 4, calibration=Calibration(length=2)), "Calibration(length=2): give 8 or more tokens"),
     (lambda: convert(GPT2, 8, 4, calibration=Calibration(refine_steps=-1)), "Calibration(refine_steps=-1): give 0 or"),
     (lambda: convert(GPT2, 8, 4, "mean", calibration="stdlib"),
-     "calibration: mean fits nothing; add Calibration(refit=True), Calibration(refine_steps=…) or Calibration(polish_steps"),
+     "calibration: mean fits nothing; add Calibration(refit=True), Calibration(refine_steps=…) or Calibration("),
     (lambda: convert(T5, 8, 4, calibration=Calibration(prompts="none.txt")),
      "Calibration(prompts=…) are for decoder-only language models"),
     (lambda: convert(GPT2, 8, 4, seed=-1), "seed=-1: give a whole number"),
