@@ -3,10 +3,12 @@
 import itertools
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
 from helpers import gpt2, t5
+from transformers import T5EncoderModel
 
 from sqa_convert import Calibration, convert
 from sqa_convert.calibration.calibrate import Calibrator
@@ -54,7 +56,8 @@ def test_counts_are_read_as_they_are_written(text):
         ({"allocation": "8/4,4/2", "q_groups": 8}, "leave out q_groups"),
         ({"allocation": "8/4"}, "1 counts of decoder, which has 2 layers"),
         ({"allocation": "8/4,8/3"}, "kv_groups=3 must divide q_groups=8"),
-        ({"allocation": "encoder:8/4,8/4"}, "what is converted is decoder"),
+        ({"allocation": "encoder:8/4,8/4"}, "is of encoder: what is converted is decoder"),
+        ({"allocation": {"decoders": ((8, 4), (8, 4))}}, "is of decoders: what is converted is decoder"),
         ({"allocation": "adaptive"}, "give q_groups"),
         ({"allocation": "adaptive", "q_groups": 8, "kv_groups": 4, "calibration": None}, "needs text"),
         ({"allocation": "adaptive", "q_groups": 8, "kv_groups": 4, "method": "mean"}, "needs text"),
@@ -65,7 +68,13 @@ def test_what_cannot_be_shared_out_is_refused(asked, says):
         convert(gpt2(), **asked)
 
 
-@pytest.mark.parametrize("make", [gpt2, t5], ids=["gpt2", "t5"])
+def test_of_an_encoder_nothing_tells_what_layers_cost():
+    encoder = T5EncoderModel(t5().config)
+    with pytest.raises(RecipeError, match="T5EncoderModel has no language model head"):
+        convert(encoder, 8, 4, allocation="adaptive")
+
+
+@pytest.mark.parametrize("make", [gpt2, t5, partial(t5, family="umt5")], ids=["gpt2", "t5", "umt5"])
 def test_heads_put_into_the_source_predict_as_the_converted_model_does(make):
     source, plan = prepared(make(), Request(6, 3, calibration=SHORT), lambda partitions: None)
     calibrator = Calibrator(source.model, plan, source, torch.device("cpu"), 0)

@@ -133,6 +133,11 @@ def test_imports_point_one_way(path):
             assert floor[target] > floor[mine], f"{path.name} imports {target}"
 
 
+def test_the_floors_are_told_to_contributors():
+    told = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    assert [name for floor in FLOORS for name in sorted(floor) if f"`{name}`" not in told] == []
+
+
 def test_no_modules_import_each_other_in_a_circle():
     imports = {path: inside(path) - {path} for path in SOURCES if path.name != "__init__.py"}
     while True:

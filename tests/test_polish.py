@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 from helpers import gpt2, t5, tokens
+from transformers import T5EncoderModel
 
 from sqa_convert import Calibration, convert
 from sqa_convert.calibration import keep_polish, polish
 from sqa_convert.conversion import request
+from sqa_convert.errors import RecipeError
 from sqa_convert.report.sentences import calibration_lines
 
 HOW = Calibration(tokens=600, refine_steps=1)
@@ -44,6 +46,11 @@ def test_the_folder_holds_what_was_trained_in_the_checkpoints_dtype(tmp_path):
     assert all(
         torch.equal(tensor, in_memory[name]) and tensor.dtype == torch.bfloat16 for name, tensor in written.items()
     )
+
+
+def test_what_predicts_nothing_cannot_be_polished():
+    with pytest.raises(RecipeError, match="no language model head"):
+        convert(T5EncoderModel(t5().config), 6, 3, calibration=dataclasses.replace(HOW, polish_steps=8))
 
 
 def test_what_polish_makes_worse_is_not_kept(monkeypatch):

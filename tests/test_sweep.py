@@ -111,7 +111,11 @@ def test_the_frontier_is_timed():
         ({"settings": [(12, 12)]}, "below 12/12"),
         ({"settings": []}, "below 12/12"),
         ({"settings": [(13, 1)]}, "12 heads"),
+        ({"settings": [8, 4]}, r"settings \[8, 4\]: give pairs"),
+        ({"settings": "8/4"}, "give pairs"),
         ({"calibration": Calibration(refine_steps=-1)}, "0 or more"),
+        ({"calibration": None}, "give a Calibration"),
+        ({"calibration": ["some text"]}, "give a Calibration"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(asked, says):

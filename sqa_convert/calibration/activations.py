@@ -37,8 +37,7 @@ def capture(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             if crosses and site == crosses[0]:
-                states = kwargs["key_value_states" if "key_value_states" in kwargs else "encoder_hidden_states"]  # UMT5
-                memory.append(states.float().cpu())
+                memory.append(read_by_cross(kwargs).float().cpu())
             attended = {"encoder": counted["encoder"], "cross": counted["encoder"]}.get(site.kind)
             own = memory[0] if site.kind == "cross" else None
             seen[site].append(Inputs(hidden.float().cpu(), own, counted[site.kind], attended))
@@ -78,6 +77,12 @@ def positions(model: Any, batch: Batch) -> dict[str, Tensor | None]:
 
 def _unless_all(mask: Tensor | None) -> Tensor | None:
     return None if mask is None or bool(mask.all()) else mask.bool()
+
+
+def read_by_cross(kwargs: dict[str, Any]) -> Tensor:
+    """What a cross-attention reads, out of the arguments of its call: T5 and UMT5 name it differently."""
+    states: Tensor = kwargs["key_value_states" if "key_value_states" in kwargs else "encoder_hidden_states"]
+    return states
 
 
 def module_at(model: nn.Module, prefix: str) -> nn.Module:

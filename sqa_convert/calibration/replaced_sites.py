@@ -15,7 +15,7 @@ from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.measure import Predictions, measure, predict
 from ..families import Site
 from ..heads import AttentionHeads
-from .activations import module_at
+from .activations import module_at, read_by_cross
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Replacement:
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            memory = kwargs["key_value_states"] if site.kind == "cross" else None
+            memory = read_by_cross(kwargs) if site.kind == "cross" else None
             attended = padding[0] if site.kind in ("encoder", "cross") else None
             return (attention.layer(weights, hidden, memory, attended), *output[1:])
 

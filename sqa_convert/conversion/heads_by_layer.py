@@ -19,10 +19,15 @@ CountsByLayer = Mapping[str, tuple[tuple[int, int], ...]]
 _WAYS = f"choose {UNIFORM} or {ADAPTIVE}, or give counts of every layer such as 4/2,8/4,10/5,10/5"
 
 
-def as_text(counts: CountsByLayer) -> str:
-    """Counts as `counts_of` takes them: "4/2,8/4", of several kinds "encoder:8/4,8/4,decoder:4/2,6/3"."""
+def as_text(counts: CountsByLayer, named: bool = False) -> str:
+    """Counts as `counts_of` takes them: "4/2,8/4", of several kinds "encoder:8/4,8/4,decoder:4/2,6/3".
+
+    Args:
+        counts: of every layer.
+        named: write the kind even where there is one.
+    """
     layers = {kind: ",".join(f"{q}/{kv}" for q, kv in each) for kind, each in counts.items()}
-    return ",".join(layers.values() if len(layers) == 1 else (f"{kind}:{text}" for kind, text in layers.items()))
+    return ",".join(f"{kind}:{text}" if kind and (named or len(layers) > 1) else text for kind, text in layers.items())
 
 
 def counts_of(asked: Any) -> CountsByLayer | None:
@@ -33,7 +38,7 @@ def counts_of(asked: Any) -> CountsByLayer | None:
     if asked in (UNIFORM, ADAPTIVE):
         return None
     if isinstance(asked, Mapping):
-        asked = as_text(asked) if asked and all(_are_pairs(each) for each in asked.values()) else asked
+        asked = as_text(asked, named=True) if asked and all(_are_pairs(each) for each in asked.values()) else asked
     if not isinstance(asked, str) or not asked:
         raise RecipeError(f"--allocation {shown(asked)}: {_WAYS}")
     counts: dict[str, list[tuple[int, int]]] = {}
@@ -71,7 +76,8 @@ def counts_by_site(
         counts = {next(iter(kinds)): counts[""]}
     if set(counts) != set(kinds):
         have = f"{', '.join(kinds)}: write {next(iter(kinds))}:8/4,… for each" if len(kinds) > 1 else next(iter(kinds))
-        raise RecipeError(f"--allocation {as_text(counts)}: what is converted is {have}")
+        given = ", ".join(filter(None, counts)) or "no kind of attention by name"
+        raise RecipeError(f"--allocation is of {given}: what is converted is {have}")
     for kind in (kind for kind in site_kinds(family, config) if kind in kinds):
         sites = [site for site in family.sites(config) if site.kind == kind]
         if len(counts[kind]) != len(sites):

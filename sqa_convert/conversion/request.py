@@ -170,6 +170,11 @@ class Request:
                 f"--allocation {ADAPTIVE} needs text that heads are fitted on: leave out --no-calibration, and with "
                 "--method mean, first or select add --refit"
             )
+        if self.adaptive and not family.has_language_model_head(config):
+            raise RecipeError(
+                f"--allocation {ADAPTIVE} goes by what a model predicts, and a {family.source_architecture(config)} "
+                "has no language model head: give counts of every layer, or leave it out"
+            )
         if by_layer is None:
             return planned_partitions(family, config, kinds, counts, given)
         heads, kept = family.dimensions(config).heads, counts_by_site(by_layer, family, config, kinds, counts)

@@ -29,11 +29,12 @@ from ..report.provenance import machine
 from ..speed.bench import bench
 from ..speed.settings import Settings
 from ..text.formats import TEXT_COLUMN
+from ..text.python_data import repeatable
 from .planned_stages import LOAD, planned_stages
 from .preflight import check_run, fitted_to, prepared
 from .run import held_out_text
 from .run_options import RunOptions
-from .sweep_points import Point, rank_correlation, with_frontier
+from .sweep_points import Point, pairs_of, rank_correlation, with_frontier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +119,11 @@ def sweep(
         CheckpointError, UnsupportedModelError, DataError, QualityError: as `convert`.
     """
     check_seed(seed)
-    start = time.perf_counter()
+    if not isinstance(calibration, Calibration):
+        raise RecipeError(f"--calibration of {type(calibration).__name__}: give a Calibration, its text as `text`")
+    data, start = repeatable(data), time.perf_counter()
+    calibration = replace(calibration, text=repeatable(calibration.text))
+    sites = sites if isinstance(sites, str | None) else ",".join(sites)
     opened, plan, settings = _planned(
         source, settings, sites, calibration, data, text_column, revision=revision, subfolder=subfolder,
         tokenizer=str(tokenizer) if isinstance(tokenizer, Path) else tokenizer,
@@ -147,7 +152,7 @@ def sweep(
     info = {
         "schema": 1,
         "source": opened.name,
-        "asked_sites": sites if isinstance(sites, str | None) else ",".join(sites),
+        "asked_sites": sites,
         "source_heads": plan.dimensions.heads,
         "data": work.text.name,
         "tokens": work.text.tokens or work.calibrator.text.held_out_tokens,
@@ -171,7 +176,7 @@ def _planned(
     if heads == 1 or not first.has_language_model_head:
         lacking = "only one head" if heads == 1 else "no language model head, so nothing tells what layers cost"
         raise RecipeError(f"{opened.name} has {lacking}: there is nothing to sweep")
-    chosen = list(dict.fromkeys(default_settings(heads) if settings is None else ((q, kv) for q, kv in settings)))
+    chosen = default_settings(heads) if settings is None else pairs_of(settings)
     for counts in chosen:
         check_head_counts(heads, *counts)
     if not chosen or (heads, heads) in chosen:

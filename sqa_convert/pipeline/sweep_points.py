@@ -10,6 +10,7 @@ from typing import Any
 
 from ..conversion.heads_by_layer import UNIFORM, CountsByLayer, as_text
 from ..errors import RecipeError, shown
+from ..heads.allocate import Counts
 
 MEASURES = {
     "kl": "KL divergence to the source on held-out text, nats a token",
@@ -77,6 +78,15 @@ class Point:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"cost": self.cost, "name": self.name}
+
+
+def pairs_of(settings: Any) -> list[Counts]:
+    """Settings of a sweep as (Hq, Hkv), each once. Raises RecipeError where they are not pairs."""
+    if isinstance(settings, Iterable) and not isinstance(settings, str):
+        pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in settings]
+        if all(len(pair) == 2 for pair in pairs):
+            return list(dict.fromkeys(pairs))
+    raise RecipeError(f"--settings {shown(settings)}: give pairs such as (8, 4)")
 
 
 def with_frontier(points: Sequence[Point]) -> list[Point]:
