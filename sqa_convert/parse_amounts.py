@@ -42,6 +42,12 @@ def check_seed(seed: int) -> int:
     return seed
 
 
+def check_steps(steps: int | None, flag: str) -> None:
+    """Raises RecipeError for what is no number of steps; None is what suits."""
+    if steps is not None and (isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 0):
+        raise RecipeError(f"{flag} {str(steps)[:100]}: give 0 or more whole steps")
+
+
 def parse_size(text: str, flag: str = "--max-shard-size") -> int:
     """Bytes of "300MB", "5GB" (powers of ten) or "5GiB", at least LEAST_SHARD. Raises RecipeError."""
     match = _SIZE.fullmatch(str(text).strip())

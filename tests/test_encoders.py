@@ -111,6 +111,8 @@ def test_a_gpt2_without_a_head_is_measured_too():
     other = GPT2Model(config.__class__(**{**config.to_dict(), "n_layer": 1})).eval()
     with pytest.raises(RecipeError, match="number of layers"):
         evaluate(other, source, data=rows, tokens=100)
+    with pytest.raises(RecipeError, match="the against model is a T5ForConditionalGeneration"):
+        evaluate(source, t5(), data=rows, tokens=100)
 
 
 def test_a_umt5_encoder_is_fitted_with_a_table_in_each_layer(tmp_path):

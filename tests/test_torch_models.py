@@ -1,6 +1,7 @@
 """Models of others with `nn.MultiheadAttention`: converted by what they do on batches, whatever they are built like."""
 
 import copy
+import math
 from collections import UserDict
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sqa_convert
 from sqa_convert import Partition
-from sqa_convert.errors import CheckpointError, DataError, RecipeError, UnsupportedModelError
+from sqa_convert.errors import CheckpointError, DataError, QualityError, RecipeError, UnsupportedModelError
 from sqa_convert.heads.attend import Attention
 from sqa_convert.layers import SparseQueryAttention
 from sqa_convert.layers.multihead_weights import attention_of, heads_of
@@ -449,6 +450,21 @@ def test_what_was_saved_is_loaded_again(tmp_path, kind):
         sqa_convert.load_modules(nn.Transformer(WIDTH, HEADS, 2, 1, 2 * WIDTH), given)
 
 
+def test_weights_of_another_model_change_nothing():
+    result = sqa_convert.convert_modules(random_transformer(), 2, 1, calibration=None)
+    state = result.model.state_dict()
+    last = list(state)[-1]
+    model = random_transformer()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for wrong in (state | {last: torch.ones(3, 3)}, {k: v for k, v in state.items() if k != last}, state | {"x": 1}):
+        with pytest.raises(CheckpointError, match="another model"):
+            sqa_convert.load_modules(model, wrong)
+        after = model.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(CheckpointError, match="is a ConvertedModules: give a state_dict"):
+        sqa_convert.load_modules(model, result)
+
+
 def test_what_cannot_be_loaded_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
         sqa_convert.load_modules(random_transformer(), tmp_path / "none.pt")
@@ -470,6 +486,11 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
         (RecipeError, "partition='sorted'", {"partition": "sorted"}),
         (RecipeError, "partition for nothing", {"partition": {"nothing": Partition.identity(4)}}),
         (RecipeError, "refine_steps=-1", {"refine_steps": -1}),
+        (RecipeError, "refine_steps=2.5", {"refine_steps": 2.5}),
+        (RecipeError, "positions='many'", {"positions": "many"}),
+        (RecipeError, "seed=-1", {"seed": -1}),
+        (QualityError, "is not finite", {"calibration": [(torch.full((2, LENGTH, WIDTH), math.nan),) * 2] * 2}),
+        (DataError, "embedding dimension", {"model": nn.MultiheadAttention(8, 4), "calibration": [texts(1)[0] * 2]}),
         (RecipeError, "need calibration", {"calibration": None, "refit": True}),
         (RecipeError, "positions=0", {"positions": 0}),
         (DataError, "there is no batch", {"calibration": []}),

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import RecipeError
 from ..families import Config, Site, family_of
 from ..heads import AUTO, Convert, Method, Partition, get_method
-from ..parse_amounts import amount, parse_size
+from ..parse_amounts import amount, check_steps, parse_size
 from ..text.documents import Columns, is_own
 from ..text.formats import TEXT_COLUMN
 from .asked_partitions import HeadCounts, given_partitions, planned_partitions, site_kinds
@@ -227,10 +227,8 @@ class Request:
         tokens = None if asked.tokens is None else amount(asked.tokens, "--calibration-tokens")
         if tokens == 0:
             raise RecipeError(f"--calibration-tokens {asked.tokens}: give 1 or more, or --no-calibration")
-        if asked.refine_steps is not None and asked.refine_steps < 0:
-            raise RecipeError(f"--refine-steps {asked.refine_steps}: give 0 or more")
-        if asked.polish_steps is not None and asked.polish_steps < 0:
-            raise RecipeError(f"--polish-steps {asked.polish_steps}: give 0 or more")
+        check_steps(asked.refine_steps, "--refine-steps")
+        check_steps(asked.polish_steps, "--polish-steps")
         refit = uses if asked.refit is None else asked.refit
         steps = (REFINE_STEPS if uses else 0) if asked.refine_steps is None else asked.refine_steps
         polish = (POLISH_STEPS if uses else 0) if asked.polish_steps is None else asked.polish_steps

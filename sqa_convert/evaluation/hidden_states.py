@@ -116,7 +116,8 @@ def compare_hidden_states(
         numbers}.
 
     Raises:
-        RecipeError: a model does not fit into the device's memory, or has other widths or layers than the first.
+        RecipeError: a model does not fit into the device's memory, has other widths or layers than the first, or puts
+            out something else.
         QualityError: hidden states are not finite.
     """
     device, first = held_out.device, None
@@ -129,6 +130,10 @@ def compare_hidden_states(
                 model = load_headless(given, trust_remote_code)
             else:
                 model = given if isinstance(given, torch.nn.Module) else given()
+            if not only_hidden_states(type(model).__name__):
+                raise RecipeError(
+                    f"the {name} model is a {type(model).__name__}, which puts out no hidden states alone"
+                )
             states = []
             for done, batch in enumerate(held_out.batches, 1):
                 states.append(_hidden_states(model.to(device).eval(), batch, device))

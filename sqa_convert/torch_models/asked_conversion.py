@@ -12,6 +12,7 @@ from ..conversion.request import REFINE_STEPS
 from ..errors import RecipeError, shown
 from ..heads import AUTO, Convert, Method, Partition, get_method
 from ..layers.asked_heads import asked_heads
+from ..parse_amounts import check_steps
 from .find_attention import Attentions
 
 Candidates = dict[str, tuple[Method, bool]]
@@ -42,8 +43,7 @@ class Asked:
             raise RecipeError(
                 f"--partition {shown(self.partition)}: choose {', '.join(_PARTITIONS)}, or give a Partition"
             )
-        if self.refine_steps is not None and self.refine_steps < 0:
-            raise RecipeError(f"--refine-steps {self.refine_steps}: give 0 or more")
+        check_steps(self.refine_steps, "--refine-steps")
         if (self.q_groups, self.kv_groups, self.variant) == (None,) * 3 and not self._given:
             raise RecipeError("nothing is asked for: give --q-groups and --kv-groups, or --variant")
         if not self.calibrated and (self.refit or self.refine_steps):

@@ -14,6 +14,7 @@ from ..devices import choose_device
 from ..errors import RecipeError
 from ..heads import AUTO, Convert, Method, Partition
 from ..layers.transformer_layers import put_modules
+from ..parse_amounts import amount, check_seed
 from ..progress import Progress, Stages, in_notebooks
 from .asked_conversion import Asked
 from .converted_modules import ConvertedModules
@@ -37,7 +38,7 @@ def convert_modules(
     refit: bool | None = None,
     refine_steps: int | None = None,
     modules: Sequence[str] | None = None,
-    positions: int | None = None,
+    positions: int | str | None = None,
     inplace: bool = False,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -64,8 +65,8 @@ def convert_modules(
         refit: fit output projections by least squares; by default with "auto", "svd" and "procrustes".
         refine_steps: of layer-wise training; by default 100 with these methods, else 0.
         modules: names of those to convert, with `*` for any part; by default all.
-        positions: as many query positions of each module as batches are taken for; by default 20 for each unknown of a
-            fit, at least 65,536.
+        positions: as many query positions of each module as batches are taken for, also as "400k"; by default 20 for
+            each unknown of a fit, at least 65,536.
         inplace: replace them in `model` itself, in place of a copy.
         device: to compute on, such as "auto" or "cuda"; by default where the model is. The result is where it was.
         seed: of everything random.
@@ -84,7 +85,9 @@ def convert_modules(
         q_groups, kv_groups, variant, method, partition, refit, refine_steps, modules, calibration is not None
     )
     asked.check()
-    if positions is not None and positions < 1:
+    check_seed(seed)
+    wanted = None if positions is None else amount(positions, "--positions")
+    if wanted == 0:
         raise RecipeError(f"--positions {positions}: give 1 or more")
     inside = bare(model)
     found, kept = find_attention(inside, modules)
@@ -101,7 +104,7 @@ def convert_modules(
             else:
                 stages = Stages(progress, STAGES)
                 runner = Runner(work, run, chosen)
-                batches = take_batches(runner, attentions, calibration, positions, planned)
+                batches = take_batches(runner, attentions, calibration, wanted, planned)
                 fitted = fit_to_batches(asked, planned, attentions, runner, batches, seed, stages)
     finally:
         work.to(home)

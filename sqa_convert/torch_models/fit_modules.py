@@ -15,6 +15,7 @@ from ..calibration.fisher import SENSITIVITY_TOKENS
 from ..calibration.fitter import SiteFitter
 from ..conversion.convert_site import ConvertedSite, SiteRecord
 from ..conversion.request import TOKENS_PER_UNKNOWN
+from ..errors import QualityError
 from ..families import Site
 from ..heads import Partition
 from ..heads.search import search
@@ -111,6 +112,10 @@ def fit_to_batches(
             differ = any(part.masks_differ for part in seen)
             fitted.kept[name] = "its masks differ by head" if differ else "nothing that it reads counts"
             continue
+        if not all(
+            bool(read.isfinite().all()) for part in inputs for one in part for read in (one.x, one.keys, one.read)
+        ):
+            raise QualityError(f"{name or 'the module'}: what it reads on the batches is not finite")
         positions = [max(pair) for pair in zip(positions, counts, strict=True)]
         fewest = min(fewest, counts[0] / (len(planned[name].clusters) * module.head_dim + 1))
         fitter = SiteFitter(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..caller_settings import undisturbed
-from ..errors import CheckpointError, one_line
+from ..errors import CheckpointError, one_line, shown
 from ..layers.sparse_query_attention import SparseQueryAttention
 from ..layers.transformer_layers import put_modules
 from .find_attention import bare
@@ -29,10 +29,10 @@ def load_modules(model: nn.Module, state: Mapping[str, Tensor] | str | Path) -> 
         The model, or what takes its place where it is an `nn.MultiheadAttention` itself.
 
     Raises:
-        CheckpointError: the file cannot be read, or it is of another model.
+        CheckpointError: the file cannot be read, or it is of another model, which then stays as it is.
     """
     inside = bare(model)
-    tensors = state if isinstance(state, Mapping) else _read(Path(state).expanduser())
+    tensors = _tensors(state)
     pairs: dict[nn.Module, nn.Module] = {}
     for name, module in inside.named_modules():
         prefix = f"{name}." if name else ""
@@ -40,10 +40,33 @@ def load_modules(model: nn.Module, state: Mapping[str, Tensor] | str | Path) -> 
             pairs[module] = _layer(prefix, module, tensors)
     result = put_modules(inside, pairs)
     try:
+        _check_shapes(result, tensors)
         result.load_state_dict(tensors)
     except RuntimeError as error:
+        put_modules(result, {layer: module for module, layer in pairs.items()})
         raise CheckpointError(f"state: the weights are of another model: {one_line(error)}") from error
     return result
+
+
+def _tensors(state: Any) -> Mapping[str, Any]:
+    """Raises CheckpointError."""
+    if isinstance(state, str | Path):
+        return _read(Path(state).expanduser())
+    if isinstance(state, Mapping):
+        return state
+    raise CheckpointError(f"state is a {shown(type(state).__name__)}: give a state_dict, or a file of one")
+
+
+def _check_shapes(model: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """Raises RuntimeError before a weight is changed where `load_state_dict` would while it changes them."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise RuntimeError(f"there is no {name}")
+        if getattr(tensors[name], "shape", None) != tensor.shape:
+            raise RuntimeError(f"{name} is not of shape {tuple(tensor.shape)}")
+    if more := next((name for name in tensors if name not in own and not name.endswith("_extra_state")), None):
+        raise RuntimeError(f"it has no {shown(more)}")
 
 
 def _layer(prefix: str, module: nn.MultiheadAttention, tensors: Mapping[str, Tensor]) -> SparseQueryAttention:
@@ -56,7 +79,7 @@ def _layer(prefix: str, module: nn.MultiheadAttention, tensors: Mapping[str, Ten
             module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim, module.batch_first,
             like.device, like.dtype, q_groups=rows[0] // d, kv_groups=rows[1] // d,
         )  # fmt: skip
-    except (KeyError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
         raise CheckpointError(f"state: {prefix}q_proj and what is beside it are of another model") from error
     return layer.train(module.training)
 

@@ -47,7 +47,7 @@ class Runner:
         moved = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device), plain)
         try:
             output = self._run(self.model if model is None else model, moved)
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
             if isinstance(error, torch.OutOfMemoryError | SQAError):
                 raise
             how = "run= fails" if self._names_run else "give run=, a function of the model and a batch"
