@@ -170,7 +170,7 @@ def test_warnings_stand_above_the_table_in_the_report_and_on_the_card(tmp_path, 
     report = json.loads((tmp_path / "out/report.json").read_text())
     warning = report["quality"]["warnings"][0]
     assert stop.value.code == 0 and set(warning) == {"rule", "value", "bound", "text"}
-    assert 0 <= out.index(f"warning: {warning['text']}") < out.index("loss, nats/token")
+    assert 0 <= out.index(f"warning: {warning['text']}") < out.index("KL to source")
     assert warning["text"] in (tmp_path / "out/README.md").read_text()
     assert "far worse than what it writes itself" in (tmp_path / "out/report.html").read_text()
 
