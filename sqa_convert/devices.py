@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 
 import torch
 
@@ -46,6 +48,15 @@ def choose_device(device: str | torch.device) -> torch.device:
         here = [name if count == 1 else f"{name}:0 … {name}:{count - 1}" for name, count in counts.items() if count]
         raise RecipeError(f"--device {device} is not available: choose auto, {', '.join(here)}")
     return chosen if chosen.type == "cuda" else torch.device(chosen.type)  # of the others there is one
+
+
+@contextlib.contextmanager
+def within_memory(work: str, device: torch.device, ways_out: str) -> Iterator[None]:
+    """Raises RecipeError, which names ways out, where work in the block does not fit into memory."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RecipeError(f"{work} does not fit on {device}: {ways_out}") from error
 
 
 def _registered() -> dict[str, int]:

@@ -4,16 +4,18 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import gpt2, t5
 
 from sqa_convert import Calibration, convert, sweep
+from sqa_convert.calibration import site_fits
 from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.cli.sweep import main
 from sqa_convert.errors import RecipeError
 from sqa_convert.pipeline.sweep import default_settings
-from sqa_convert.pipeline.sweep_points import Point, Target, pick, rank_correlation, with_frontier
+from sqa_convert.pipeline.sweep_points import Point, Target, asked_flags, pick, rank_correlation, with_frontier
 
 SHORT = Calibration(tokens=2048, refine_steps=4, polish_steps=0)
 FEW = ["--settings", "3/1,2/1", "--calibration-tokens", "2048", "--refine-steps", "0", "--no-speed"]
@@ -123,6 +125,22 @@ def test_what_cannot_be_swept_is_refused(asked, says):
         sweep(gpt2(), **asked)
 
 
+def test_fits_that_the_disk_does_not_hold_are_refused_first(monkeypatch):
+    monkeypatch.setattr(site_fits, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(RecipeError, match=r"settings: fits at 1 of them take .* TMPDIR"):
+        sweep(gpt2(), [(8, 4)], calibration=SHORT)
+
+
+def test_commands_say_what_else_was_asked():
+    rows, few = [list(range(i, i + 20)) for i in range(1, 40)], Calibration(tokens=400, refine_steps=0)
+    source = t5(heads=2, layers=2)
+    points = sweep(source, [(1, 1)], sites=iter(["encoder"]), data=iter(rows), calibration=few, speed=False)
+    command = points.to_json()["points"][0]["command"]
+    assert command.endswith("--q-groups 1 --kv-groups 1 --sites encoder")
+    asked = {"data": "my text.txt", "calibration": None, "text-column": "", "tokenizer": source}
+    assert points[0].command("m", asked_flags(asked)).endswith(" --kv-groups 1 --data 'my text.txt'")
+
+
 def test_the_command_writes_a_table_a_picture_and_a_page(monkeypatch, called, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
@@ -138,7 +156,9 @@ def test_the_command_writes_a_table_a_picture_and_a_page(monkeypatch, called, tm
     assert "<svg" in page and "<script" not in page and "sqa-convert model --q-groups" in page
     assert "<svg" in Path("model-sweep/frontier.svg").read_text()
     code, _, err = partial(called, main)("model", *FEW)
-    assert code == 2 and "model-sweep" in err  # which is there
+    assert code == 2 and err.endswith("model-sweep exists already: give another\n")
+    code, _, err = partial(called, main)("model", *FEW, "-o", "other", "--text-column", "body")
+    assert code == 2 and "--text-column names a column of --data" in err and not Path("other").exists()
 
 
 @pytest.mark.integration

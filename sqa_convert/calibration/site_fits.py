@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import disk_usage
+from tempfile import TemporaryDirectory, gettempdir
 
 import torch
 
 from ..conversion.convert_site import ConvertedSite
+from ..errors import RecipeError
 from ..families import Site
 from ..heads import Partition
 from ..heads.allocate import Counts
 from ..progress import step_done
 from .fitter import SiteFitter
 from .replaced_sites import Replacement
+
+
+def check_room(sites: int, width: int, head_dim: int, counts: Sequence[Counts]) -> None:
+    """Raises RecipeError where fits of so many sites at all these numbers of heads do not fit on the disk."""
+    needed = 4 * 2 * width * head_dim * sites * sum(q + kv for q, kv in counts)  # query and output, key and value
+    folder = gettempdir()
+    free = disk_usage(folder).free
+    if needed > free:
+        raise RecipeError(
+            f"--settings: fits at {len(counts)} of them take {needed / 1e9:,.1f} GB in {folder}, where "
+            f"{free / 1e9:,.1f} GB are free: give fewer, or another folder in the environment's TMPDIR"
+        )
 
 
 @dataclass

@@ -74,7 +74,9 @@ def sweep_command(
 
     name = Path(model.removeprefix("sample:")).expanduser().resolve().name or "model"
     folder = Path(f"{name}-sweep") if output is None else expanded(output)
-    check_output(folder, False)
+    check_output(folder, False, way_out="give another")
+    if text_column and data is None:
+        raise RecipeError("--text-column names a column of --data: give that, too")
     out.quieten_libraries()
     with out.progress() as progress:
         points = sweep(model, progress=progress, **asked)
@@ -91,13 +93,13 @@ def sweep_command(
     if picked is None:
         knee = next((point for point in points if point.knee), None)
         if knee is not None:
-            out.result(f"at the knee: {knee.command(model, sites)}")
+            out.result(f"at the knee: {knee.command(model, points.info['asked_flags'])}")
         return
     point, holds, said = picked
     if not holds:
-        raise QualityError(f"{said}; to convert to that: {point.command(model, sites)}")
+        raise QualityError(f"{said}; to convert to that: {point.command(model, points.info['asked_flags'])}")
     out.result(said)
-    out.result(f"next: {point.command(model, sites)}")
+    out.result(f"next: {point.command(model, points.info['asked_flags'])}")
 
 
 def _show(out: Out, result: dict[str, Any], folder: Path) -> None:

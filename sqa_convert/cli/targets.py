@@ -72,7 +72,7 @@ def aimed(model: str, request: Request, asked: list[str], options: RunOptions, o
         )
     point, holds, said = told(points, targets)
     if not holds:
-        raise QualityError(f"{said}; to convert to that: {point.command(model, points.info['asked_sites'])}")
+        raise QualityError(f"{said}; to convert to that: {point.command(model, points.info['asked_flags'])}")
     out.result(said)
     if point.allocation != UNIFORM:
         return replace(request, allocation=as_text(point.layers))

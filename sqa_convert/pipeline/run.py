@@ -21,7 +21,7 @@ from ..conversion.execute import check_copies
 from ..conversion.plan import Plan
 from ..conversion.result_model_class import check_loads
 from ..conversion.write import write_model
-from ..errors import CheckpointError, DataError, RecipeError, one_line
+from ..errors import CheckpointError, DataError, one_line
 from ..progress import Progress, Stages, silent, told_within
 from ..report.report_json import conversion_report
 from ..report.write import write_report
@@ -259,17 +259,11 @@ def _measured(
 def _calibrated(plan: Plan, source: Source, options: RunOptions, progress: Progress) -> Calibrated:
     if plan.calibration is None:
         return Calibrated({}, None, plan)
-    import torch
-
     from ..calibration.calibrate import calibrate, load_source
-    from ..devices import choose_device
+    from ..devices import choose_device, within_memory
 
     device = choose_device(options.device)
-    try:
+    with within_memory("calibration", device, "--device cpu, fewer --calibration-tokens, or --no-calibration"):
         progress(LOAD, 0, 1)
         model = load_source(plan, source, options.trust_remote_code)
         return calibrate(model, plan, source, device, options.seed, options.trust_remote_code, progress)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RecipeError(
-            f"calibration does not fit on {device}: --device cpu, fewer --calibration-tokens, or --no-calibration"
-        ) from error

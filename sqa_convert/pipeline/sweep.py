@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.allocation import METHOD, cheapest
 from ..calibration.calibrate import Calibrator, load_source
-from ..calibration.site_fits import SiteFits
+from ..calibration.site_fits import SiteFits, check_room
 from ..caller_settings import undisturbed
 from ..checkpoints.source import Source
 from ..conversion.build_model import build_model
 from ..conversion.heads_by_layer import ADAPTIVE, UNIFORM, CountsByLayer, as_text
 from ..conversion.plan import Plan, make_plan
 from ..conversion.request import CALIBRATED, Calibration, Request
-from ..devices import choose_device, device_name
+from ..devices import choose_device, device_name, within_memory
 from ..errors import QualityError, RecipeError
 from ..evaluation.measure import measure, predict
 from ..families import Site
 from ..heads import check_head_counts
-from ..heads.allocate import Counts, some_head_counts
+from ..heads.allocate import Counts
 from ..parse_amounts import check_seed
 from ..progress import Progress, Stages, in_notebooks, told_within
 from ..report.provenance import machine
@@ -34,16 +34,13 @@ from .planned_stages import LOAD, planned_stages
 from .preflight import check_run, fitted_to, prepared
 from .run import held_out_text
 from .run_options import RunOptions
-from .sweep_points import Point, pairs_of, rank_correlation, with_frontier
+from .sweep_points import Point, asked_flags, default_settings, pairs_of, rank_correlation, with_frontier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MEASURE, TIME = "measure", "time"
 """stages"""
-
-FEW_HEADS = 8
-"""of which every setting is tried"""
 
 LONGEST = 1024
 """tokens that are timed, at most"""
@@ -60,13 +57,8 @@ class Sweep(list[Point]):
         self.info = info
 
     def to_json(self) -> dict[str, Any]:
-        model, sites = self.info["source"], self.info["asked_sites"]
-        return self.info | {"points": [point.to_json() | {"command": point.command(model, sites)} for point in self]}
-
-
-def default_settings(heads: int) -> list[Counts]:
-    """Settings that are tried of a model with so many heads, those that keep the most first."""
-    return [counts for counts in reversed(some_head_counts(heads, FEW_HEADS)) if counts != (heads, heads)]
+        model, flags = self.info["source"], self.info["asked_flags"]
+        return self.info | {"points": [point.to_json() | {"command": point.command(model, flags)} for point in self]}
 
 
 @undisturbed
@@ -124,10 +116,11 @@ def sweep(
     data, start = repeatable(data), time.perf_counter()
     calibration = replace(calibration, text=repeatable(calibration.text))
     sites = sites if isinstance(sites, str | None) else ",".join(sites)
-    opened, plan, settings = _planned(
-        source, settings, sites, calibration, data, text_column, revision=revision, subfolder=subfolder,
-        tokenizer=str(tokenizer) if isinstance(tokenizer, Path) else tokenizer,
-    )  # fmt: skip
+    tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    where = {"revision": revision, "subfolder": subfolder, "tokenizer": tokenizer}
+    named = {"sites": sites, "data": data, "text-column": "" if text_column == TEXT_COLUMN else text_column}
+    flags = asked_flags(named | {"calibration": calibration.text} | where)
+    opened, plan, settings = _planned(source, settings, sites, calibration, data, text_column, **where)
     options = RunOptions(
         data=data,
         text_column=text_column,
@@ -141,7 +134,10 @@ def sweep(
         stage for stage in planned_stages(plan, options, False) if stage not in ("refine heads", "polish", "convert")
     ]
     stages = Stages(progress, [*planned, MEASURE, *([TIME] if speed else [])])
-    with told_within(stages):
+    with (
+        told_within(stages),
+        within_memory("the sweep", choose_device(device), "--device cpu, or fewer --calibration-tokens"),
+    ):
         work = _Sweeper(plan, opened, options, stages)
         work.fit(settings)
         points = with_frontier(work.points(settings))
@@ -152,7 +148,7 @@ def sweep(
     info = {
         "schema": 1,
         "source": opened.name,
-        "asked_sites": sites,
+        "asked_flags": flags,
         "source_heads": plan.dimensions.heads,
         "data": work.text.name,
         "tokens": work.text.tokens or work.calibrator.text.held_out_tokens,
@@ -182,7 +178,9 @@ def _planned(
     if not chosen or (heads, heads) in chosen:
         raise RecipeError(f"--settings: give one or more of Hq/Hkv below {heads}/{heads}")
     most = max(chosen)
-    return opened, make_plan(opened, replace(request, q_groups=most[0], kv_groups=most[1])), chosen
+    plan = make_plan(opened, replace(request, q_groups=most[0], kv_groups=most[1]))
+    check_room(len(plan.converted_sites), plan.dimensions.width, plan.dimensions.head_dim, chosen)
+    return opened, plan, chosen
 
 
 @dataclass

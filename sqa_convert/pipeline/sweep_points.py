@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..conversion.heads_by_layer import UNIFORM, CountsByLayer, as_text
 from ..errors import RecipeError, shown
-from ..heads.allocate import Counts
+from ..heads.allocate import Counts, some_head_counts
 
 MEASURES = {
     "kl": "KL divergence to the source on held-out text, nats a token",
@@ -21,6 +21,9 @@ MEASURES = {
     "parameters": "of the whole model",
 }
 """what a target may bound; all but the first as a share of the source's"""
+
+FEW_HEADS = 8
+"""of which every setting is tried"""
 
 TIMED = ("prefill", "decode")
 
@@ -69,15 +72,27 @@ class Point:
     def name(self) -> str:
         return f"{self.q_groups}/{self.kv_groups}" + ("" if self.allocation == UNIFORM else " adaptive")
 
-    def command(self, model: str, sites: str | None = None) -> str:
-        """That converts the model to this point."""
+    def command(self, model: str, flags: str = "") -> str:
+        """That converts the model to this point; `flags` are put behind it."""
         heads = f"--q-groups {self.q_groups} --kv-groups {self.kv_groups}"
         if self.allocation != UNIFORM:
             heads = f"--allocation {as_text(self.layers)}"
-        return f"sqa-convert {shlex.quote(model)} {heads}" + ("" if sites is None else f" --sites {shlex.quote(sites)}")
+        return f"sqa-convert {shlex.quote(model)} {heads}{flags}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"cost": self.cost, "name": self.name}
+
+
+def default_settings(heads: int) -> list[Counts]:
+    """Settings that are tried of a model with so many heads, those that keep the most first."""
+    return [counts for counts in reversed(some_head_counts(heads, FEW_HEADS)) if counts != (heads, heads)]
+
+
+def asked_flags(asked: Mapping[str, Any]) -> str:
+    """What else was asked of a sweep, as flags of sqa-convert: those that are text."""
+    return "".join(
+        f" --{flag} {shlex.quote(given)}" for flag, given in asked.items() if given and isinstance(given, str)
+    )
 
 
 def pairs_of(settings: Any) -> list[Counts]:
