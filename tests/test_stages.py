@@ -61,6 +61,7 @@ def test_a_sample_is_converted_without_a_long_silence(name, tmp_path):
     assert set(told.entered) - {"sample text"} == set(told.planned) - {"sample text"}
 
 
+@pytest.mark.integration
 def test_a_log_has_the_plan_and_a_line_for_each_stage(called, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, _, err = called(main, "sample:gpt2", "--variant", "gqa", "--method", "mean")
