@@ -49,6 +49,29 @@ def test_the_folder_holds_what_was_trained_in_the_checkpoints_dtype(tmp_path):
     )
 
 
+@pytest.mark.parametrize("make", [partial(t5, layers=2), partial(gpt2, layers=3)], ids=["t5", "gpt2"])
+def test_attention_that_is_not_converted_is_trained_at_the_small_rate(make, monkeypatch):
+    """Here at none."""
+    monkeypatch.setattr(polish, "REST", 0.0)
+    source = make(heads=4)
+    asked = {"q_groups": 2, "kv_groups": 1, "sites": "encoder"} if make.func is t5 else {"allocation": "4/4,2/1,4/4"}
+    result = convert(source, method="svd", calibration=HOW, **asked)
+    assert result.report["calibration"]["polish"]["kept"]
+    whole = convert(source, 4, 4, calibration=None).model.state_dict()
+    changed = {name for name, tensor in result.model.state_dict().items() if not torch.equal(tensor, whole[name])}
+    sites = ("encoder.block.0", "encoder.block.1") if make.func is t5 else ("h.1.attn",)
+    assert changed and all(any(site in name for site in sites) for name in changed)
+
+
+def test_heads_that_were_fitted_outlive_a_want_of_memory(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(keep_polish, "polish", full)
+    report = convert(gpt2(), 6, 3, "svd", calibration=HOW).report
+    assert any("not polished: there is too little memory" in line for line in calibration_lines(report))
+
+
 def test_what_predicts_nothing_cannot_be_polished():
     with pytest.raises(RecipeError, match="no language model head"):
         convert(T5EncoderModel(t5().config), 6, 3, calibration=dataclasses.replace(HOW, polish_steps=8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -70,10 +71,13 @@ def polished(
         anyway = f"--polish-steps {settings.polish_steps} does it anyway"
         return {}, told | {"why": f"a CPU takes too long for a model of this size; {anyway}"}
     student = build_model(plan, source, choice)[0].float().to(device)
-    attention = {tensor.name for tensor in plan.tensors if isinstance(tensor.origin, Site)}
+    converted = set(plan.converted_sites)
+    attention = {tensor.name for tensor in plan.tensors if tensor.origin in converted}
     expected = [predict(teacher, kind) for kind in kinds]
     told["kl_before"] = [kl_to(wanted, kind, student) for wanted, kind in zip(expected, kinds, strict=True)]
-    trained = polish(student, teacher, batches, attention, steps, device, generator, progress)
+    trained: Mapping[str, Tensor] = {}
+    with contextlib.suppress(torch.OutOfMemoryError):  # what was fitted is worth having
+        trained = polish(student, teacher, batches, attention, steps, device, generator, progress)
     if not trained:
         return {}, told | {"steps": 0, "why": "there is too little memory for it"}
     student = build_model(plan, source, choice, trained=trained)[0].float()

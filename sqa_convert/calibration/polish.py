@@ -46,11 +46,16 @@ def trainable(model: Any, attention: AbstractSet[str], device: torch.device) -> 
         for name, parameter in model.named_parameters()
         if (name in attention or id(parameter) not in outside) and not name.endswith("k_proj.bias")
     }
-    free = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else MEMORY
+    free = _free_on_gpu(device) / 2 if device.type == "cuda" else MEMORY
     for chosen in (inside, {name: parameter for name, parameter in inside.items() if name in attention}):
         if sum(parameter.numel() for parameter in chosen.values()) * _COPIES <= free:
             return chosen
     return {}
+
+
+def _free_on_gpu(device: torch.device) -> int:
+    """Bytes, with those that torch holds and does not use."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def polish(

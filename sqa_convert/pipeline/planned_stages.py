@@ -23,7 +23,7 @@ def planned_stages(plan: Plan, options: RunOptions, measured: bool, recipe: Reci
         measured: on text, once it is converted.
         recipe: by which it is trained then.
     """
-    stages = [*_of_calibration(plan), "convert"]
+    stages = [*_of_calibration(plan, options), "convert"]
     if measured:
         averaged = ["evaluate mean"] if plan.method != "mean" else []
         written = [WRITE_SAMPLES] if plan.has_language_model_head else []
@@ -32,10 +32,13 @@ def planned_stages(plan: Plan, options: RunOptions, measured: bool, recipe: Reci
     return stages if recipe is None else [*stages, *recipe.stages(options.measure_training)]
 
 
-def _of_calibration(plan: Plan) -> list[str]:
+def _of_calibration(plan: Plan, options: RunOptions) -> list[str]:
     settings = plan.calibration
     if settings is None:
         return []
+    from ..devices import choose_device
+
+    on_cpu = choose_device(options.device).type == "cpu"
     predicts, own = plan.has_language_model_head, settings.text_named is None
     decoder_only = all(site.kind == "decoder" for site in plan.sites)
     stages = [LOAD]
@@ -45,5 +48,5 @@ def _of_calibration(plan: Plan) -> list[str]:
     stages += ["fit heads"]
     stages += [CHOOSE] * (predicts and plan.method == AUTO)
     stages += ["refine heads"] * bool(settings.refine_steps)
-    stages += ["polish"] * bool(predicts and settings.affordable_polish(plan.before.parameters, on_cpu=True))
+    stages += ["polish"] * bool(predicts and settings.affordable_polish(plan.before.parameters, on_cpu))
     return stages

@@ -65,7 +65,7 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
         kl = sorted(done["kl_before_refine"].items(), key=lambda item: item[1])
         tried = " · ".join(f"{name} {value:.4f}" for name, value in kl)
         lines.append(f"chosen: {done['chosen']}; KL on the tokens to choose by, before refining: {tried}")
-    if "kl_before" in (polish := done.get("polish", {})):
+    if "kl" in (polish := done.get("polish", {})):
         kept = "kept" if polish["kept"] else "left out, as it did not lower the KL everywhere"
         pairs = zip(polish["kl_before"], polish["kl"], strict=True)
         changes = " · ".join(f"{_kl(before)} → {_kl(after)}" for before, after in pairs)
