@@ -18,6 +18,7 @@ from sqa_convert.conversion.request import Request
 from sqa_convert.errors import RecipeError
 from sqa_convert.heads.allocate import allocate, head_counts
 from sqa_convert.pipeline.preflight import prepared
+from sqa_convert.report.sentences import calibration_lines
 
 SHORT = Calibration(tokens=2048, refine_steps=4, polish_steps=0)
 
@@ -66,6 +67,12 @@ def test_counts_are_read_as_they_are_written(text):
 def test_what_cannot_be_shared_out_is_refused(asked, says):
     with pytest.raises(RecipeError, match=says):
         convert(gpt2(), **asked)
+
+
+def test_one_layer_has_none_to_share_with():
+    report = convert(gpt2(heads=4, layers=1), 2, 1, allocation="adaptive", calibration=SHORT).report
+    assert report["calibration"]["allocation"]["counts"] == "2/1"
+    assert any(line.startswith("heads shared out") for line in calibration_lines(report))
 
 
 def test_of_an_encoder_nothing_tells_what_layers_cost():

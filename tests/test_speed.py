@@ -237,6 +237,13 @@ def test_what_cannot_be_is_told_in_one_line(arguments, told, run):
     assert (code, said) == (2, "") and told in err and len(err.splitlines()) == 1
 
 
+def test_attention_of_a_umt5_is_timed():
+    source = t5(family="umt5")
+    made = convert(source, 6, 3, method="mean", calibration=None).model
+    rows = bench({"source": source, "made": made}, replace(QUICK, parts=("attention",), repeats=1))["rows"]
+    assert {row["mode"] for row in rows} == set(QUICK.modes) and all(row["seconds"] for row in rows)
+
+
 @pytest.mark.parametrize("family", [gpt2, t5], ids=["gpt2", "t5"])
 def test_each_kind_of_layer_is_timed_where_they_differ(family):
     source = family(layers=3)

@@ -86,7 +86,8 @@ def calibration_lines(report: dict[str, Any]) -> list[str]:
 def _allocation(done: dict[str, Any]) -> str:
     """Why layers keep different numbers of heads."""
     evenly = "/".join(map(str, done["mean"]))
-    least, *_, most = sorted(done["kl_alone"], key=lambda site: site["evenly"])
+    sites = sorted(done["kl_alone"], key=lambda site: site["evenly"])
+    least, most = sites[0], sites[-1]
     told = (f"{site['kind']} {site['layer']} {site['evenly']:.4f}" for site in (least, most))
     return f"heads shared out by the KL that a layer alone costs, with {evenly} heads in each from {' to '.join(told)}"
 

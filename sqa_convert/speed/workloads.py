@@ -8,6 +8,7 @@ first, in decoding the cross-attention of the decoder's first block, whose keys 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,8 @@ def layer_workload(attention: nn.Module, mode: str, length: int, batch: int) -> 
     width = getattr(attention.config, "hidden_size", None)
     hidden = torch.randn(batch, length, width, dtype=weight.dtype, device=weight.device)  # (B, T, D)
     more: dict[str, Any] = {}
-    if mode != "decode" and hasattr(attention, "has_relative_attention_bias"):
+    takes = inspect.signature(attention.forward).parameters
+    if mode != "decode" and "position_bias" in takes:  # UMT5's makes its own
         # As in all layers but the first, which passes on what it has found of positions.
         more = {"position_bias": _inference(lambda: attention(hidden))()[1]}
     if mode == "train":
@@ -113,7 +115,8 @@ def layer_workload(attention: nn.Module, mode: str, length: int, batch: int) -> 
     seen, one = (part.contiguous() for part in hidden.split([length - 1, 1], dim=1))
     if getattr(attention, "is_decoder", False):  # T5's cross-attention, which keeps the keys it has made
         both = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        run = _inference(lambda: attention(one, key_value_states=hidden, past_key_values=both))
+        read = {"key_value_states" if "key_value_states" in takes else "encoder_hidden_states": hidden}  # UMT5
+        run = _inference(lambda: attention(one, **read, past_key_values=both))
         run()
         return Workload(run, batch, both)
     cache = DynamicCache()
