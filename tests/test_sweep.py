@@ -11,9 +11,10 @@ from helpers import gpt2, t5
 
 from sqa_convert import Calibration, convert, sweep
 from sqa_convert.calibration import site_fits
+from sqa_convert.calibration.replaced_sites import Replacement
 from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.cli.sweep import main
-from sqa_convert.errors import RecipeError
+from sqa_convert.errors import QualityError, RecipeError
 from sqa_convert.pipeline.sweep import default_settings
 from sqa_convert.pipeline.sweep_points import Point, Target, asked_flags, pick, rank_correlation, with_frontier
 
@@ -129,6 +130,12 @@ def test_fits_that_the_disk_does_not_hold_are_refused_first(monkeypatch):
     monkeypatch.setattr(site_fits, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(RecipeError, match=r"settings: fits at 1 of them take .* TMPDIR"):
         sweep(gpt2(), [(8, 4)], calibration=SHORT)
+
+
+def test_fits_that_are_not_finite_give_no_points(monkeypatch):
+    monkeypatch.setattr(Replacement, "kl", lambda self, heads: None)
+    with pytest.raises(QualityError, match="no setting predicts anything finite"):
+        sweep(gpt2(heads=2, layers=1), [(1, 1)], calibration=SHORT, speed=False)
 
 
 def test_commands_say_what_else_was_asked():

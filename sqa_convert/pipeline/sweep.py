@@ -223,7 +223,10 @@ class _Sweeper:
         start, found, done = time.perf_counter(), [], 0
         for setting in settings:
             layers = {kind: (setting,) * len(sites) for kind, sites in self._sites().items()}
-            shared = cheapest(self.fits.kl_alone, setting)
+            try:
+                shared = cheapest(self.fits.kl_alone, setting)
+            except ValueError:  # not all fits are finite, and the others keep no such total
+                shared = layers
             for allocation, counts in ((UNIFORM, layers), (ADAPTIVE, shared)):
                 self.progress(MEASURE, done, 2 * len(settings))
                 done += 1
