@@ -53,10 +53,9 @@ def test_stages_come_as_they_were_planned_and_the_report_has_their_seconds(metho
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_a_sample_is_converted_without_a_long_silence(name, tmp_path):
+def test_a_sample_is_converted_without_a_long_silence(tmp_path):
     told = Recorder()
-    convert(f"sample:{name}", 8, 4, output=tmp_path / "out", evaluate=True, progress=told)
+    convert("sample:gpt2", 8, 4, output=tmp_path / "out", evaluate=True, progress=told)
     assert told.longest < LONGEST_SILENCE
     assert set(told.entered) - {"sample text"} == set(told.planned) - {"sample text"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sqa_convert import convert
+from sqa_convert import Calibration, convert
 from sqa_convert.evaluation.standard_errors import DocumentSums, by_position, document_numbers, gain, standard_error
 from sqa_convert.report.report_json import read_report
 from sqa_convert.report.verdict import RECIPES, verdict
@@ -175,7 +175,8 @@ def test_gibberish_is_bad_text(tmp_path):
 @pytest.mark.integration
 def test_training_that_harms_and_training_that_helps(text, tmp_path):
     how = {"tokens": 2048, "sequence_length": 64, "batch_size": 8, "data": text, "held_out_tokens": 1024}
-    out = convert("sample:gpt2", 6, 2, method="svd", output=tmp_path / "out")
+    few = Calibration(tokens=4096, refine_steps=2)
+    out = convert("sample:gpt2", 6, 2, method="svd", output=tmp_path / "out", calibration=few)
     assert out.uptrain(learning_rate=0.5, keep_anyway=True, **how).report["verdict"]["case"] == "worse"
 
 
