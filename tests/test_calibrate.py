@@ -142,6 +142,7 @@ def test_what_refit_makes_worse_is_not_kept(monkeypatch):
     assert {site["kept"] for site in report["sites"]} == {"converted"}
 
 
+@pytest.mark.integration
 def test_little_memory_gives_the_same_result_in_several_passes(monkeypatch):
     source = t5()
     whole = convert(source, 8, 4, calibration=SHORT).model.state_dict()
@@ -193,6 +194,7 @@ def test_one_layer_is_enough(layers):
     assert len(report["sites"]) == layers
 
 
+@pytest.mark.integration
 def test_text_of_the_users_is_read(tmp_path):
     text = "\n".join(f"def f{i}(x): return x + {i}" for i in range(3000))
     (tmp_path / "own.txt").write_text(text)

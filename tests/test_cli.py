@@ -51,6 +51,7 @@ FEW = "tokens: 20_480\nsequence_length: 128\nlearning_rate: 1.0e-3\nheld_out_tok
 FITTED = ["--q-groups", "8", "--kv-groups", "4", "--calibration-tokens", "2048", "--refine-steps", "4"]
 
 
+@pytest.mark.integration
 def test_the_default_says_what_it_was_fitted_on_and_what_it_chose(run):
     code, out, err = run("sample:gpt2", *FITTED)
     assert code == 0 and "refine heads" in err
@@ -80,6 +81,7 @@ def test_impossible_calibration_is_refused_before_anything_is_written(run, flags
     assert os.listdir() == []
 
 
+@pytest.mark.integration
 def test_the_weights_alone_serve_without_text(run):
     code, out, err = run("sample:t5", "--q-groups", "8", "--kv-groups", "4", "--no-calibration", "--json")
     report = json.loads(out)

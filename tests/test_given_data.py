@@ -224,6 +224,7 @@ def test_an_encoder_decoder_takes_labels_however_they_are_given(tmp_path):
     assert found == found[:1] * len(PAIRS)
 
 
+@pytest.mark.integration
 def test_an_encoder_decoder_takes_labels_and_no_tokenizer(tmp_path):
     t5(heads=4, layers=2).save_pretrained(tmp_path / "t5")
     data = PAIRS["Parquet"](drawn_tokens(ROWS, LENGTH), drawn_tokens(ROWS, 9), tmp_path)

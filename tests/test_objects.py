@@ -32,6 +32,7 @@ def same_weights(one, other):
     return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
 
 
+@pytest.mark.integration
 def test_a_model_in_memory_is_converted_measured_trained_timed_and_saved(source, tmp_path):
     data = drawn_tokens(ROWS, LENGTH)
     conversion = convert(source, 2, 1, "svd", calibration=Calibration(data, tokens=600, refine_steps=1))

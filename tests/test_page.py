@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
     source, out = str(work / "source"), str(work / "out")
     fitted = ["--calibration-tokens", "1024", "--refine-steps", "2"]
     commands = [
-        (convert, [source, "--q-groups", "8", "--kv-groups", "4", *fitted, "-o", out, "-q"]),
+        (convert, [source, "--q-groups", "8", "--kv-groups", "4", *fitted, "--no-verify", "-o", out, "-q"]),
         (uptrain, [out, "--recipe", str(work / "few.yaml"), "--control", "-q"]),
         (bench, [out, "--lengths", "16,32", "--repeats", "2", "--parts", "attention", "-q"]),
     ]
