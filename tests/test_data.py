@@ -325,3 +325,15 @@ def test_shuffled_documents_are_the_same_ones_in_another_order_always_the_same(d
     shuffled = [list(documents(data, "train", shuffled=True)) for _ in range(2)]
     assert shuffled[0] == shuffled[1] != plain
     assert sorted(shuffled[0]) == sorted(plain)
+
+
+def test_training_text_is_of_many_documents_and_of_all_where_those_are_few(tmp_path):
+    for name in "xyz":
+        (tmp_path / f"{name}.py").write_text(f"{name} = 1\n" * 400)
+    tokenizer = load_tokenizer(SAMPLES / "gpt2")
+    how = {"data": str(tmp_path / "*.py"), "sequence_length": 32, "batch_size": 1}
+    few = training_data(SAMPLES / "gpt2", Recipe(tokens=96, **how)).content
+    assert {tokenizer.decode(row).strip()[0] for row in few} == set("xyz")
+    everything = training_data(SAMPLES / "gpt2", Recipe(tokens=1_000_000, **how)).content
+    texts = tokenizer.decode(everything.flatten())
+    assert all(texts.count(f"{name} = 1") > 300 for name in "xyz")

@@ -86,14 +86,15 @@ def token_blocks(
 ) -> Tensor:
     """The blocks of `token_stream` as (n, length), of at most `max_tokens`; of `drawn_stream` where they are `drawn`.
 
-    Many of them are held in half the memory with dtype int32.
+    Drawn blocks are of many documents, and leave out much of what long ones go on with. Many blocks are held in half
+    the memory with dtype int32.
 
     Raises:
         DataError: the documents do not fill one block.
     """
     most = None if max_tokens is None else max(1, max_tokens // length)
     stream = drawn_stream(texts, tokenizer, length) if drawn else token_stream(texts, tokenizer, length, dtype)
-    blocks = list(islice(stream, most))
+    blocks = [block.to(dtype) for block in islice(stream, most)]
     if not blocks:
         raise DataError(f"{name} holds less than one block of {length} tokens: give more with {flag}")
     return torch.stack(blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,10 @@ def _documents(measured: Measured, data: Any, settings: Recipe, tokens: int | No
         return TrainingData(measured, rows, collate, held_out, skipped, blocks_of_rows if streamed else None)
     tokenizer = measured.tokenizer
     read, _ = looked_at(read, tokenizer, name, "--data")
-    blocks = token_blocks(read, tokenizer, length, length if streamed else wanted, name, dtype=torch.int32)
+    if streamed:
+        blocks = token_blocks(read, tokenizer, length, length, name, dtype=torch.int32)
+    else:
+        blocks = _spread(read, texts, tokenizer, length, wanted, name)
     corrupt = denoising(tokenizer, config.vocab_size) if config.is_encoder_decoder else None
     check_vocabulary(blocks, config.vocab_size)
 
@@ -163,6 +167,25 @@ def _checked(rows: Iterable[Tensor], vocabulary: int) -> Iterator[Tensor]:
     for row in rows:
         check_vocabulary(row, vocabulary)
         yield row
+
+
+def _spread(
+    read: Iterable[Document],
+    again: Callable[[], Iterable[Document]],
+    tokenizer: Any,
+    length: int,
+    wanted: int,
+    name: str,
+) -> Tensor:
+    """Blocks (n, T) of as many documents as there are, one of each in turn; of all text where those are too few.
+
+    A few long documents in a row teach a model these documents.
+    """
+    with contextlib.suppress(DataError):
+        blocks = token_blocks(read, tokenizer, length, wanted, name, drawn=True, dtype=torch.int32)
+        if len(blocks) >= wanted // length:
+            return blocks
+    return token_blocks(again(), tokenizer, length, wanted, name, dtype=torch.int32)
 
 
 def _own(measured: Measured, settings: Recipe, source: str | Path) -> TrainingData:
