@@ -113,7 +113,8 @@ def test_the_control_is_the_source_trained_on_the_same_tokens(converted):
     out = converted("gpt2")
     source = {path.name: path.read_bytes() for path in (SAMPLES / "gpt2").iterdir()}
     report = uptrain(out, FEW, control=True)
-    assert list(report["quality"])[4:] == ["source", "converted", "uptrained", "control"]
+    rows = [name for name, row in report["quality"].items() if isinstance(row, dict)]
+    assert rows == ["source", "converted", "uptrained", "control"]
     assert report["quality"]["control"]["kl"] > 1e-4  # it moved
     assert report["uptraining"]["control_curve"][0]["kl"] == pytest.approx(0, abs=1e-5)
     assert {path.name: path.read_bytes() for path in (SAMPLES / "gpt2").iterdir()} == source
