@@ -19,7 +19,7 @@ FLOORS = [  # a folder, or a module beside them, may import only from floors bel
     {"devices", "heads", "parse_amounts"},
     {"caller_settings"},
     {"flags_as_arguments"},
-    {"errors", "models", "progress"},
+    {"errors", "models", "progress", "random_generators"},
 ]
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}
 MAY_BE_HEAVY = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -23,17 +22,18 @@ from ..conversion.request import TOKENS_PER_UNKNOWN
 from ..errors import CheckpointError, QualityError, one_line
 from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.load import load_model
-from ..evaluation.measure import Predictions, measure, predict
+from ..evaluation.measure import Predictions, kl_to, measure, predict
 from ..families import Site
 from ..heads import AUTO, Method
 from ..progress import Progress, no_bars_of_others, silent, step_done
+from ..random_generators import generator_for
 from ..text.plain_generation import settle
 from ..text.suitability import misfits
 from .activations import capture
 from .allocation import shared_out
 from .fisher import sensitivity
 from .fitter import SiteFitter
-from .keep_polish import kinds_of, kl_to, polished
+from .keep_polish import kinds_of, polished
 from .replaced_sites import Replacement
 from .text import Text, calibration_text
 
@@ -171,7 +171,7 @@ class Calibrator:
         )
 
     def _generator(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {purpose}".encode()))
+        return generator_for(purpose, self.seed)
 
     @property
     def sites(self) -> list[Site]:

@@ -7,7 +7,7 @@ time are enough for the loss and for its gradient: both are computed in the forw
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,20 @@ def distillation_loss(hidden: Tensor, head: Tensor, targets: Targets, ce: float 
 def aligned_labels(labels: Tensor, is_encoder_decoder: bool) -> Tensor:
     """The token that each position predicts: a decoder-only model's next one, (B, T)."""
     return labels if is_encoder_decoder else nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def inputs_and_labels(model: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Inputs of a forward pass of either model, without labels, and the token that each position predicts, (B, T).
+
+    Args:
+        batch: as a collator makes it, with "labels"; on the model's device.
+    """
+    inputs = dict(batch)
+    labels = inputs.pop("labels")
+    encodes = model.config.is_encoder_decoder
+    if encodes:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    return inputs | {"use_cache": False}, aligned_labels(labels, encodes)
 
 
 @dataclass

@@ -15,9 +15,8 @@ from ..checkpoints.source import Source
 from ..conversion.build_model import build_model
 from ..conversion.convert_site import ConvertedSite
 from ..conversion.plan import Plan
-from ..errors import QualityError
 from ..evaluation.held_out_batches import HeldOut
-from ..evaluation.measure import Predictions, measure, predict
+from ..evaluation.measure import kl_to, predict
 from ..families import Site
 from ..progress import Progress, silent
 from .activations import Batch
@@ -25,14 +24,6 @@ from .polish import polish
 
 USUAL = 0.02
 """share of the texts that begin with a token which is no accident"""
-
-
-def kl_to(expected: Predictions, held_out: HeldOut, student: Any) -> float | None:
-    """KL of a model to the source's predictions, nats a token; None where it is not finite."""
-    try:
-        return measure(predict(student, held_out), expected).kl
-    except QualityError:
-        return None
 
 
 def polished(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..conversion.request import POLISH_TOKENS
 from ..progress import Progress, silent
 from .activations import Batch
-from .distillation_loss import Targets, aligned_labels, forward_with_loss, hidden_states
+from .distillation_loss import Targets, forward_with_loss, hidden_states, inputs_and_labels
 
 RATE = 3e-3
 """of each array of converted attention, in units of its root mean square"""
@@ -106,7 +106,7 @@ def polish(
     pieces = _pieces(batches, generator)
     for step in range(steps):
         progress("polish", step, steps)
-        some = [_prepared(student, piece, device) for piece in next(pieces)]
+        some = [inputs_and_labels(student, _on(device, piece)) for piece in next(pieces)]
         count = sum(int((labels >= 0).sum()) for _, labels in some)
         for inputs, labels in some:
             with torch.no_grad():
@@ -127,14 +127,8 @@ def _size(weights: Tensor) -> float:
     return max(weights.detach().square().mean().sqrt().item(), _LEAST_RMS)
 
 
-def _prepared(model: Any, batch: Batch, device: torch.device) -> tuple[dict[str, Any], Tensor]:
-    """Inputs of a forward pass, and the token that each position predicts, (B, T)."""
-    inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
-    labels = inputs.pop("labels")
-    encodes = model.config.is_encoder_decoder
-    if encodes:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-    return inputs | {"use_cache": False}, aligned_labels(labels, encodes)
+def _on(device: torch.device, batch: Batch) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _pieces(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[list[Batch]]:

@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ..conversion.plan import Plan
-from ..errors import QualityError
 from ..evaluation.held_out_batches import HeldOut
-from ..evaluation.measure import Predictions, measure, predict
+from ..evaluation.measure import Predictions, kl_to
 from ..families import Site
 from ..heads import AttentionHeads
 from .activations import module_at, read_by_cross
@@ -34,10 +33,7 @@ class Replacement:
     def kl(self, heads: Mapping[Site, AttentionHeads]) -> float | None:
         """KL divergence to the model as it is, nats a token, with these heads in its sites; None if not finite."""
         with self._in_place(heads):
-            try:
-                return measure(predict(self.model, self.text), self.source).kl
-            except QualityError:
-                return None
+            return kl_to(self.source, self.text, self.model)
 
     @contextlib.contextmanager
     def _in_place(self, heads: Mapping[Site, AttentionHeads]) -> Iterator[None]:

@@ -22,7 +22,7 @@ from ..text.suitability import Fit, misfits
 from .held_out_batches import HeldOut
 from .held_out_text import DEFAULT_TOKENS, prepare
 from .hidden_states import compare_hidden_states, held_out_rows, puts_out_hidden_states
-from .load import Converted, Measured, load_model, located, unmoved
+from .load import Converted, Measured, leave_out, load_model, located, unmoved
 from .measure import Predictions, measured_by_document, predict
 from .standard_errors import DocumentSums, gain
 
@@ -100,11 +100,8 @@ def compare(
             if fit is None:
                 fit = held_out.fit(model, result[name]["loss"], own, "model" if name == "model" else "source")
         except Exception as error:
-            if name in optional:  # by whatever it fails, the others are worth having
-                continue
-            if not isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise RecipeError(f"the {name} model does not fit on {device}: --device cpu or --no-evaluate") from error
+            leave_out(name, error, optional, device)
+            continue
         source = source or predictions
         result["documents"] = int((sums[name].counts > 0).sum())
     if fit is not None:

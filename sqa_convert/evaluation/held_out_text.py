@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..errors import DataError, RecipeError, UnreadableTextError, one_line
 from ..families.special_tokens import SpecialTokens, end_of_text
 from ..flags_as_arguments import names_arguments
 from ..parse_amounts import amount, check_seed
+from ..random_generators import generator_for
 from ..text.blocks import token_blocks
 from ..text.collate import IGNORED, CausalCollator, PairCollator
 from ..text.documents import TOKEN_PAIRS, Columns, check_data, documents, is_own, pair_columns, pairs, peeked
@@ -177,7 +177,7 @@ def _of_tokens(
 def own_text(model: Any, tokenizer: Any, tokens: int, device: torch.device, seed: int, why: str = "") -> HeldOut:
     """What a model writes itself, to be measured on where there is no text that it was made for; and `why` there is."""
     model.to(device)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} held out".encode()))
+    generator = generator_for("held out", seed)
     padding = own_tokens(model).padding
     if model.config.is_encoder_decoder:
         rows = own_pairs(model, tokenizer, tokens, LONGEST_PAIR, device, generator)

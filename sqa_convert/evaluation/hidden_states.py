@@ -23,7 +23,7 @@ from ..text.suitability import looked_at
 from ..text.tokenized_rows import document_rows, pair_batches, up_to
 from ..text.tokenizers import check_vocabulary
 from .held_out_batches import HeldOut
-from .load import Measured, load_config
+from .load import Measured, leave_out, load_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,11 +140,8 @@ def compare_hidden_states(
                 progress(f"evaluate {name}", done, len(held_out.batches))
             result[name] = asdict(Nearness() if first is None else _nearness(states, first, held_out, name))
         except Exception as error:
-            if name in optional:  # by whatever it fails, the others are worth having
-                continue
-            if not isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise RecipeError(f"the {name} model does not fit on {device}: --device cpu or --no-evaluate") from error
+            leave_out(name, error, optional, device)
+            continue
         first = first or states
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from ..checkpoints.find import check_folder, read_generation_config, resolve
 from ..checkpoints.in_memory import unwrapped
-from ..errors import CheckpointError, one_line
+from ..errors import CheckpointError, RecipeError, one_line
 from ..progress import no_bars_of_others
 from ..text.plain_generation import settle
 from ..text.tokenizers import load_tokenizer, tokenizer_in_memory, tokenizer_of
@@ -140,3 +140,15 @@ def load_model(
         raise
     except Exception as error:  # config.json can make it fail in any way
         raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error
+
+
+def leave_out(name: str, error: Exception, optional: Collection[str], device: torch.device) -> None:
+    """Of a model that was not measured: returns where the others are worth having without it, by whatever it failed.
+
+    Raises RecipeError where a model that is wanted does not fit into the device's memory, else the error itself.
+    """
+    if name in optional:
+        return
+    if not isinstance(error, torch.OutOfMemoryError):
+        raise error
+    raise RecipeError(f"the {name} model does not fit on {device}: --device cpu or --no-evaluate") from error

@@ -132,6 +132,20 @@ def measured_by_document(
     return Quality(loss, perplexity, kl / count, agree / count, above, off), sums
 
 
+def finite_quality(model: PreTrainedModel, held_out: HeldOut, source: Predictions) -> Quality | None:
+    """Quality of a model on a text, against the source's predictions of it; None where it is not finite."""
+    try:
+        return measure(predict(model, held_out), source)
+    except QualityError:
+        return None
+
+
+def kl_to(expected: Predictions, held_out: HeldOut, model: Any) -> float | None:
+    """KL of a model to the source's predictions of a text, nats a token; None where it is not finite."""
+    quality = finite_quality(model, held_out, expected)
+    return None if quality is None else quality.kl
+
+
 def _by_document(documents: Tensor | None, losses: list[Tensor], divergences: list[Tensor]) -> DocumentSums:
     loss = torch.cat(losses)
     numbers = torch.zeros(len(loss), dtype=torch.long) if documents is None else documents

@@ -10,58 +10,38 @@ from torch import nn
 from .sparse_query_attention import SparseQueryAttention
 
 
-class SparseQueryTransformerEncoderLayer(nn.TransformerEncoderLayer):
+class _WithFewerHeads(nn.Module):
+    """One of torch's Transformer modules, which is the next base class, with its attention replaced."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        *args: Any,
+        q_groups: int | None = None,
+        kv_groups: int | None = None,
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As torch's module, and the heads kept, as `SparseQueryAttention` takes them."""
+        super().__init__(d_model, nhead, *args, **kwargs)
+        replace_attention(self, lambda module: fresh(module, q_groups, kv_groups, variant))
+
+
+class SparseQueryTransformerEncoderLayer(_WithFewerHeads, nn.TransformerEncoderLayer):
     """`nn.TransformerEncoderLayer` with fewer heads; `nn.TransformerEncoder` takes it."""
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        *args: Any,
-        q_groups: int | None = None,
-        kv_groups: int | None = None,
-        variant: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """As `nn.TransformerEncoderLayer`, and the heads kept, as `SparseQueryAttention` takes them."""
-        super().__init__(d_model, nhead, *args, **kwargs)
-        replace_attention(self, lambda module: fresh(module, q_groups, kv_groups, variant))
 
-
-class SparseQueryTransformerDecoderLayer(nn.TransformerDecoderLayer):
+class SparseQueryTransformerDecoderLayer(_WithFewerHeads, nn.TransformerDecoderLayer):
     """`nn.TransformerDecoderLayer` with fewer heads in both attentions; `nn.TransformerDecoder` takes it."""
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        *args: Any,
-        q_groups: int | None = None,
-        kv_groups: int | None = None,
-        variant: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """As `nn.TransformerDecoderLayer`, and the heads kept, as `SparseQueryAttention` takes them."""
-        super().__init__(d_model, nhead, *args, **kwargs)
-        replace_attention(self, lambda module: fresh(module, q_groups, kv_groups, variant))
 
-
-class SparseQueryTransformer(nn.Transformer):
+class SparseQueryTransformer(_WithFewerHeads, nn.Transformer):
     """`nn.Transformer` with fewer heads in all its attentions."""
 
-    def __init__(
-        self,
-        d_model: int = 512,
-        nhead: int = 8,
-        *args: Any,
-        q_groups: int | None = None,
-        kv_groups: int | None = None,
-        variant: str | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, d_model: int = 512, nhead: int = 8, *args: Any, **kwargs: Any) -> None:
         """As `nn.Transformer`, and the heads kept, as `SparseQueryAttention` takes them."""
         super().__init__(d_model, nhead, *args, **kwargs)
-        replace_attention(self, lambda module: fresh(module, q_groups, kv_groups, variant))
         self._reset_parameters()
 
 

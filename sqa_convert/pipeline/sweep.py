@@ -19,7 +19,7 @@ from ..conversion.plan import Plan, make_plan
 from ..conversion.request import CALIBRATED, Calibration, Request
 from ..devices import choose_device, device_name, within_memory
 from ..errors import QualityError, RecipeError
-from ..evaluation.measure import measure, predict
+from ..evaluation.measure import finite_quality, predict
 from ..families import Site
 from ..heads import check_head_counts
 from ..heads.allocate import Counts
@@ -256,10 +256,8 @@ class _Sweeper:
         fits = self.fits.model(by_site)
         if fits is None:
             return None
-        try:
-            model = build_model(plan, self.source, fits)[0].float()
-            quality = measure(predict(model, self.text), self.expected)
-        except QualityError:
+        quality = finite_quality(build_model(plan, self.source, fits)[0].float(), self.text, self.expected)
+        if quality is None:
             return None
         assert quality.kl is not None and quality.top1 is not None
         before, after = plan.before, plan.after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from ..heads.site_inputs import Inputs
 from ..layers.multihead_weights import attention_of, heads_of, white
 from ..layers.sparse_query_attention import SparseQueryAttention
 from ..progress import Progress
+from ..random_generators import generator_for
 from .asked_conversion import Asked
 from .find_attention import Attentions
 from .output_error import output_errors
@@ -99,7 +99,7 @@ def fit_to_batches(
     called = {name: module for name, module in attentions.items() if batches.sizes[name]}
     fitted.kept = {name: "no batch reaches it" for name in attentions if name not in called}
     progress(STAGES[0], 0, 1)
-    metrics = output_sensitivity(runner, called, _some(batches, called), _generator(seed, "sensitivity"))
+    metrics = output_sensitivity(runner, called, _some(batches, called), generator_for("sensitivity", seed))
     progress(STAGES[0], 1, 1)
     names, fewest = list(called), torch.inf
     positions = [0, 0]
@@ -120,7 +120,7 @@ def fit_to_batches(
         fewest = min(fewest, counts[0] / (len(planned[name].clusters) * module.head_dim + 1))
         fitter = SiteFitter(
             attention_of(module, causal), heads_of(module), *inputs, metrics.get(name), runner.device,
-            _generator(seed, name),
+            generator_for(name, seed),
         )  # fmt: skip
         site = Site("module", names.index(name), name)
         if planned[name].is_identity:
@@ -184,7 +184,3 @@ def _some(batches: Batches, attentions: Attentions) -> list[Any]:
     largest = max(batches.sizes[name] for name in attentions) / 4 / widths  # positions of all, at most
     share = min(1.0, SENSITIVITY_TOKENS / largest)
     return batches.fitted[: max(1, round(share * len(batches.fitted)))]
-
-
-def _generator(seed: int, purpose: str) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))

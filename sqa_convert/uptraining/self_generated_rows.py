@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..evaluation.load import load_model
 from ..progress import Progress
+from ..random_generators import generator_for
 from ..text.self_generated import own_pairs, own_rows
 from ..text.tokenized_rows import packed
 from .run_folder import Run
@@ -37,7 +37,7 @@ def write_own_text(
     model: Any = load_model(run.source, dtype="float32", trust_remote_code=trust_remote_code).to(device)
     for number in missing:
         progress("sample text", number * PART, len(parts) * PART)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{recipe.seed} own text {number}".encode()))
+        generator = generator_for(f"own text {number}", recipe.seed)
         if model.config.is_encoder_decoder:
             rows = [t for pair in own_pairs(model, tokenizer, PART, length, device, generator, "train") for t in pair]
         else:

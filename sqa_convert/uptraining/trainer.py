@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..calibration.distillation_loss import Targets, aligned_labels, forward_with_loss, hidden_states
+from ..calibration.distillation_loss import Targets, forward_with_loss, hidden_states, inputs_and_labels
 from ..errors import QualityError
 from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.measure import Predictions, measure, predict
@@ -87,13 +87,8 @@ class UptrainingTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a micro-batch, scaled so that those of a step add up to the mean over all its predictions."""
-        inputs = dict(inputs)
         unwrapped = self.accelerator.unwrap_model(model)
-        labels = inputs.pop("labels")
-        if unwrapped.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = unwrapped.prepare_decoder_input_ids_from_labels(labels)
-        inputs["use_cache"] = False
-        labels = aligned_labels(labels, unwrapped.config.is_encoder_decoder)
+        inputs, labels = inputs_and_labels(unwrapped, inputs)
         targets = Targets(labels)
         if self.ce < 1:
             with torch.no_grad(), self.accelerator.autocast():
