@@ -1,7 +1,9 @@
 """Random checkpoints of every kind, inputs for them, and what tests of processes share."""
 
 import signal
+from importlib.metadata import version
 
+import pytest
 import torch
 from transformers import (
     GPT2Config,
@@ -49,6 +51,8 @@ def t5(heads=12, layers=3, family="t5", **options):
     if family == "mt5":
         return randomize(MT5ForConditionalGeneration(MT5Config(**settings | options)))
     if family == "umt5":
+        if version("transformers").startswith("5.17."):
+            pytest.skip("its UMT5 decoder sees the tokens to come")
         return randomize(UMT5ForConditionalGeneration(UMT5Config(**settings | options)))
     return randomize(T5ForConditionalGeneration(T5Config(**settings | options)))
 

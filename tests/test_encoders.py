@@ -6,11 +6,19 @@ import pytest
 import torch
 from helpers import randomize, t5
 from torch.nn.functional import cosine_similarity
-from transformers import AutoModelForTextEncoding, AutoTokenizer, GPT2Model, T5EncoderModel, UMT5EncoderModel
+from transformers import (
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    GPT2Model,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+    UMT5ForConditionalGeneration,
+)
 
 from sqa_convert import Calibration, convert, evaluate, resolve
 from sqa_convert.cli import evaluate as eval_command
-from sqa_convert.errors import RecipeError
+from sqa_convert.errors import RecipeError, UnsupportedModelError
 from sqa_convert.models import SQAT5EncoderModel
 
 ROWS = 60
@@ -113,6 +121,20 @@ def test_a_gpt2_without_a_head_is_measured_too():
         evaluate(other, source, data=rows, tokens=100)
     with pytest.raises(RecipeError, match="the against model is a T5ForConditionalGeneration"):
         evaluate(source, t5(), data=rows, tokens=100)
+
+
+def test_a_whole_umt5_is_refused_where_transformers_lets_its_decoder_see_the_tokens_to_come(monkeypatch):
+    whole = UMT5ForConditionalGeneration(UMT5Config(d_model=8, d_kv=2, num_heads=4, d_ff=8, num_layers=1, vocab_size=9))
+    encoder = UMT5EncoderModel(whole.config)
+    how = {"q_groups": 2, "kv_groups": 1, "method": "mean", "calibration": None}
+    for release in ("5.18.0", "5.17.2"):
+        monkeypatch.setattr("sqa_convert.families.umt5.version", lambda _, release=release: release)
+        assert convert(encoder, **how).model.config.heads("encoder", 0) == (2, 1)
+        if release == "5.18.0":
+            assert convert(whole, **how).model.config.heads("decoder", 0) == (2, 1)
+        else:
+            with pytest.raises(UnsupportedModelError, match="decoder of transformers 5"):
+                convert(whole, **how)
 
 
 def test_a_umt5_encoder_is_fitted_with_a_table_in_each_layer(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
+from ..errors import UnsupportedModelError
 from .base import Config, Site
 from .t5 import T5, TABLE
 
@@ -13,6 +15,14 @@ class UMT5(T5):
     model_types = ("umt5",)
     architectures = {f"UMT5{name}": f"SQAT5{name}" for name in ("ForConditionalGeneration", "Model", "EncoderModel")}
     untied = '"tie_word_embeddings": false'
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        major, minor = version("transformers").split(".")[:2]
+        if (int(major), int(minor)) < (5, 18) and not self.source_architecture(config).endswith("EncoderModel"):
+            raise UnsupportedModelError(
+                f"the UMT5 decoder of transformers {major}.{minor} sees the tokens to come: pip install -U transformers"
+            )
 
     def _has_table(self, site: Site) -> bool:
         return site.kind != "cross"
