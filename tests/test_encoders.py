@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import randomize, t5
+from helpers import gpt2, randomize, t5
 from torch.nn.functional import cosine_similarity
 from transformers import (
     AutoModelForTextEncoding,
@@ -16,10 +16,13 @@ from transformers import (
     UMT5ForConditionalGeneration,
 )
 
-from sqa_convert import Calibration, convert, evaluate, resolve
+from sqa_convert import Calibration, convert, evaluate, load_recipe, resolve, uptrain
+from sqa_convert.cli import convert as convert_command
 from sqa_convert.cli import evaluate as eval_command
-from sqa_convert.errors import RecipeError, UnsupportedModelError
+from sqa_convert.cli import uptrain as uptrain_command
+from sqa_convert.errors import DataError, QualityError, RecipeError, UnsupportedModelError
 from sqa_convert.models import SQAT5EncoderModel
+from sqa_convert.uptraining.hidden_state_text import TextsCollator
 
 ROWS = 60
 
@@ -149,3 +152,84 @@ def test_a_umt5_encoder_is_fitted_with_a_table_in_each_layer(tmp_path):
     assert torch.equal(same(ids)[0], source(ids)[0])
     loaded = AutoModelForTextEncoding.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(loaded(ids)[0], conversion.model(ids)[0])
+
+
+def short(folder, **changes):
+    """Recipe `encoder`, for a few steps on captions."""
+    sizes = {"tokens": 1024, "sequence_length": 64, "batch_size": 4, "micro_batch": 2, "evaluations": 2}
+    return load_recipe("encoder", data=str(folder / "captions.jsonl"), held_out_tokens=256, **sizes | changes)
+
+
+def test_an_encoder_is_trained_towards_the_hidden_states_of_its_source(encoder, tmp_path):
+    recipe = short(encoder, learning_rate=1e-3)
+    convert(encoder / "source", 6, 3, method="mean", output=tmp_path / "out", calibration=None, verify=False)
+    report = uptrain(tmp_path / "out", recipe, output=tmp_path / "trained")
+    quality, curve = report["quality"], report["uptraining"]["curve"]
+    assert quality["uptrained"]["error"] < 0.9 * quality["converted"]["error"]
+    assert [point["tokens"] for point in curve] == [0, 512, 1024]
+    assert curve[0]["error"] == pytest.approx(quality["converted"]["error"], rel=1e-3)
+    assert min(point["error"] for point in curve) == pytest.approx(quality["uptrained"]["error"], rel=1e-3)
+    assert "samples" not in report and report["uptraining"]["flops_per_token"] > 0
+    card, page = ((tmp_path / "trained" / name).read_text() for name in ("README.md", "report.html"))
+    for text in (card, page):
+        assert "took back" in text and "of the error of the hidden state" in text
+    again = evaluate(tmp_path / "trained", encoder / "source", data=recipe.data, tokens=256)
+    assert again["model"]["error"] == pytest.approx(quality["uptrained"]["error"], rel=1e-3)
+
+
+def test_what_training_made_worse_is_not_taken(encoder, tmp_path, called):
+    with pytest.raises(QualityError, match=r"error of the hidden state .* at best; .* is as it was"):
+        uptrain(encoder / "out", short(encoder, learning_rate=1e-3))
+    with pytest.raises(QualityError, match=r"rate is too high: held-out error 0\.\d+% at the start, \d{2,}"):
+        uptrain(encoder / "out", short(encoder, learning_rate=0.3, warmup=0), restart=True)
+    given = ("--recipe", "encoder", "--data", encoder / "captions.jsonl", "--restart", "--dry-run")
+    code, said, _ = called(uptrain_command.main, encoder / "out", *given)
+    assert code == 0 and "loss: hidden" in said
+
+
+def test_recipes_that_do_not_go_with_a_model_are_refused(encoder, tmp_path, called):
+    captions = encoder / "captions.jsonl"
+    for flags, wanted in (
+        ((), "T5EncoderModel has no language model head to train: recipe encoder"),
+        (("--recipe", "encoder", "--control"), "control: a source without"),
+        (("--recipe", "encoder", "--data", "self"), "data: 'self' is for models that write"),
+    ):
+        code, _, err = called(uptrain_command.main, encoder / "out", *flags, "--restart")
+        assert code == 2 and wanted in err and err.count("\n") == 1
+    asked = ("--q-groups", 6, "--kv-groups", 3, "--output", tmp_path / "o", "--dry-run", "--uptrain")
+    code, _, err = called(convert_command.main, "sample:t5", *asked, "encoder", "--data", captions)
+    assert code == 2 and "for models without a language model head; a T5ForConditionalGeneration predicts tokens" in err
+    code, _, err = called(convert_command.main, encoder / "source", *asked, "encoder", "--data", captions)
+    assert code == 0, err
+    with pytest.raises(RecipeError, match="source_column: what is answered is not trained on"):
+        load_recipe("encoder", source_column="a", target_column="b")
+
+
+@pytest.mark.parametrize("family", ["t5", "umt5", "gpt2"])
+def test_texts_in_one_sequence_do_not_read_each_other(family):
+    if family == "gpt2":
+        model = randomize(GPT2Model(gpt2().config))
+    else:
+        model = randomize((T5EncoderModel if family == "t5" else UMT5EncoderModel)(t5(family=family).config))
+    rows = [torch.randint(1, 60, (length,)) for length in (9, 14, 20)]
+    for read in (model, convert(model, 6, 3, method="mean", calibration=None).model):
+        batch = TextsCollator(25, 0, causal=family == "gpt2")([(0, rows[:2]), (1, rows[2:])])
+        labels = batch.pop("labels")
+        found = read(**batch, **({"use_cache": False} if family == "gpt2" else {})).last_hidden_state[labels >= 0]
+        alone = torch.cat([read(row[None]).last_hidden_state[0] for row in rows])
+        assert torch.equal(labels[labels >= 0], torch.cat(rows)) and len(found) == 43
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gpt2_without_a_head_is_trained_from_token_rows(tmp_path):
+    source = randomize(GPT2Model(gpt2().config), 0.2).eval()
+    rows = [{"input_ids": [1 + (i * k) % 59 for k in range(1, 22)]} for i in range(1, 200)]
+    conversion = convert(source, 6, 3, method="mean", calibration=None)
+    before = evaluate(conversion, source, data=rows, tokens=200)["model"]["error"]
+    how = {"tokens": 4096, "sequence_length": 64, "batch_size": 4, "micro_batch": 0, "evaluations": 1}
+    conversion.uptrain(rows, "encoder", learning_rate=3e-3, held_out_tokens=200, **how)
+    after = evaluate(conversion, source, data=rows, tokens=200)["model"]["error"]
+    assert after < 0.9 * before
+    assert conversion.report["quality"]["uptrained"]["error"] == pytest.approx(after, rel=1e-3)
+    with pytest.raises(DataError, match="sequence_length 512 is more than"):
+        conversion.uptrain(rows, "encoder", tokens=50_000)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import plain_convert as convert
 from helpers import randomize
-from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel, T5EncoderModel, T5ForConditionalGeneration
 
 from sqa_convert import load_recipe, resolve, uptrain
 from sqa_convert.report.report_json import read_report
@@ -21,13 +21,14 @@ STEPS = 2
 
 def tiny(family, folder):
     """A random model with a sample's tokenizer."""
-    name = resolve(f"sample:{family}")
+    name = resolve("sample:gpt2" if family == "gpt2" else "sample:t5")
+    classes = {"gpt2": GPT2LMHeadModel, "t5": T5ForConditionalGeneration, "encoder": T5EncoderModel}
     sizes = {"n_layer": 1, "n_embd": 24, "n_head": 6, "n_positions": 1024} if family == "gpt2" else {
         "num_layers": 1, "num_decoder_layers": 1, "d_model": 24, "d_kv": 4, "num_heads": 6, "d_ff": 32
     }  # fmt: skip
     config = AutoConfig.from_pretrained(name)
     config = type(config)(**(config.to_dict() | sizes))
-    model = randomize((GPT2LMHeadModel if family == "gpt2" else T5ForConditionalGeneration)(config), 0.1)
+    model = randomize(classes[family](config), 0.1)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(name).save_pretrained(folder)
     return folder
@@ -52,7 +53,7 @@ def test_two_steps_of_every_recipe(name, tmp_path, monkeypatch):
         "micro_batch": min(2, whole.micro_batch), "held_out_tokens": 512, "evaluations": 1,
     }  # fmt: skip
     recipe = load_recipe(name, **shorter)
-    family = "t5" if "t5" in name or "seq2seq" in name else "gpt2"
+    family = "encoder" if name == "encoder" else "t5" if "t5" in name or "seq2seq" in name else "gpt2"
     convert(tiny(family, tmp_path / "source"), 3, 3, output="out", evaluate=False, verify=False)
     before = (tmp_path / "out/model.safetensors").read_bytes()
     if recipe.fsdp:
@@ -65,5 +66,5 @@ def test_two_steps_of_every_recipe(name, tmp_path, monkeypatch):
         uptrain("out", recipe, device="cpu", keep_anyway=True)
     report = read_report(tmp_path / "out")
     assert report["uptraining"]["steps"] == STEPS and report["uptraining"]["tokens"] == tokens
-    assert report["quality"]["uptrained"]["loss"] > 0
+    assert report["quality"]["uptrained"]["error" if name == "encoder" else "loss"] > 0
     assert (tmp_path / "out/model.safetensors").read_bytes() != before

@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..devices import device_name
 from ..errors import CheckpointError, DataError, QualityError, RecipeError, one_line
+from ..families import only_hidden_states
 from ..families.special_tokens import SpecialTokens
 from ..progress import no_bars_of_others
 from ..text.documents import documents, peeked
@@ -23,7 +24,7 @@ from ..text.suitability import looked_at
 from ..text.tokenized_rows import document_rows, pair_batches, up_to
 from ..text.tokenizers import check_vocabulary
 from .held_out_batches import HeldOut
-from .load import Measured, leave_out, load_config
+from .load import Measured, leave_out, load_config, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,11 +46,6 @@ class Nearness:
     """as `error`, of the hidden state after each layer"""
 
 
-def only_hidden_states(architecture: str) -> bool:
-    """Whether what a model of this class puts out is hidden states of the text that it reads."""
-    return architecture.endswith("EncoderModel") or architecture in ("GPT2Model", "SQAGPT2Model")
-
-
 def puts_out_hidden_states(model: Any) -> bool:
     """The same of a folder, or of a model in memory. Raises CheckpointError."""
     config = load_config(model) if isinstance(model, str | Path) else model.config
@@ -57,7 +53,9 @@ def puts_out_hidden_states(model: Any) -> bool:
     return only_hidden_states(name)
 
 
-def load_headless(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_headless(
+    folder: str | Path, *, dtype: str = "auto", trust_remote_code: bool = False, **overrides: Any
+) -> PreTrainedModel:
     """A model of a folder that puts out hidden states, in eval mode. Raises CheckpointError."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
@@ -65,11 +63,17 @@ def load_headless(folder: str | Path, trust_remote_code: bool = False) -> PreTra
     try:
         with no_bars_of_others():
             auto = AutoModelForTextEncoding if encoder else AutoModel
-            return auto.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code).eval()
+            return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **overrides).eval()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # config.json can make it fail in any way
         raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error
+
+
+def load_any(folder: str | Path, *, trust_remote_code: bool = False, **how: Any) -> PreTrainedModel:
+    """The same, or a language model, whatever a folder holds. Raises CheckpointError."""
+    load = load_headless if puts_out_hidden_states(folder) else load_model
+    return load(folder, trust_remote_code=trust_remote_code, **how)
 
 
 def held_out_rows(
@@ -127,7 +131,7 @@ def compare_hidden_states(
         model: Any = None  # one at a time
         try:
             if isinstance(given, str | Path):
-                model = load_headless(given, trust_remote_code)
+                model = load_headless(given, trust_remote_code=trust_remote_code)
             else:
                 model = given if isinstance(given, torch.nn.Module) else given()
             if not only_hidden_states(type(model).__name__):
@@ -138,12 +142,22 @@ def compare_hidden_states(
             for done, batch in enumerate(held_out.batches, 1):
                 states.append(_hidden_states(model.to(device).eval(), batch, device))
                 progress(f"evaluate {name}", done, len(held_out.batches))
-            result[name] = asdict(Nearness() if first is None else _nearness(states, first, held_out, name))
+            result[name] = asdict(Nearness() if first is None else nearness(states, first, held_out, name))
         except Exception as error:
             leave_out(name, error, optional, device)
             continue
         first = first or states
     return result
+
+
+@torch.no_grad()
+def last_hidden_states(model: Any, held_out: HeldOut) -> list[list[Tensor]]:
+    """Of each batch the last one, (B, T, D), on the CPU, of a model that is on the text's device."""
+    states = []
+    for batch in held_out.batches:
+        inputs = {name: tensor.to(held_out.device) for name, tensor in batch.items()}
+        states.append([model(**inputs).last_hidden_state.float().cpu()])
+    return states
 
 
 def _hidden_states(model: Any, batch: dict[str, Tensor], device: torch.device) -> list[Tensor]:
@@ -154,8 +168,13 @@ def _hidden_states(model: Any, batch: dict[str, Tensor], device: torch.device) -
     return [*layers, output.last_hidden_state.float().cpu()]
 
 
-def _nearness(states: list[list[Tensor]], first: list[list[Tensor]], held_out: HeldOut, name: str) -> Nearness:
-    """Raises RecipeError, QualityError."""
+def nearness(
+    states: list[list[Tensor]], first: list[list[Tensor]], held_out: HeldOut, name: str = "trained"
+) -> Nearness:
+    """How near hidden states are to the first's: of each batch those after each layer, (B, T, D), the last one last.
+
+    Raises RecipeError, QualityError.
+    """
     if any(one.shape != other.shape for one, other in zip(states[0], first[0], strict=False)) or len(states[0]) != len(
         first[0]
     ):

@@ -34,10 +34,18 @@ def family_of(config: Config) -> Family:
     return family
 
 
+def only_hidden_states(architecture: str) -> bool:
+    """Whether what a model of this class puts out is hidden states of the text that it reads."""
+    return architecture.endswith("EncoderModel") or architecture in ("GPT2Model", "SQAGPT2Model")
+
+
 def completed(config: Config) -> Config:
     """config.json as transformers reads it, as far as a family needs it. Raises UnsupportedModelError."""
     family = FAMILIES.get(str(config.get("model_type")))
     return config if family is None else family.completed(config)
 
 
-__all__ = ["FAMILIES", "Config", "Dimensions", "Family", "Site", "Written", "completed", "family_of", "most"]
+__all__ = [
+    "FAMILIES", "Config", "Dimensions", "Family", "Site", "Written", "completed", "family_of", "most",
+    "only_hidden_states",
+]  # fmt: skip

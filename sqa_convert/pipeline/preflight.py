@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 def check_config(config: Config, recipe: Recipe) -> None:
     """Raises RecipeError or DataError unless a model of this config.json can be trained by a recipe."""
     family = family_of(config)
-    if not family.has_language_model_head(config):
-        raise RecipeError(f"--uptrain: a {family.source_architecture(config)} has no language model head to train")
+    recipe.check_trains(family.source_architecture(config), family.has_language_model_head(config))
     decoder_only = all(site.kind == "decoder" for site in family.sites(config))
     recipe.check_fits(family.dimensions(config).context if decoder_only else None)
 

@@ -22,6 +22,7 @@ from ..conversion.plan import Plan
 from ..conversion.result_model_class import check_loads
 from ..conversion.write import write_model
 from ..errors import CheckpointError, DataError, one_line
+from ..families import only_hidden_states
 from ..progress import Progress, Stages, silent, told_within
 from ..report.report_json import conversion_report
 from ..report.write import write_report
@@ -179,7 +180,7 @@ def _held_out_of_hidden_states(plan: Plan, source: Source, options: RunOptions) 
     """The text that a model without a language model head reads; "" of one that puts out something else."""
     from ..devices import choose_device
     from ..evaluation.held_out_text import DEFAULT_TOKENS
-    from ..evaluation.hidden_states import held_out_rows, only_hidden_states
+    from ..evaluation.hidden_states import held_out_rows
     from ..evaluation.load import Measured
 
     assert source.folder is not None

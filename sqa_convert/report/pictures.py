@@ -143,15 +143,20 @@ def similarity_picture(sites: list[dict[str, Any]], kind: str = "svg") -> bytes:
     return rendered(figure, kind)
 
 
-_CURVES = {"loss": "held-out loss, nats/token", "kl": "held-out KL to the source, nats/token"}
+_CURVES = {
+    "loss": "held-out loss, nats/token",
+    "kl": "held-out KL to the source, nats/token",
+    "error": "held-out error of the hidden state",
+    "cosine": "held-out cosine of mean vectors",
+}
 
 
 def recovery_picture(report: dict[str, Any], kind: str) -> bytes:
-    """Held-out loss and KL against tokens of uptraining, with source and control, as "svg" or "png"."""
+    """What was measured against tokens of uptraining, with source and control, as "svg" or "png"."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    for panel, key in zip(figure.subplots(1, 2), _CURVES, strict=True):
+    for panel, key in zip(figure.subplots(1, 2), _measured(report), strict=True):
         _curve(panel, report, key)
     figure.suptitle(f"{_plain(report['source']['name'])}: what uptraining took back")
     return rendered(figure, kind)
@@ -162,11 +167,17 @@ def training_pictures(report: dict[str, Any]) -> list[bytes]:
     from matplotlib.figure import Figure
 
     pictures = []
-    for key in _CURVES:
+    for key in _measured(report):
         figure = Figure(figsize=(5, 3.4), layout="constrained")
         _curve(figure.subplots(), report, key)
         pictures.append(rendered(figure, "page"))
     return pictures
+
+
+def _measured(report: dict[str, Any]) -> tuple[str, str]:
+    """The two measures of a run."""
+    of_hidden_states = any("error" in point for point in report["uptraining"]["curve"])
+    return ("error", "cosine") if of_hidden_states else ("loss", "kl")
 
 
 def _curve(panel: Any, report: dict[str, Any], key: str) -> None:
@@ -185,7 +196,7 @@ def _curve(panel: Any, report: dict[str, Any], key: str) -> None:
             names[name] = min(value, MOST_NATS)
             panel.axhline(names[name], linestyle=style, color=_MODELS[name], linewidth=1)
     panel.set(xlabel="tokens", ylabel=label)
-    if key == "kl":
+    if key in ("kl", "error"):
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter("{x:g}" if _within_a_decade(names) else "")

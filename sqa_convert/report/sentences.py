@@ -98,7 +98,8 @@ def uptraining_lines(report: dict[str, Any]) -> list[str]:
     if done is None:
         return []
     speed = f"{done['tokens']:,} tokens in {report['seconds']['uptrain']:g} s on {done['device']}"
-    lines = [f"uptrained by {done['loss']} on {speed}, {done['tokens_per_second']:,} tokens/s"]
+    loss = "squared error to the source's hidden states" if done["loss"] == "hidden" else done["loss"]
+    lines = [f"uptrained by {loss} on {speed}, {done['tokens_per_second']:,} tokens/s"]
     if "mfu" in done:
         lines[0] += f", MFU {done['mfu']:.1%}"
     if "kept" in done:
@@ -121,6 +122,9 @@ def uptraining_lines(report: dict[str, Any]) -> list[str]:
 def _taken_back(quality: dict[str, Any]) -> list[str]:
     """What uptraining took back, as shares of what conversion had cost where both are more than noise."""
     before, after = quality["converted"], quality["uptrained"]
+    if "error" in after:
+        less = _share((before["error"] - after["error"]) / max(before["error"], 1e-12))
+        return [f"uptraining took back {less} of the error of the hidden state that conversion had cost"]
     gain, back, worse = after.get("gain", {}), [], False
     for name in ("loss", "KL"):
         key, start = name.lower(), quality["source"][name.lower()] or 0.0

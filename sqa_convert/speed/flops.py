@@ -35,8 +35,10 @@ def training_flops(model: Any, batch: dict[str, Tensor]) -> int:
     clone = on_meta(model)
     tokens = batch["input_ids"].to("meta")
     # Without a mask a decoder-only model looks into its position ids for the ends of documents: meta has no values.
-    more = {"attention_mask": torch.ones_like(tokens)}
-    if clone.config.is_encoder_decoder:
-        more = {"labels": batch["labels"].to("meta")}
+    more: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "use_cache": False}
+    if type(clone).__name__.endswith("EncoderModel"):
+        more = {}  # an encoder looks into its mask
+    elif clone.config.is_encoder_decoder:
+        more = {"labels": batch["labels"].to("meta"), "use_cache": False}
     with torch.no_grad():
-        return 3 * counted(lambda: clone(tokens, **more, use_cache=False))
+        return 3 * counted(lambda: clone(tokens, **more))

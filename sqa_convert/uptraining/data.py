@@ -39,6 +39,7 @@ from ..text.suitability import looked_at
 from ..text.tokenize_documents import tensor_of
 from ..text.tokenized_rows import packed
 from ..text.tokenizers import check_vocabulary
+from .hidden_state_text import TextBlocks, only_encodes
 from .recipe import Recipe
 
 MOST_HELD = 200_000_000
@@ -65,9 +66,9 @@ class TrainingData:
         """`count` rows or more, from the first again when there are fewer."""
         return Rows(self.content, count) if self.stream is None else Stream(self.stream)
 
-    def example(self) -> dict[str, Tensor]:
-        """One row as a batch."""
-        return self.collate([Rows(self.content, 1)[0]])
+    def example(self, rows: int = 1) -> dict[str, Tensor]:
+        """The first rows as a batch."""
+        return self.collate([Rows(self.content, rows)[i] for i in range(rows)])
 
 
 def training_data(
@@ -92,11 +93,14 @@ def training_data(
     """
     measured = Measured(folder, None, trust_remote_code, "training needs one")
     config = measured.config
-    settings.check_fits(None if config.is_encoder_decoder else config.n_positions)
+    encodes = config.is_encoder_decoder or only_encodes(config)
+    settings.check_fits(None if encodes else config.n_positions)
     if settings.data != GIVEN:
         data = settings.data
     elif data is None:
         raise RecipeError("this run trains on data that were given from Python: give them again")
+    if settings.loss == "hidden":
+        return _texts(measured, data, settings, tokens)
     columns = settings.columns
     if config.is_encoder_decoder:
         columns = pair_columns(data, columns, settings.text_column)
@@ -188,6 +192,15 @@ def _spread(
     return token_blocks(again(), tokenizer, length, wanted, name, dtype=torch.int32)
 
 
+def _texts(measured: Measured, data: Any, settings: Recipe, tokens: int | None) -> TrainingData:
+    """For a model without a language model head."""
+    texts, wanted = TextBlocks(measured, data, settings), tokens or settings.tokens
+    streamed = wanted > MOST_HELD
+    content = texts.first(settings.sequence_length if streamed else wanted)
+    stream = texts.blocks if streamed else None
+    return TrainingData(measured, content, texts.collator(), texts.held_out, texts.skipped, stream)
+
+
 def _own(measured: Measured, settings: Recipe, source: str | Path) -> TrainingData:
     trust = measured.trust_remote_code
     how: dict[str, Any] = {"tokens": settings.held_out_tokens, "trust_remote_code": trust}
@@ -207,6 +220,8 @@ def with_text_named(settings: Recipe, source: str | Path, trust_remote_code: boo
     """A recipe whose data are not "auto" any more."""
     if settings.data != AUTO_TEXT:
         return settings
+    if settings.loss == "hidden":
+        return dataclasses.replace(settings, data=BUILT_IN)
     measured = Measured(source, None, trust_remote_code)
     built_in, _ = built_in_text(measured, settings.held_out_tokens, torch.device("cpu"), 0)
     return dataclasses.replace(settings, data=SELF if built_in is None else BUILT_IN)

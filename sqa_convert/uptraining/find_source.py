@@ -7,20 +7,22 @@ from typing import Any
 
 from ..checkpoints.find import open_source, resolve, source_config
 from ..checkpoints.fingerprint import unlike
-from ..errors import CheckpointError, RecipeError, one_line
+from ..errors import CheckpointError, one_line
 from ..families import family_of
+from .recipe import Recipe
 
 
-def find_source(report: dict[str, Any], source: str | Path | None) -> Path:
+def find_source(report: dict[str, Any], source: str | Path | None, recipe: Recipe) -> Path:
     """The folder of a converted model's source.
 
     Args:
         report: of the converted model.
         source: a folder or a hub id; None for the name in the report.
+        recipe: by which the model is to be trained.
 
     Raises:
         CheckpointError: it is not there, or another model.
-        RecipeError: it has no language model head.
+        RecipeError: the recipe trains what such a model does not put out.
     """
     try:
         folder = resolve(source) if source else resolve(report["source"]["name"], report["source"]["revision"])
@@ -44,6 +46,5 @@ def find_source(report: dict[str, Any], source: str | Path | None) -> Path:
                 f"--source {folder} holds other weights than this model was made from ({other} differs): give those it "
                 "was made from, in the dtype they had, or convert these"
             )
-    if not family.has_language_model_head(config):
-        raise RecipeError(f"a {architecture} has no language model head to train")
+    recipe.check_trains(architecture, family.has_language_model_head(config))
     return folder

@@ -15,7 +15,8 @@ from ..checkpoints.small_files import REPORT, write_json
 from ..checkpoints.staging import expanded
 from ..conversion.save_model import save_model
 from ..errors import RecipeError, SQAError
-from ..evaluation.load import Converted, load_model
+from ..evaluation.hidden_states import load_any
+from ..evaluation.load import Converted
 from ..report.report_from_config import rebuilt_report
 from . import processes
 
@@ -65,7 +66,7 @@ def in_folder(given: Any, source: Any, output: Path | None, resume: bool) -> Ite
             raise
         model = given.loaded if isinstance(given, Converted) else unwrapped(given)
         if model is not None and (output is None or isinstance(given, Converted)):
-            model.load_state_dict(load_model(output or folder).state_dict())
+            model.load_state_dict(load_any(output or folder).state_dict())
 
 
 def _write(given: Any, origin: Any, folder: Path) -> None:

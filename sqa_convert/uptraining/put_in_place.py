@@ -20,6 +20,7 @@ from ..devices import device_name
 from ..errors import OutputError
 from ..evaluation.evaluate import compare
 from ..evaluation.generation import answer_scores, continuations
+from ..evaluation.hidden_states import compare_hidden_states, load_any
 from ..evaluation.load import load_model
 from ..progress import Stages
 from ..report.formatting import nats
@@ -67,7 +68,7 @@ def put_in_place(run: Run, report: dict[str, Any], job: Job, own_loss: float | N
         raise OutputError(f"{run.folder} was converted anew while it was trained")
     size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     with staged_output(run.target, overwrite=run.target == run.folder, size=size) as staging:
-        _save(load_model(run.checkpoints / "uptrain" / FINAL, dtype="float32"), run.folder, staging)
+        _save(load_any(run.checkpoints / "uptrain" / FINAL, dtype="float32"), run.folder, staging)
         (staging / RECIPE).write_text(dump_recipe(run.recipe), encoding="utf-8")
         report["sha256"] = {path.name: sha256_of(path) for path in sorted(staging.glob("*.safetensors"))}
         report.pop("reloaded", None)  # that was of the old weights
@@ -94,6 +95,13 @@ def _measure(
     """
     assert job.held_out is not None
     models: dict[str, Any] = {"source": run.source, "converted": run.folder, "uptrained": trained}
+    if run.recipe.loss == "hidden":
+        quality = compare_hidden_states(
+            models, job.held_out, trust_remote_code=job.trust_remote_code, progress=progress
+        )
+        _check_gain(run, job, quality)
+        _put_quality(report, quality)
+        return
     control = {}
     if run.recipe.control:  # which was saved as it was trained; `compare` measures it in the source's dtype
         control = {"control": partial(load_model, run.checkpoints / "control" / FINAL)}
@@ -107,9 +115,21 @@ def _measure(
         own=own_loss,
         gains={"uptrained": "converted"},
     )
+    _check_gain(run, job, quality)
+    _put_quality(report, quality)
+    progress("write samples", 0, 1)
+    report["samples"] = continuations(models, job.held_out, trust_remote_code=job.trust_remote_code)
+
+
+def _check_gain(run: Run, job: Job, quality: dict[str, Any]) -> None:
+    """Raises NotBetterError."""
     before, after = quality["converted"], quality["uptrained"]
     if not job.keep_anyway and after[run.recipe.judged_by] > before[run.recipe.judged_by]:
         raise not_better(run, before, after)
+
+
+def _put_quality(report: dict[str, Any], quality: dict[str, Any]) -> None:
+    """Puts what was measured into a report, beside what it knows of the same text."""
     known = report.get("quality", {})
     if all(known.get(key) == quality[key] for key in ("data", "tokens")):
         if "uptrained" in known:  # the folder was trained before, and this run went on from there
@@ -117,8 +137,6 @@ def _measure(
         if "mean" in known:
             quality["mean"] = known["mean"]
     report["quality"] = quality
-    progress("write samples", 0, 1)
-    report["samples"] = continuations(models, job.held_out, trust_remote_code=job.trust_remote_code)
 
 
 def _answer_scores(job: Job) -> Callable[[Any], dict[str, float]]:
@@ -128,11 +146,15 @@ def _answer_scores(job: Job) -> Callable[[Any], dict[str, float]]:
 def not_better(run: Run, start: dict[str, float], best: dict[str, float]) -> NotBetterError:
     """What to say of a run whose best measurement is worse than the start."""
     recipe = run.recipe
-    name = {"kl": "KL to the source", "loss": "held-out loss"}[recipe.judged_by]
     before, after = start[recipe.judged_by], best[recipe.judged_by]
+    if recipe.judged_by == "error":
+        measured = f"error of the hidden state {before:.3%} at the start, {after:.3%} at best"
+    else:
+        name = {"kl": "KL to the source", "loss": "held-out loss"}[recipe.judged_by]
+        measured = f"{name} {nats(before)} at the start, {nats(after)} at best"
+        measured += f" (loss {nats(start['loss'])}, then {nats(best['loss'])})"
     return NotBetterError(
-        f"uptraining made it worse: {name} {nats(before)} at the start, {nats(after)} at best (loss "
-        f"{nats(start['loss'])}, then {nats(best['loss'])}); {run.folder} is as it was. Try a learning_rate below "
+        f"uptraining made it worse: {measured}; {run.folder} is as it was. Try a learning_rate below "
         f"{recipe.learning_rate:g}, or more tokens (--restart). What was trained is in {run.checkpoints}; to take it: "
         f"sqa-uptrain {run.folder} --keep-anyway"
     )

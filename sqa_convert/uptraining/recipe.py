@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
 from ..errors import DataError, RecipeError, one_line, shown
+from ..families import only_hidden_states
 from ..flags_as_arguments import names_arguments
 from ..text.documents import AUTO_TEXT, SELF, Columns
 from .recipe_rules import Count, Number, Seed, Switch, Text, in_one_line, must_be, sentence
@@ -53,8 +54,9 @@ class Recipe:
     """Share of the steps over which the rate rises from zero."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     """AdamW's decoupled decay."""
-    loss: Literal["kl", "ce", "mix"] = "kl"
-    """"kl": divergence from the source's predictions (arXiv 2407.14679); "ce": cross-entropy on the text; "mix"."""
+    loss: Literal["kl", "ce", "mix", "hidden"] = "kl"
+    """"kl": divergence from the source's predictions (arXiv 2407.14679); "ce": cross-entropy on the text; "mix";
+    "hidden": of models without a language model head, squared error to the source's last hidden state."""
     ce_weight: Annotated[Number, Field(ge=0, le=1)] = 0.5
     """Share of the cross-entropy in "mix"."""
     train: Literal["all", "attention"] = "all"
@@ -102,6 +104,22 @@ class Recipe:
             raise must_be("0, or a divisor of batch_size")
         return micro_batch
 
+    @field_validator("loss")
+    @classmethod
+    def _of_plain_text(cls, loss: str, others: ValidationInfo) -> str:
+        if loss == "hidden" and others.data.get("data") == SELF:
+            raise sentence(f"data: {SELF!r} is for models that write; with loss: hidden name text, as captions.txt")
+        if loss == "hidden" and others.data.get("source_column"):
+            raise sentence("source_column: what is answered is not trained on with loss: hidden; name a text_column")
+        return loss
+
+    @field_validator("control")
+    @classmethod
+    def _of_predictions(cls, control: bool, others: ValidationInfo) -> bool:
+        if control and others.data.get("loss") == "hidden":
+            raise sentence("control: a source without a language model head learns nothing from text: leave it out")
+        return control
+
     @field_validator("target_column")
     @classmethod
     def _both_columns(cls, target: str, others: ValidationInfo) -> str:
@@ -122,28 +140,51 @@ class Recipe:
         trained = ["uptrain", "control"] if self.control else ["uptrain"]
         rows = [f"evaluate {row}" for row in ("source", "converted", "uptrained", *trained[1:])]
         own = ["sample text"] if self.data == SELF else []
-        return [*own, *trained, *([*rows, "write samples"] if measured else []), "draw report"]
+        written = [] if self.loss == "hidden" else ["write samples"]
+        return [*own, *trained, *([*rows, *written] if measured else []), "draw report"]
 
     @property
     def ce(self) -> float:
-        """Weight of the cross-entropy in the loss, 0 … 1; the rest is the divergence's."""
-        return {"kl": 0.0, "ce": 1.0, "mix": self.ce_weight}[self.loss]
+        """Weight of the cross-entropy in the loss, 0 … 1; the rest is what the source says."""
+        return {"ce": 1.0, "mix": self.ce_weight}.get(self.loss, 0.0)
 
     @property
     def judged_by(self) -> str:
-        """Which held-out measurement says how good a model is: "kl" to the source, or "loss" where that is trained."""
-        return "loss" if self.ce == 1 else "kl"
+        """Which held-out measurement says how good a model is: "kl" to the source, or "loss" where that is trained;
+        "error" of the hidden state where there are no predictions."""
+        return {"ce": "loss", "hidden": "error"}.get(self.loss, "kl")
 
     @property
     def columns(self) -> Columns | None:
         """Of `data`, where it is pairs."""
         return Columns.named(self.source_column, self.target_column, self.prefix)
 
+    def check_trains(self, architecture: str, predicts: bool) -> None:
+        """Raises RecipeError where the loss is not one of what a model puts out.
+
+        Args:
+            architecture: the class of the unconverted model.
+            predicts: whether it has a language model head.
+        """
+        if predicts and self.loss == "hidden":
+            raise RecipeError(
+                f"loss: hidden (recipe encoder) is for models without a language model head; a {architecture} predicts "
+                "tokens: kl, ce or mix"
+            )
+        if predicts or (self.loss == "hidden" and only_hidden_states(architecture)):
+            return
+        if only_hidden_states(architecture):
+            raise RecipeError(
+                f"a {architecture} has no language model head to train: recipe encoder trains it towards its source's "
+                "hidden states"
+            )
+        raise RecipeError(f"a {architecture} has no language model head to train, and is no encoder of text alone")
+
     def check_fits(self, positions: int | None) -> None:
         """Raises DataError where a model cannot be trained so, whatever its weights.
 
         Args:
-            positions: of a decoder-only model; None for an encoder-decoder, which has no end of them.
+            positions: of a decoder-only model; None for one that has no end of them.
         """
         if positions is None:
             return

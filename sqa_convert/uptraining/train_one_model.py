@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from transformers import EarlyStoppingCallback, set_seed
 from ..checkpoints.small_files import write_json
 from ..devices import peak_flops
 from ..errors import RecipeError, one_line
-from ..evaluation.evaluate import Predictions
 from ..evaluation.held_out_batches import HeldOut
-from ..evaluation.load import load_model
+from ..evaluation.hidden_states import load_any
 from ..speed.flops import training_flops
 from ..text.collate import PairCollator
 from . import fsdp_and_deepspeed, processes
 from .data import TrainingData
+from .hidden_state_trainer import EXAMPLES, HiddenStateTrainer
 from .recipe import Recipe
 from .trainable import choose_trained, no_dropout, with_lora
 from .trainer import COMPLETE, StepProgress, UptrainingTrainer
@@ -44,8 +45,8 @@ class Job:
     text: TrainingData
     held_out: HeldOut | None
     """measured on as it goes; None measures nothing"""
-    expected: Predictions | None
-    """the source's, of that text"""
+    expected: Any
+    """what the source makes of that text: predictions, or hidden states"""
     device: torch.device
     trust_remote_code: bool
     keep_anyway: bool = False
@@ -122,7 +123,7 @@ def _trainer(
     progress: StepProgress,
 ) -> UptrainingTrainer:
     """The model to train, in a Trainer that is ready to begin, or to go on from `checkpoint`."""
-    model = load_model(
+    model = load_any(
         path, dtype="float32", trust_remote_code=job.trust_remote_code, **no_dropout(path, job.trust_remote_code)
     )
     choose_trained(model, recipe)
@@ -133,7 +134,10 @@ def _trainer(
         model = with_lora(model, recipe.lora_rank)
     measured = job.held_out is not None
     arguments = training_arguments(recipe, output, job.device, measured, job.chooses, resumed=checkpoint is not None)
-    return UptrainingTrainer(
+    kind: Any = UptrainingTrainer
+    if recipe.loss == "hidden":
+        kind = partial(HiddenStateTrainer, example=job.text.example(EXAMPLES))
+    return kind(
         model=model,
         teacher=teacher,
         ce=recipe.ce,
@@ -191,7 +195,7 @@ def _choice(trainer: UptrainingTrainer, recipe: Recipe) -> dict[str, Any]:
     points = {round(point["tokens"]) // recipe.tokens_per_step: point for point in trainer.curve}
     if not steps or steps not in points:  # gone on from where nothing was measured
         return {"kept_steps": trainer.state.global_step}
-    name = {"kl": "KL", "loss": "loss"}[key]
+    name = {"kl": "KL", "loss": "loss", "error": "error"}[key]
     return {
         "kept_steps": steps,
         "kept": f"the best held-out {name}, after {steps * recipe.tokens_per_step:,} tokens",
@@ -204,7 +208,7 @@ def _write_final(trainer: Any, weights: Any, path: Path, recipe: Recipe, job: Jo
     if weights is None:
         model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     else:
-        model = load_model(path, dtype="float32", trust_remote_code=job.trust_remote_code)
+        model = load_any(path, dtype="float32", trust_remote_code=job.trust_remote_code)
         choose_trained(model, recipe)
         model = with_lora(model, recipe.lora_rank) if recipe.lora_rank else model
         _fill(model, weights)

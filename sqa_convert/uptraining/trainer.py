@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..calibration.distillation_loss import Targets, forward_with_loss, hidden_states, inputs_and_labels
 from ..errors import QualityError
 from ..evaluation.held_out_batches import HeldOut
-from ..evaluation.measure import Predictions, measure, predict
+from ..evaluation.measure import measure, predict
 from ..report.formatting import nats
 from . import fsdp_and_deepspeed, processes
 
@@ -62,7 +62,7 @@ class UptrainingTrainer(Trainer):
         teacher: Any = None,
         ce: float,
         held_out: HeldOut | None = None,
-        expected: Predictions | None = None,
+        expected: Any = None,
         tokens_per_step: int,
         flops: float | None = None,
         peak: float | None = None,
@@ -114,20 +114,14 @@ class UptrainingTrainer(Trainer):
             raise self._diverged("loss or weights are not finite")
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Loss, KL and agreement on the held-out text, in the arithmetic of the training; each process measures all."""
-        assert self.held_out is not None
+        """What is measured on the held-out text, in the arithmetic of the training; each process measures all."""
         start = time.perf_counter()
-        predictions = predict(self.model, self.held_out)
         try:
-            with processes.together():
-                quality = measure(predictions, self.expected)
+            metrics = self.measured()
         except QualityError as error:
             if not self.state.global_step:
                 raise  # before any training
-            raise self._diverged("the held-out loss is not finite") from error
-        metrics: dict[str, float] = {"loss": quality.loss}
-        if quality.kl is not None and quality.top1 is not None:
-            metrics |= {"kl": quality.kl, "top1": quality.top1}
+            raise self._diverged("what is measured on held-out text is not finite") from error
         metrics = processes.from_first(metrics)  # the last digits may differ, and all must decide alike
         named = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(named)
@@ -136,15 +130,35 @@ class UptrainingTrainer(Trainer):
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
+    def measured(self) -> dict[str, float]:
+        """Loss on the held-out text; KL and agreement where the source's predictions are known. Raises QualityError."""
+        assert self.held_out is not None
+        predictions = predict(self.model, self.held_out)
+        with processes.together():
+            quality = measure(predictions, self.expected)
+        metrics: dict[str, float] = {"loss": quality.loss}
+        if quality.kl is not None and quality.top1 is not None:
+            metrics |= {"kl": quality.kl, "top1": quality.top1}
+        return metrics
+
+    def told(self, metrics: Mapping[str, float]) -> list[str]:
+        """What was measured, in words."""
+        parts = [f"loss {nats(metrics['loss'])}"]
+        return [*parts, f"KL {nats(metrics['kl'])}"] if "kl" in metrics else parts
+
+    def astray(self, start: Mapping[str, float], later: list[dict[str, float]]) -> str:
+        """How a run is far worse than its start, where it is and was never better; else ""."""
+        last, best = later[-1]["loss"], min(point["loss"] for point in later)
+        if last <= start["loss"] + _FAR or best <= start["loss"]:
+            return ""
+        return f"held-out loss {nats(start['loss'])} at the start, {nats(last)}"
+
     def _check_course(self) -> None:
-        """Raises DivergedError when a run is far worse than its start, early, and was never better."""
+        """Raises DivergedError when a run goes astray early."""
         start, *later = self.curve
         early = 0 < self.state.global_step <= _EARLY * self.args.max_steps
-        if not (self.stop_early and early and later) or start["tokens"]:
-            return
-        last, best = later[-1], min(point["loss"] for point in later)
-        if last["loss"] > start["loss"] + _FAR and best > start["loss"]:
-            raise self._diverged(f"held-out loss {nats(start['loss'])} at the start, {nats(last['loss'])}")
+        if self.stop_early and early and later and not start["tokens"] and (what := self.astray(start, later)):
+            raise self._diverged(what)
 
     def _diverged(self, what: str) -> DivergedError:
         rate = self.args.learning_rate
@@ -155,8 +169,9 @@ class UptrainingTrainer(Trainer):
 
     @property
     def curve(self) -> list[dict[str, float]]:
-        """Every measurement of the run, those before it was resumed too: tokens, loss, and KL and agreement."""
-        measured = {entry["step"]: entry for entry in self.state.log_history if "eval_loss" in entry}
+        """Every measurement of the run, those before it was resumed too: tokens, and what was `measured`."""
+        evaluated = (entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry))
+        measured = {entry["step"]: entry for entry in evaluated}
         return [
             {"tokens": step * self.tokens_per_step}
             | {key.removeprefix("eval_"): round(entry[key], 6) for key in entry if key.startswith("eval_")}
@@ -221,9 +236,7 @@ class _Watch(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         trainer = self.trainer
-        parts = [f"loss {nats(metrics['eval_loss'])}"]
-        if "eval_kl" in metrics:
-            parts.append(f"KL {nats(metrics['eval_kl'])}")
+        parts = trainer.told({key.removeprefix("eval_"): value for key, value in metrics.items()})
         speed = self.tokens_per_second(state.global_step)
         if speed:
             parts.append(f"{speed:,.0f} tokens/s")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +13,7 @@ from ..checkpoints.find import local_folder
 from ..checkpoints.staging import check_output, empty, expanded
 from ..devices import choose_device, own_device
 from ..errors import CheckpointError
-from ..evaluation.load import Converted, load_model
-from ..evaluation.measure import measure, predict
+from ..evaluation.load import Converted
 from ..progress import Progress, Stages, in_notebooks, no_bars_of_others, told_within
 from ..report.provenance import asked_from_python
 from ..report.report_from_config import with_report
@@ -23,17 +21,17 @@ from ..report.report_json import read_report
 from ..text.collate import PairCollator
 from ..text.documents import GIVEN, SELF, is_own
 from ..text.python_data import is_named, repeatable
-from ..text.suitability import misfits
 from . import processes
 from .data import TrainingData, training_data, with_text_named
 from .find_source import find_source
 from .models_in_memory import in_folder
-from .put_in_place import not_better, note_training, put_in_place
+from .put_in_place import note_training, put_in_place
 from .recipe import Recipe
 from .run_folder import Run, alone, begin, conversion_id, goes_on, recoverable, run_folder, run_recipe, target_folder
 from .self_generated_rows import read_own_text, write_own_text
-from .train_one_model import Job, train
-from .trainer_arguments import check_recipe, uses_bfloat16
+from .train_and_control import train_all
+from .train_one_model import Job
+from .trainer_arguments import check_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +121,8 @@ def _prepared(
 ) -> tuple[Run, Job]:  # fmt: skip
     """Recipe, text and source of a run; raises what can be known before a weight is trained."""
     with processes.together():
-        run = Run(folder, find_source(report, source), decision.target, decision.recipe, "uptraining" in report)
+        found = find_source(report, source, decision.recipe)
+        run = Run(folder, found, decision.target, decision.recipe, "uptraining" in report)
         check_recipe(run.recipe, evaluate, device)
         named = with_text_named(run.recipe, run.source, trust_remote_code) if processes.is_first() else run.recipe
     run = dataclasses.replace(run, recipe=processes.from_first(named))
@@ -145,7 +144,7 @@ def _carry_out(run: Run, job: Job, report: dict[str, Any], resume: bool, told: P
         if run.recipe.data == SELF:
             text = _with_own_text(run, job.text, job.device, job.trust_remote_code, progress)
             job = dataclasses.replace(job, text=text)
-        results, own_loss = _train_all(run, job, progress)
+        results, own_loss = train_all(run, job, progress)
         with processes.together():  # none says that it is done before it is
             if processes.is_first():
                 note_training(report, run.recipe, results, job.text, job.device)
@@ -203,7 +202,7 @@ def check_uptrain(
     chosen = own_device(choose_device(device))
     check_recipe(settled, evaluate, chosen)
     if local_folder(source or report["source"]["name"], None if source else report["source"]["revision"]) is not None:
-        find_source(report, source)
+        find_source(report, source, settled)
     text = training_data(folder, settled, tokens=settled.sequence_length, trust_remote_code=trust_remote_code)
     if evaluate and not is_own(settled.data):  # else weights are needed for it
         text.held_out(chosen)
@@ -249,43 +248,3 @@ def _decide(
     if target != folder:
         check_output(target, overwrite=False, way_out="give another")
     return _Decision(conversion_id(folder), settled, target, resume)
-
-
-def _train_all(run: Run, job: Job, progress: Progress) -> tuple[dict[str, dict[str, Any]], float | None]:
-    """The trainings of a run: of the model, and of the control for as many tokens as the model's best measurement took.
-
-    Returns:
-        What came of each, as "uptrain" and "control"; and the source's loss on what it writes itself, where measured.
-
-    Raises:
-        NotBetterError: no measurement of the model was as good as the start.
-    """
-    recipe, held_out = run.recipe, job.held_out
-    teacher, own_loss = None, None
-    progress("uptrain", 0, recipe.steps)
-    if held_out is not None or recipe.ce < 1:
-        teacher = load_model(run.source, dtype="float32", trust_remote_code=job.trust_remote_code)
-    if held_out is not None:
-        # The same arithmetic as the training's: else a model that is the source would be a little away from it.
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=uses_bfloat16(recipe, job.device)):
-            expected = predict(teacher, held_out)
-        job = dataclasses.replace(job, expected=expected)
-        fit = held_out.fit(teacher, measure(expected).loss)
-        for doubt in misfits(fit, "--data"):
-            progress("uptrain", 0, recipe.steps, f"warning: {doubt['text']}")
-        own_loss = fit.own_loss
-    if recipe.ce == 1:
-        teacher = None
-    model = train(run.folder, teacher, recipe, job, run.checkpoints / "uptrain", partial(progress, "uptrain"))
-    if held_out is None:
-        model["kept"] = "the end: nothing was measured to choose by"
-    if not (model.get("better", True) or job.keep_anyway):
-        points = {point["tokens"]: point for point in model["curve"]}
-        raise not_better(run, points[0], points[model["kept_steps"] * recipe.tokens_per_step])
-    if not recipe.control:
-        return {"uptrain": model}, own_loss
-    del teacher
-    plain = dataclasses.replace(recipe, loss="ce", patience=0)
-    job = dataclasses.replace(job, until=model.get("kept_steps", recipe.steps))
-    control = train(run.source, None, plain, job, run.checkpoints / "control", partial(progress, "control"))
-    return {"uptrain": model, "control": control}, own_loss
