@@ -55,6 +55,7 @@ MATHEMATICS = {
     "merge_circuits",
     "refine",
     "refit",
+    "restored_half",
     "search",
     "site_inputs",
     "statistics",

@@ -100,11 +100,28 @@ def test_the_default_method_calibrates_a_model_in_memory(make):
         errors = site["output_error"]
         assert list(errors) == ["converted", "refit", "refined"]
         assert errors[site["kept"]] == min(errors.values()) and site["method"] in METHODS
+        assert list(site["half_errors"]) == ["patterns", "values"] and min(site["half_errors"].values()) > 0
         partition = Partition(tuple(tuple(map(tuple, group)) for group in site["partition"]))
         assert (partition.heads, len(partition.clusters), len(partition.groups)) == (12, 8, 4)
     kl = report["calibration"]["kl_before_refine"]
     assert kl[report["calibration"]["chosen"]] == min(kl.values())
     assert set(kl) == set(calibrate.CANDIDATES)
+
+
+@pytest.mark.parametrize("alike", ["patterns", "values"])
+def test_the_half_that_heads_share_already_costs_nothing(alike):
+    source = gpt2()
+    with torch.no_grad():
+        for block in source.transformer.h:
+            maps = block.attn.c_attn.weight.view(48, 3, 12, 4), block.attn.c_attn.bias.view(3, 12, 4)
+            for part in maps:
+                copied = part[..., slice(0, 2) if alike == "patterns" else slice(2, 3), :, :]
+                copied.copy_(copied[..., [0] * 3 + [3] * 3 + [6] * 3 + [9] * 3, :])  # one of every three
+    how = {"partition": "contiguous", "calibration": Calibration(tokens=2048, refit=True, refine_steps=0)}
+    for site in convert(source, 8, 4, "mean", **how).report["sites"]:
+        errors = site["half_errors"]
+        other = errors["values" if alike == "patterns" else "patterns"]
+        assert errors[alike] < 1e-4 < 0.01 < other
 
 
 def test_the_same_seed_gives_the_same_weights():

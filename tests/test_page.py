@@ -91,7 +91,7 @@ def folder(tmp_path_factory):
 
 def test_every_command_that_adds_to_the_report_adds_to_the_page(folder):
     _, (converted, uptrained, timed) = folder
-    always = ["quality", "cost", "errors", "heads", "similarity", "samples", "made", "load"]
+    always = ["quality", "cost", "errors", "passages", "heads", "similarity", "samples", "made", "load"]
     assert converted.ids == always
     assert set(uptrained.ids) == {*always, "recovery"}
     assert set(timed.ids) == {*always, "recovery", "speed"}
@@ -149,6 +149,20 @@ def test_names_and_texts_are_only_text(folder):
     report["samples"][0]["converted"] = evil
     page = Page(report_page(report))
     assert "script" not in page.tags and page.words.count("alert(1)") >= 3
+
+
+def test_halves_of_attention_and_the_worst_passages_are_shown(folder):
+    out, (*_, page) = folder
+    report = json.loads((out / "report.json").read_text())
+    for site in report["sites"]:
+        assert all(f"{half} {error:.4f}" in page.words for half, error in site["half_errors"].items())
+    assert re.search(r"(Patterns|Values) cost more in \d of 2 attention layers", page.words)
+    passages = report["quality"]["uptrained"]["worst_passages"]
+    assert len(passages) == 3 and passages[0]["kl"] >= passages[-1]["kl"] > report["quality"]["uptrained"]["kl"]
+    for passage in passages:
+        assert "".join(text for text, _ in passage["tokens"]) in page.words
+    passages[0]["tokens"][0][0] = "</pre><script>alert(1)</script>"
+    assert "script" not in Page(report_page(report)).tags
 
 
 def test_tables_have_heads_and_what_scrolls_or_is_seen_has_a_name(folder):

@@ -81,7 +81,9 @@ def test_colours_have_the_contrast_that_accessibility_asks_for():
     light, dark = themes[:2]
     for theme in (light, light | dark):
         for ground in ("paper", "card"):
-            assert all(_contrast(theme[text], theme[ground]) >= 4.5 for text in ("ink", "soft", "accent"))
+            assert all(
+                _contrast(theme[text], theme[ground]) >= 4.5 for text in ("ink", "soft", "accent", "patterns", "values")
+            )
             assert all(
                 _contrast(theme[bar], theme[ground]) >= 3
                 for bar in (
@@ -91,6 +93,8 @@ def test_colours_have_the_contrast_that_accessibility_asks_for():
                     "control",
                     "mean",
                     "slower",
+                    "patterns",
+                    "values",
                     "mark",
                     "good",
                     "fair",

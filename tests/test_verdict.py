@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from sqa_convert import Calibration, convert
+from sqa_convert.checkpoints.find import SAMPLES
 from sqa_convert.evaluation.standard_errors import DocumentSums, by_position, document_numbers, gain, standard_error
+from sqa_convert.evaluation.worst_passages import spelled, worst_passages
 from sqa_convert.report.report_json import read_report
 from sqa_convert.report.verdict import RECIPES, verdict
 from sqa_convert.report.write import write_report
+from sqa_convert.text.tokenizers import load_tokenizer
 from sqa_convert.uptraining.recipe import load_recipe
 
 HEADS = {"decoder": 12}
@@ -140,6 +143,21 @@ def test_positions_begin_again_with_each_document():
     found = by_position(values, documents)
     assert [(part["from"], part["to"]) for part in found] == [(1, 8), (9, 16), (17, 32)]
     assert [part["mean"] for part in found] == pytest.approx([4.5, 109 / 9, 18.5], abs=1e-6)
+
+
+def test_worst_passages_are_of_different_documents_and_spelled_whole():
+    documents = torch.tensor([0] * 60 + [1] * 60 + [2] * 3 + [3] * 20)
+    kl = torch.full((143,), 0.1)
+    kl[5], kl[100], kl[121], kl[130] = 4, 9, 50, 3  # that of three tokens is too short
+    tokenizer = load_tokenizer(SAMPLES / "gpt2")
+    labels = torch.tensor((tokenizer("def naïve(x): return 'šč€'\n" * 20)["input_ids"] * 9)[:143])
+    found = worst_passages(kl, labels, documents)
+    assert [passage["document"] for passage in found] == [2, 4, 1]
+    assert found[0]["from"] + found[0]["each"].index(9.0) == 41 and found[1]["kl"] == pytest.approx(0.245)
+    for passage, told in zip(found, spelled(found, SAMPLES / "gpt2"), strict=True):
+        assert "".join(text for text, _ in told["tokens"]) == tokenizer.decode(passage["ids"])
+        assert max(value for _, value in told["tokens"]) == max(passage["each"])
+    assert spelled(found, Path("no/tokenizer/here")) == []
 
 
 @pytest.fixture(scope="module")

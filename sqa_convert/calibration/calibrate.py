@@ -87,7 +87,8 @@ def calibrate(
         for number, (name, (method, searched)) in enumerate(candidates.items()):
             step_done(number / len(candidates))
             searched = searched and site not in plan.given
-            tried[name][site] = fitter.convert(method, plan.partitions[site], searched, settings.refit)
+            made = fitter.convert(method, plan.partitions[site], searched, settings.refit)
+            tried[name][site] = made if settings.refine_steps else fitter.with_halves(made)
     report = calibrator.report(plan)
     chosen = best_of_each(tried)
     if plan.method == AUTO and plan.has_language_model_head:
@@ -103,7 +104,7 @@ def calibrate(
         chosen = tried[report["chosen"]]
     if settings.refine_steps:
         chosen = {
-            site: fitter.refine(chosen[site], settings.refine_steps)
+            site: fitter.with_halves(fitter.refine(chosen[site], settings.refine_steps))
             for site, fitter in calibrator.fitters("refine heads")
         }
     trained: Mapping[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..conversion.convert_site import ConvertedSite, SiteRecord
+from ..conversion.request import TOKENS_PER_UNKNOWN
 from ..heads import AttentionHeads, Method, Partition, get_method
 from ..heads.attend import Attention
 from ..heads.group_cost import GroupCost
 from ..heads.refine import refine
 from ..heads.refit import output_error, refit
+from ..heads.restored_half import CONVERTED_ALONE
 from ..heads.search import search
 from ..heads.site_inputs import Inputs, concatenated
 from ..heads.statistics import Statistics, collect, similarity, with_ridge
@@ -114,6 +117,26 @@ class SiteFitter:
         refined = refine(heads, self.attention, self.fit_parts, steps, self._generator())
         record = replace(start.record, errors=start.record.errors | {"refined": self._error(refined)})
         return self._result(refined, record) if record.kept == "refined" else replace(start, record=record)
+
+    def with_halves(self, made: ConvertedSite) -> ConvertedSite:
+        """The same with what each half of it alone has cost: patterns, values."""
+        errors = {half: self._error(self._half_alone(made, half)) for half in CONVERTED_ALONE}
+        finite = {half: error for half, error in errors.items() if math.isfinite(error)}
+        return replace(made, record=replace(made.record, half_errors=finite))
+
+    def half_alone(self, made: ConvertedSite, half: str) -> AttentionHeads:
+        """Heads of which one half, "patterns" or "values", is converted and the other the source's, their output
+        projections fitted again."""
+        inverse = torch.linalg.inv(self.root.double()).float()
+        return _through(_to(self._half_alone(made, half), "cpu"), inverse)
+
+    def _half_alone(self, made: ConvertedSite, half: str) -> AttentionHeads:
+        heads = _to(_through(made.heads, self.root), self.device)
+        alone = CONVERTED_ALONE[half](_to(self.heads, self.device), heads, made.record.partition)
+        wanted = TOKENS_PER_UNKNOWN * (alone.output.shape[0] * alone.output.shape[1] + 1)
+        share = min(1.0, wanted / sum(inputs.positions for inputs, _ in self.fit_parts))
+        some = [(math.ceil(share * len(inputs)), inputs, outputs) for inputs, outputs in self.fit_parts]
+        return refit(alone, self.attention, _batches([(inputs[:n], outputs[:n]) for n, inputs, outputs in some]))
 
     def _result(self, heads: AttentionHeads, record: SiteRecord) -> ConvertedSite:
         inverse = torch.linalg.inv(self.root.double()).float()

@@ -29,6 +29,9 @@ class SiteRecord:
     """of the site's output on held-out text, as a share of its variance, after each stage"""
     similarity: dict[str, list[list[float]]] | None = None
     """of the source's heads"""
+    half_errors: dict[str, float] = field(default_factory=dict)
+    """likewise of heads of which only the "patterns" (queries and keys) are converted, or only the "values", their
+    output projections fitted again"""
 
     @property
     def kept(self) -> str:

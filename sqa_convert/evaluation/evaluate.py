@@ -25,6 +25,7 @@ from .hidden_states import compare_hidden_states, held_out_rows, puts_out_hidden
 from .load import Converted, Measured, leave_out, load_model, located, unmoved
 from .measure import Predictions, measured_by_document, predict
 from .standard_errors import DocumentSums, gain
+from .worst_passages import spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +43,7 @@ def compare(
     untrained: Collection[str] = (),
     own: float | None = None,
     gains: Mapping[str, str] = {},
+    spelled_by: Mapping[str, Path] = {},
 ) -> dict[str, Any]:
     """Measures models one after the other on the same text, and compares the others with the first.
 
@@ -53,6 +55,7 @@ def compare(
         untrained: those that cannot rightly predict better than the first: converted from it, and not trained.
         own: the first one's loss on what it writes itself, nats a token; None finds out.
         gains: of which models to say, as "gain" of their row, how much better they are than which.
+        spelled_by: of which models to tell "worst_passages", and the folder whose tokenizer spells them.
 
     Returns:
         {"data", "tokens", "device", "warnings" (what makes it doubtful that the text says anything, as
@@ -95,6 +98,8 @@ def compare(
             result[name] = asdict(quality) | ({} if also is None else also(model))
             if sums[name].kl_by_position is not None:
                 result[name]["kl_by_position"] = sums[name].kl_by_position
+            if name in spelled_by:
+                result[name]["worst_passages"] = spelled(sums[name].worst or [], spelled_by[name], trust_remote_code)
             if name in gains:
                 result[name]["gain"] = gain(sums[gains[name]], sums[name])
             if fit is None:

@@ -16,6 +16,7 @@ from ..text.collate import IGNORED
 from ..text.suitability import misfits
 from .held_out_batches import HeldOut
 from .standard_errors import DocumentSums, by_position, document_numbers, standard_error
+from .worst_passages import worst_passages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +124,7 @@ def measured_by_document(
     loss /= count
     if not math.isfinite(loss + kl):
         raise QualityError("the loss is not finite: the weights overflow in their dtype; try --dtype, or --no-evaluate")
-    sums = _by_document(model.documents, losses, divergences)
+    sums = _by_document(model, losses, divergences)
     perplexity = math.exp(min(loss, 700.0))
     if source is None:
         return Quality(loss, perplexity, loss_error=standard_error(sums.loss, sums.counts)), sums
@@ -146,9 +147,9 @@ def kl_to(expected: Predictions, held_out: HeldOut, model: Any) -> float | None:
     return None if quality is None else quality.kl
 
 
-def _by_document(documents: Tensor | None, losses: list[Tensor], divergences: list[Tensor]) -> DocumentSums:
+def _by_document(model: Predictions, losses: list[Tensor], divergences: list[Tensor]) -> DocumentSums:
     loss = torch.cat(losses)
-    numbers = torch.zeros(len(loss), dtype=torch.long) if documents is None else documents
+    numbers = torch.zeros(len(loss), dtype=torch.long) if model.documents is None else model.documents
 
     def of(values: Tensor) -> Tensor:
         return torch.zeros(int(numbers.max()) + 1, dtype=torch.float64).index_add(0, numbers, values)
@@ -156,7 +157,8 @@ def _by_document(documents: Tensor | None, losses: list[Tensor], divergences: li
     if not divergences:
         return DocumentSums(of(torch.ones_like(loss)), of(loss))
     kl = torch.cat(divergences)
-    return DocumentSums(of(torch.ones_like(loss)), of(loss), of(kl), by_position(kl, numbers))
+    worst = worst_passages(kl, model.labels.cpu(), numbers)
+    return DocumentSums(of(torch.ones_like(loss)), of(loss), of(kl), by_position(kl, numbers), worst)
 
 
 def made_for(model: Any, held_out: HeldOut) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class DocumentSums:
     """(documents,)"""
     kl_by_position: list[dict[str, float]] | None = None
     """as of `by_position`"""
+    worst: list[dict[str, Any]] | None = None
+    """as of `worst_passages`"""
 
 
 def standard_error(sums: Tensor, counts: Tensor) -> float | None:

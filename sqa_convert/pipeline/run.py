@@ -250,6 +250,7 @@ def _measured(
             optional={"mean"},
             untrained=compared.keys() - {"source"},
             own=calibration.get("own_loss"),
+            spelled_by={"converted": folder},
         )
         if calibration.get("kl") is not None:
             quality["warnings"] += fitted_elsewhere(quality["converted"]["kl"], calibration["kl"])

@@ -10,13 +10,16 @@ from .formatting import perplexity
 from .layers_picture import differ, layers_picture
 from .page_bars import error_bars, position_bars, quality_bars, speed_bars
 from .pictures import heads_picture, similarity_colour, training_pictures
-from .sentences import presented
+from .sentences import halves_sentence, presented
 from .speed_table import speed_details, speed_rows
 from .tables import ROWS, costs, quality_table
 from .templates import filled
 from .verdict import last_quality, longest_prefill, plus_minus
 
 PAGE = "report.html"
+
+_HEAT = (1.0, 3.0, 10.0)
+"""times the mean KL at which a token has the next colour"""
 
 _MODELS = ("given", *ROWS)
 
@@ -44,6 +47,8 @@ def report_page(report: dict[str, Any], similarity: bytes | None = None) -> str:
         quality=rows if rows[1] else None,
         quality_bars=quality_bars(quality, ROWS),
         errors=[*error_bars(sites), *position_bars(last_quality(report))],
+        halves=halves_sentence(sites),
+        passages=_passages(last_quality(report)),
         samples=[{name: text[name] for name in _MODELS if name in text} for text in report.get("samples", [])],
         heads=[
             Markup(heads_picture(site["partition"], f"{site['kind']} {site['layer']}", likeness, (low, high)))
@@ -81,6 +86,15 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
     counted = (("kv_cache_bytes_per_token", "cache"), ("score_flops", "T² arithmetic"), ("parameters", "parameters"))
     tiles += [(f"{after[key] / before[key]:.2f}×", f"the {name}, by count") for key, name in counted if before[key]]
     return [*tiles, (longest_prefill(report) or "not measured", "times as fast here, prefill")]
+
+
+def _passages(row: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The worst passages, each token with how far above the mean its KL is: 0 to 3."""
+    mean = max((row or {}).get("kl") or 0.0, 1e-9)
+    return [
+        passage | {"tokens": [(text, kl, sum(kl >= times * mean for times in _HEAT)) for text, kl in passage["tokens"]]}
+        for passage in (row or {}).get("worst_passages") or []
+    ]
 
 
 def _alike(site: dict[str, Any]) -> dict[int, float] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .formatting import MOST_NATS, nats
@@ -27,6 +27,8 @@ class Bar:
     mark: float | None = None
     """where the figure would be by counting, in percent"""
     note: str = ""
+    parts: tuple[Bar, ...] = ()
+    """on the same scale, thinner, below it"""
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,30 @@ def quality_bars(quality: Mapping[str, Any], rows: Iterable[str]) -> list[Bars]:
 
 
 def error_bars(sites: Sequence[Mapping[str, Any]]) -> list[Bars]:
-    """The error of each site's output as it was kept, as a share of its variance; one scale a kind of attention."""
+    """The error of each site's output as it was kept, as a share of its variance, with those of its halves where they
+    were measured; one scale a kind of attention."""
     result = []
     for kind in dict.fromkeys(site["kind"] for site in sites):
         figures = []
-        for site in sites:
-            errors = site.get("output_error")
-            if errors and site["kind"] == kind:
-                value = errors.get(site.get("kept"), next(reversed(errors.values())))
-                figures.append((f"{kind} {site['layer']}", value, f"{value:.4f}", "converted"))
+        for site in (site for site in sites if site["kind"] == kind and site.get("output_error")):
+            errors = site["output_error"]
+            value = errors.get(site.get("kept"), next(reversed(errors.values())))
+            figures.append((f"{kind} {site['layer']}", value, f"{value:.4f}", "converted"))
+            figures += [(half, e, f"{half} {e:.4f}", half) for half, e in site.get("half_errors", {}).items()]
         if figures:
-            result.append(logarithmic(f"Error of each {kind} attention", figures))
+            chart = logarithmic(f"Error of each {kind} attention", figures)
+            result.append(replace(chart, bars=_with_parts(chart.bars)))
+    return result
+
+
+def _with_parts(bars: Sequence[Bar]) -> list[Bar]:
+    """Halves put below the attention that they follow."""
+    result: list[Bar] = []
+    for bar in bars:
+        if bar.kind == "converted":
+            result.append(bar)
+        else:
+            result[-1] = replace(result[-1], parts=(*result[-1].parts, bar))
     return result
 
 

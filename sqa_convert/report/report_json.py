@@ -100,6 +100,8 @@ def _site(site: Site, record: SiteRecord | None, plan: Plan) -> dict[str, Any]:
     if record.errors:
         described["output_error"] = {stage: round(error, 6) for stage, error in record.errors.items()}
         described["kept"] = record.kept
+    if record.half_errors:
+        described["half_errors"] = {half: round(error, 6) for half, error in record.half_errors.items()}
     if record.similarity:
         described["similarity"] = record.similarity
     return described

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,16 @@ def _kl(value: float | None) -> str:
 def _share(share: float) -> str:
     """What is beyond all of the damage, or below none of it, is no share of it."""
     return "all" if share >= 1 else "none" if share <= 0 else f"{share:.1%}"
+
+
+def halves_sentence(sites: Sequence[Mapping[str, Any]]) -> str:
+    """Which half of attention costs more; nothing where that was not measured."""
+    found = [site["half_errors"] for site in sites if len(site.get("half_errors", {})) == 2]
+    dearer = sum(errors["patterns"] > errors["values"] for errors in found)
+    if not found:
+        return ""
+    which, many = ("Patterns", dearer) if 2 * dearer >= len(found) else ("Values", len(found) - dearer)
+    return f"{which} cost more in {many} of {len(found)} attention layer{'s' if len(found) > 1 else ''}."
 
 
 def source_lines(report: dict[str, Any]) -> list[str]:

@@ -114,6 +114,7 @@ def _measure(
         untrained=set() if run.trained_before else {"converted"},
         own=own_loss,
         gains={"uptrained": "converted"},
+        spelled_by={"uptrained": trained},
     )
     _check_gain(run, job, quality)
     _put_quality(report, quality)
