@@ -158,39 +158,50 @@ def run(name: str, seed: int, counts: list[tuple[int, int]]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+SHOWN = ["mean", "first", "select", "procrustes", "svd, contiguous", "svd", "auto"]
+COLOURS = {"converted": "#888888", "refit": "#dd8452", "refined": "#4c72b0"}
+SAID = {"converted": "in closed form", "refit": "refitted", "refined": "refined"}
+
+
 def figure() -> None:
-    """One panel a source: KL of every method at every head count, a mark a stage."""
+    """A row of panels a source, a panel a method: KL at every head count after each stage, one scale a row; in thin
+    lines what `auto` comes to."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     files = sorted(RESULTS.glob("methods-*.json"))
-    shown = ["mean", "first", "select", "procrustes", "svd, contiguous", "svd", "auto"]
-    marks = {"converted": "o", "refit": "s", "refined": "*"}
-    pyplot.rcParams |= {"svg.hashsalt": "sqa", "font.size": 9}
-    figure, axes = pyplot.subplots(len(files), 1, figsize=(9, 3.4 * len(files)), squeeze=False)
-    for axis, file in zip(axes[:, 0], files, strict=True):
-        result = json.loads(file.read_text())
-        for m, method in enumerate(shown):
-            for stage, mark in marks.items():
-                found = [
-                    (COUNTS.index((r["q"], r["kv"])) + (m - 3) * 0.11, r["kl"])
-                    for r in result["rows"]
-                    if (r["method"], r["stage"], r["sites"]) == (method, stage, "all")
-                ]
-                if found:
-                    axis.plot(*zip(*found, strict=True), mark, color=f"C{m}", ms=7 if mark == "*" else 4)
-        axis.set_yscale("log")
-        axis.set_xticks(range(len(COUNTS)), [f"{q}/{kv}" for q, kv in COUNTS])
-        axis.set_title(f"sample:{file.stem.removeprefix('methods-')}", loc="left")
-        axis.set_ylabel("KL to the source, nats/token")
-        axis.grid(axis="y", alpha=0.3)
-    axes[-1, 0].set_xlabel("query / key-value heads kept, of 12 / 12")
-    colours = [pyplot.Line2D([], [], color=f"C{m}", marker="o", ls="", label=method) for m, method in enumerate(shown)]
-    stages = [pyplot.Line2D([], [], color="#555", marker=mark, ls="", label=stage) for stage, mark in marks.items()]
-    figure.legend(handles=colours + stages, loc="upper center", ncols=5, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    order = sorted(COUNTS, reverse=True)
+    pyplot.rcParams |= {"svg.hashsalt": "sqa", "svg.fonttype": "none", "font.size": 8}
+    figure, axes = pyplot.subplots(
+        len(files), len(SHOWN), figsize=(11, 2.9 * len(files)), sharey="row", squeeze=False, layout="constrained"
+    )
+    for row, file in zip(axes, files, strict=True):
+        rows = [r for r in json.loads(file.read_text())["rows"] if r["sites"] == "all"]
+
+        def curve(method: str, stage: str, rows: list[dict[str, Any]] = rows) -> list[float]:
+            found = {(r["q"], r["kv"]): r["kl"] for r in rows if (r["method"], r["stage"]) == (method, stage)}
+            return [found.get(counts, float("nan")) for counts in order]
+
+        best = curve("auto", "refined")
+        for axis, method in zip(row, SHOWN, strict=True):
+            axis.plot(best, color=COLOURS["refined"], linewidth=0.8, alpha=0.5)
+            drawn = {stage: curve(method, stage) for stage in STAGES}
+            drawn = {stage: values for stage, values in drawn.items() if values[0] == values[0]}  # measured
+            for stage, values in drawn.items():
+                axis.plot(values, color=COLOURS[stage], marker="o", markersize=3, linewidth=1.2)
+            axis.set_title(method, fontsize=9, loc="left")
+            axis.set_yscale("log")
+            axis.set_xticks(range(len(order)), [f"{q}/{kv}" for q, kv in order], rotation=90, fontsize=7)
+            axis.grid(axis="y", alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"sample:{file.stem.removeprefix('methods-')}\nKL to the source, nats/token")
+        for at, stage in zip((0.93, 0.85, 0.77), STAGES, strict=True):  # where `auto` has no curves
+            row[-1].text(0.03, at, SAID[stage], transform=row[-1].transAxes, color=COLOURS[stage])
+    figure.supxlabel(
+        "query / key-value heads kept, of 12 / 12; the thin line in every panel is `auto`, refined", fontsize=8
+    )
     figure.savefig(RESULTS / "methods.svg", metadata={"Date": None})
 
 

@@ -12,7 +12,7 @@ import pytest
 import typer
 import yaml
 
-from sqa_convert.cli import bench, convert, evaluate, sweep, uptrain
+from sqa_convert.cli import bench, convert, evaluate, report, sweep, uptrain
 from sqa_convert.uptraining.recipe import Recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +24,7 @@ COMMANDS = {
     "sqa-eval": evaluate,
     "sqa-bench": bench,
     "sqa-sweep": sweep,
+    "sqa-report": report,
 }
 MODULES = {
     "sqa_convert": "sqa-convert",
@@ -31,6 +32,7 @@ MODULES = {
     "sqa_convert.cli.evaluate": "sqa-eval",
     "sqa_convert.cli.bench": "sqa-bench",
     "sqa_convert.cli.sweep": "sqa-sweep",
+    "sqa_convert.cli.report": "sqa-report",
 }
 BLOCK = re.compile(
     r"(?:^<!-- (?P<rule>not run|needs): (?P<what>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from sqa_convert.cli import bench, convert, evaluate, sweep, uptrain
+from sqa_convert.cli import bench, convert, evaluate, report, sweep, uptrain
 
 COMMANDS = {
     "sqa-convert": convert,
@@ -13,6 +13,7 @@ COMMANDS = {
     "sqa-eval": evaluate,
     "sqa-bench": bench,
     "sqa-sweep": sweep,
+    "sqa-report": report,
 }
 
 
@@ -24,7 +25,7 @@ def test_help_is_three_panels_of_what_is_needed_first_and_help_all_is_all(name, 
     assert code == 0
     assert len(re.findall("^╭─", brief, re.MULTILINE)) <= 3 < len(set(re.findall("--[a-z-]+", everything)))
     assert "<bool>" not in brief + everything and "--install-completion" not in brief
-    rare, first = "--trust-remote-code", f"--{module.FIRST[0]}".replace("_", "-")
+    rare, first = "--overwrite" if module is report else "--trust-remote-code", f"--{module.FIRST[0]}".replace("_", "-")
     assert first in brief and rare not in brief and rare in everything
     assert called(module.main, "--help")[1] == brief  # not changed by what was shown before
 

@@ -28,7 +28,7 @@ TAKES = {  # parameters in their order; those with a default have a question mar
         "patience? report_to? method? control? seed?"
     ),
     "bench": "models settings? trust_remote_code? progress?",
-    "compare": "models held_out trust_remote_code? progress? also? optional? untrained? own? gains?",
+    "compare": "models held_out trust_remote_code? progress? also? optional? untrained? own? gains? spelled_by?",
     "convert": (
         "source q_groups? kv_groups? method? output? variant? sites? partition? allocation? calibration? dtype? "
         "revision? subfolder? tokenizer? max_shard_size? overwrite? verify? evaluate? data? text_column? uptrain? "
@@ -88,6 +88,7 @@ FLAGS = {
         "--json --lengths --modes --output --parts --quiet --repeats --trust-remote-code --variants --verbose "
         "--version -o -q -v models"
     ),
+    "report": "--help-all --json --output --overwrite --quiet --verbose --version -o -q -v first second",
 }
 
 

@@ -70,6 +70,12 @@ def quality_bars(quality: Mapping[str, Any], rows: Iterable[str]) -> list[Bars]:
     ]
 
 
+def kept_error(site: Mapping[str, Any]) -> float | None:
+    """The error of a site's output as it was kept; None where that was not measured."""
+    errors = site.get("output_error")
+    return errors.get(site.get("kept"), next(reversed(errors.values()))) if errors else None
+
+
 def error_bars(sites: Sequence[Mapping[str, Any]]) -> list[Bars]:
     """The error of each site's output as it was kept, as a share of its variance, with those of its halves where they
     were measured; one scale a kind of attention."""
@@ -77,8 +83,7 @@ def error_bars(sites: Sequence[Mapping[str, Any]]) -> list[Bars]:
     for kind in dict.fromkeys(site["kind"] for site in sites):
         figures = []
         for site in (site for site in sites if site["kind"] == kind and site.get("output_error")):
-            errors = site["output_error"]
-            value = errors.get(site.get("kept"), next(reversed(errors.values())))
+            value = kept_error(site) or 0.0
             figures.append((f"{kind} {site['layer']}", value, f"{value:.4f}", "converted"))
             figures += [(half, e, f"{half} {e:.4f}", half) for half, e in site.get("half_errors", {}).items()]
         if figures:
