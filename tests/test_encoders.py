@@ -1,15 +1,19 @@
 """Text encoders, which predict nothing: measured by their hidden states."""
 
 import json
+import textwrap
 
 import pytest
 import torch
 from helpers import gpt2, randomize, t5
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cosine_similarity
 from transformers import (
     AutoModelForTextEncoding,
     AutoTokenizer,
     GPT2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
     T5EncoderModel,
     UMT5Config,
     UMT5EncoderModel,
@@ -20,8 +24,10 @@ from sqa_convert import Calibration, convert, evaluate, load_recipe, resolve, up
 from sqa_convert.cli import convert as convert_command
 from sqa_convert.cli import evaluate as eval_command
 from sqa_convert.cli import uptrain as uptrain_command
-from sqa_convert.errors import DataError, QualityError, RecipeError, UnsupportedModelError
+from sqa_convert.errors import DataError, QualityError, RecipeError, UnreadableTextError, UnsupportedModelError
 from sqa_convert.models import SQAT5EncoderModel
+from sqa_convert.text.documents import documents
+from sqa_convert.text.one_text_a_line import has_a_text_a_line
 from sqa_convert.uptraining.hidden_state_text import TextsCollator
 
 ROWS = 60
@@ -63,8 +69,6 @@ def test_the_figures_are_what_they_are_said_to_be(encoder):
         c.from_pretrained(encoder / n).eval() for c, n in ((T5EncoderModel, "source"), (SQAT5EncoderModel, "out"))
     ]
     tokenizer = AutoTokenizer.from_pretrained(encoder / "source")
-    from sqa_convert.text.documents import documents
-
     found, states = 0, ([], [])
     cosines = []
     for text in documents(str(encoder / "captions.jsonl"), "heldout", shuffled=True):
@@ -233,3 +237,52 @@ def test_a_gpt2_without_a_head_is_trained_from_token_rows(tmp_path):
     assert conversion.report["quality"]["uptrained"]["error"] == pytest.approx(after, rel=1e-3)
     with pytest.raises(DataError, match="sequence_length 512 is more than"):
         conversion.uptrain(rows, "encoder", tokens=50_000)
+
+
+LINES = {
+    "captions": (["a cat " + "sits on a mat " * (i % 6) for i in range(40)], True),
+    "proteins of one length": (["MKT" * 20] * 40, True),
+    "paragraphs": (["It was a dark night, and the rain fell. " * 4] * 40, True),
+    "prose in lines": (textwrap.wrap("It was a dark night, and the rain fell in torrents. " * 80, 72), False),
+    "captions of one kind": ([f"def f_{i}(x): return x + {i}" for i in range(60)], True),
+    "verses and blank lines": (["Tyger tyger", "burning bright", ""] * 20, False),
+    "a few lines": (["a cat", "a dog and a cat on a mat"] * 5, False),
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_files_with_a_text_a_line_are_told_from_prose(kind):
+    lines, told = LINES[kind]
+    assert has_a_text_a_line("\n".join(lines) + "\n") is told
+
+
+def test_each_line_of_a_file_of_captions_is_a_text(encoder, tmp_path):
+    file = tmp_path / "captions.txt"
+    file.write_text("".join(f"def f_{i}(x): return x + {i}\n" * (1 + (i == 3)) for i in range(60)))
+    found = evaluate(encoder / "out", encoder / "source", data=str(file), tokens=1000)
+    assert found["data"].endswith("captions.txt, a text a line, held-out part, 4 texts")
+    how = Calibration(str(file), tokens=512, refine_steps=0)
+    report = convert(encoder / "source", 8, 4, method="svd", calibration=how).report
+    assert report["calibration"]["text"].endswith("captions.txt, a text a line, training part")
+    for column, count in (("line", 57), ("text", 1)):  # by name, whatever the model is
+        assert sum(1 for _ in documents(str(file), "train", column=column)) == count
+
+
+def test_a_tokenizer_that_reads_residues_with_spaces_says_so(tmp_path):
+    amino = "ACDEFGHIKLMNPQRSTVWY"
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((f"▁{letter}", -3.0) for letter in amino)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(tmp_path / "source")
+    config = T5Config(vocab_size=24, d_model=24, d_kv=4, num_heads=6, d_ff=16, num_layers=1)
+    T5EncoderModel(config).save_pretrained(tmp_path / "source")
+    proteins = [amino[i % 20 :] + amino[: 7 + i % 11] for i in range(60)]
+    for name, between in (("plain", ""), ("spaced", " ")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(between.join(line) for line in proteins))
+    how = {"method": "svd", "q_groups": 3, "kv_groups": 3}
+    with pytest.raises(UnreadableTextError, match="reads them with a space between: M K T for MKT; put the spaces in"):
+        convert(tmp_path / "source", **how, calibration=Calibration(str(tmp_path / "plain.txt"), tokens=512))
+    spaced = Calibration(str(tmp_path / "spaced.txt"), tokens=512, refine_steps=0)
+    report = convert(tmp_path / "source", **how, calibration=spaced).report["calibration"]
+    assert report["warnings"] == [] or {w["rule"] for w in report["warnings"]} == {"few_tokens"}

@@ -18,7 +18,7 @@ from ..errors import DataError, SQAError
 from ..progress import Progress
 from ..text.documents import documents, peeked
 from ..text.formats import TEXT_COLUMN
-from ..text.python_data import called
+from ..text.one_text_a_line import column_read, read_as
 from ..text.splits import Document, Skipped
 from ..text.suitability import looked_at
 from ..text.tokenizers import check_vocabulary, load_tokenizer, tokenizer_in_memory
@@ -88,8 +88,10 @@ class Reading:
         settings, flag = self.settings, "--calibration"
         named = settings.text_named
         column = TEXT_COLUMN if named is None else settings.text_column
+        if not self.plan.has_language_model_head:
+            column = column_read(named, column, flag)
         texts = documents(named, "train", column=column, shuffled=True, skipped=skipped, flag=flag)
-        name = f"{called(named)}, training part"
+        name = f"{read_as(named, column)}, training part"
         texts, are_tokens = peeked(texts)
         if are_tokens:
             return texts, name, None

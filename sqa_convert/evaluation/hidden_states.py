@@ -18,7 +18,7 @@ from ..families import only_hidden_states
 from ..families.special_tokens import SpecialTokens
 from ..progress import no_bars_of_others
 from ..text.documents import documents, peeked
-from ..text.python_data import called
+from ..text.one_text_a_line import column_read, read_as
 from ..text.splits import Skipped
 from ..text.suitability import looked_at
 from ..text.tokenized_rows import document_rows, pair_batches, up_to
@@ -81,9 +81,12 @@ def held_out_rows(
 ) -> HeldOut:
     """Texts of the held-out part of `data`, None: of the built-in corpus, each as it is, or tokens.
 
+    Of plain text with a text a line these are its lines.
+
     Raises DataError: there is too little, or the tokenizer does not fit the model.
     """
-    config, name, skipped = measured.config, f"{called(data)}, held-out part", Skipped()
+    config, skipped, text_column = measured.config, Skipped(), column_read(data, text_column, flag)
+    name = f"{read_as(data, text_column)}, held-out part"
     length = getattr(config, "n_positions", None) or _USUAL_LENGTH
     texts, are_tokens = peeked(documents(data, "heldout", column=text_column, shuffled=True, skipped=skipped))
     if are_tokens is None:

@@ -57,7 +57,8 @@ def documents(
             or batches in a list, an array, a tensor, a `datasets.Dataset` or a DataLoader; parts of them by name
             ("train", "validation") in a dict.
         split: "train" or "heldout".
-        column: of a table, the one that holds the text. Rows where it holds none are left out.
+        column: of a table, the one that holds the text. Rows where it holds none are left out. "line" of plain text:
+            each line is a document.
         tests: of the built-in corpus, also the library's own tests (not every interpreter ships them).
         shuffled: in an order of no meaning, always the same, so that a part of them stands for the whole; of files and
             hub data sets as far as a buffer reaches.

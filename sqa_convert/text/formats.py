@@ -17,6 +17,9 @@ from .pretokenized import INPUT_IDS, MASK
 
 TEXT_COLUMN = "text"
 
+LINE_COLUMN = "line"
+"""of plain text: each line that is not blank is a row"""
+
 PIECE = 2**20
 """characters of text that are one row, about; of a longer text each piece ends with a line"""
 
@@ -83,7 +86,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def rows(path: Path, columns: Sequence[str], flag: str) -> Iterator[Mapping[str, Any]]:
-    """The rows of one file, with the columns asked for at least; plain text has the one column "text".
+    """The rows of one file, with the columns asked for at least; plain text has the column "text", or "line".
 
     Raises:
         DataError: the file cannot be read, or its format tells that it has no such column.
@@ -147,8 +150,10 @@ def _decoded(content: Any, newline: str | None = None) -> TextIO:
 
 
 def _text(content: Any, path: Path, columns: Sequence[str], name: str) -> Iterator[dict[str, Any]]:
-    _columns_read(columns, [TEXT_COLUMN], name)
+    _columns_read(columns, [TEXT_COLUMN, LINE_COLUMN], name)
     text = _decoded(content)
+    while tuple(columns) == (LINE_COLUMN,) and (line := text.readline(PIECE)):
+        yield {LINE_COLUMN: line.rstrip("\r\n")}
     while piece := text.read(PIECE):
         yield {TEXT_COLUMN: piece + text.readline(PIECE)}
 

@@ -92,12 +92,25 @@ def looked_at(texts: Iterator[Item], tokenizer: Any, name: str, flag: str) -> tu
             break
     looked = [part[:_LOOKED_AT] for item in first for part in _parts(item) if isinstance(part, str)]
     unknown = unknown_share(looked, tokenizer)
+    if unknown > UNKNOWN and _wants_spaces(looked, tokenizer, unknown):
+        raise UnreadableTextError(
+            f"{name}: {unknown:.0%} of its characters are unknown to the model's tokenizer, which reads them with a "
+            "space between: M K T for MKT; put the spaces in, as sed 's/./& /g; s/ $//' FILE does, and give that"
+        )
     if unknown >= UNREADABLE:
         raise UnreadableTextError(
             f"{name}: {unknown:.0%} of its characters are unknown to the model's tokenizer; "
             f"give text of the kind the model was made for with {flag}"
         )
     return chain(first, texts), unknown
+
+
+def _wants_spaces(texts: list[str], tokenizer: Any, unknown: float) -> bool:
+    """Whether texts without spaces, such as protein sequences, are known to a tokenizer with one between characters."""
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    if not lines or any(" " in line.strip() for line in lines):
+        return False
+    return unknown_share([" ".join(line) for line in lines], tokenizer) < unknown / 2
 
 
 def _parts(item: Document | tuple[Document, Document]) -> tuple[Document, ...]:

@@ -17,6 +17,7 @@ from ..evaluation.load import Measured
 from ..families.special_tokens import SpecialTokens
 from ..text.collate import IGNORED
 from ..text.documents import AUTO_TEXT, BUILT_IN, documents, peeked
+from ..text.one_text_a_line import column_read, read_as
 from ..text.python_data import called
 from ..text.splits import Document, Skipped
 from ..text.suitability import looked_at
@@ -67,6 +68,7 @@ class TextBlocks:
     def __init__(self, measured: Measured, data: Any, settings: Recipe) -> None:
         self.measured, self.settings, self.skipped = measured, settings, Skipped()
         self.data = BUILT_IN if isinstance(data, str) and data == AUTO_TEXT else data
+        self.column = column_read(self.data, settings.text_column, "--data")
 
     def collator(self) -> TextsCollator:
         config = self.measured.config
@@ -83,11 +85,11 @@ class TextBlocks:
 
     def blocks(self) -> Iterator[list[Tensor]]:
         """Texts in an order of no meaning, as many together as a sequence holds; of long ones a part."""
-        column = self.settings.text_column
-        texts, are_tokens = peeked(documents(self.data, "train", column=column, shuffled=True, skipped=self.skipped))
+        texts = documents(self.data, "train", column=self.column, shuffled=True, skipped=self.skipped)
+        texts, are_tokens = peeked(texts)
         tokenizer = None if are_tokens else self.measured.tokenizer
         if tokenizer is not None:
-            texts, _ = looked_at(texts, tokenizer, f"{called(self.data)}, training part", "--data")
+            texts, _ = looked_at(texts, tokenizer, f"{read_as(self.data, self.column)}, training part", "--data")
         length = self.settings.sequence_length
         yield from packed(self._checked(texts, tokenizer), length)
 
