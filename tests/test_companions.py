@@ -3,15 +3,18 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import transformers
 from helpers import gpt2, plain_convert, t5
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, T5EncoderModel
 
 from sqa_convert.checkpoints import small_files as writing
 from sqa_convert.checkpoints.companions import companions, has_tokenizer, left_behind
@@ -127,6 +130,45 @@ def test_the_layers_of_sentence_transformers_come_along(source):
         assert (conversion.output / name).read_bytes() == (source / name).read_bytes()
     assert conversion.report["source"]["left_behind"] == ["1_Pooling/notes.doc"]
     assert ModelCard.load(conversion.output / "README.md").data.library_name == "sentence-transformers"
+
+
+def test_sentence_transformers_is_told_how_to_load_a_converted_t5(tmp_path):
+    T5EncoderModel(t5().config).save_pretrained(tmp_path / "source")
+    files = sentence_model(tmp_path / "source") - {"modules.json"}
+    out = converted(tmp_path / "source").output
+    modules = json.loads((out / "modules.json").read_text())
+    assert modules == [MODEL | {"type": "sentence_sqa_t5.SQAT5Transformer"}, POOLING, DENSE]
+    assert {*files, "sentence_sqa_t5.py", "modeling_sqa_t5.py"} <= files_of(out)
+
+
+@pytest.mark.integration
+def test_sentence_transformers_loads_a_converted_t5(tmp_path):
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+
+    T5EncoderModel.from_pretrained(SAMPLES / "t5").save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(SAMPLES / "t5").save_pretrained(tmp_path / "encoder")
+    layers = [Transformer(str(tmp_path / "encoder")), Pooling(128, "mean"), Dense(128, 24), Normalize()]
+    sentences = library.SentenceTransformer(modules=layers)
+    sentences.save(str(tmp_path / "source"))
+    texts = ["def add(a, b): return a + b", "import os", "class Reader: pass"]
+    wanted = sentences.encode(texts)
+    for name, heads in (("same", (12, 12)), ("fewer", (6, 3))):
+        plain_convert(tmp_path / "source", *heads, output=tmp_path / name)
+    code = (
+        "import sys; from sentence_transformers import SentenceTransformer; import numpy\n"
+        "model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device='cpu')\n"
+        "assert type(model[0].auto_model).__name__ == 'SQAT5EncoderModel' and 'sqa_convert' not in sys.modules\n"
+        "model.save(sys.argv[1] + '-again')\n"
+        f"numpy.save(sys.argv[1] + '.npy', model.encode({texts!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "fewer")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # in a process that has not this package
+    found = {"fewer": numpy.load(tmp_path / "fewer.npy")}
+    for name in ("same", "fewer-again"):
+        found[name] = library.SentenceTransformer(str(tmp_path / name), trust_remote_code=True).encode(texts)
+    assert found["same"].shape == (3, 24) and abs(found["same"] - wanted).max() < 1e-5
+    assert abs(found["fewer"] - wanted).max() > 1e-3 and abs(found["fewer-again"] - found["fewer"]).max() < 1e-6
 
 
 @pytest.mark.parametrize(

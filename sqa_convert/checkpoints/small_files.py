@@ -66,7 +66,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_unicode(content: Mapping[str, Any]) -> bool:
+def _is_unicode(content: Mapping[str, Any] | list[Any]) -> bool:
     """False where a name on the disk is not, which Python reads as lone surrogates: JSON can escape them."""
     try:
         json.dumps(content, ensure_ascii=False).encode()
@@ -75,7 +75,7 @@ def _is_unicode(content: Mapping[str, Any]) -> bool:
     return True
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
     """Writes JSON so that a reader finds either the old file or the new one."""
     new = path.with_name(f".{path.name}.new")
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..checkpoints.companions import GENERATION_CONFIG
+from ..checkpoints.companions import GENERATION_CONFIG, MODULES
 from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.safetensors_writer import ShardWriter, flushing
 from ..checkpoints.small_files import carry_files, write_json
@@ -53,7 +54,23 @@ def write_model(
     if source.folder is not None:
         tokenizer_class = source.config.get("tokenizer_class") or plan.family.tokenizer_class
         carry_files(source.folder, folder, tokenizer_class)
+        if plan.family.sentence_layer and (folder / MODULES).is_file():
+            _put_sentence_layer(folder, plan.family.sentence_layer)
     if isinstance(source, ModelSource) and source.generation_config is not None:
         # Its own `save_pretrained` refuses what it takes for a mistake, such as a temperature that is not used.
         source.generation_config.to_json_file(folder / GENERATION_CONFIG)
     return records, sums
+
+
+def _put_sentence_layer(folder: Path, name: str) -> None:
+    """Gives a folder of sentence-transformers the class that loads the model, and names it in modules.json.
+
+    Args:
+        name: "file.Class".
+    """
+    modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+    for module in modules:
+        if not module.get("path") and str(module.get("type")).endswith(".Transformer"):
+            module["type"] = name
+            shutil.copyfile(MODELS / f"{name.partition('.')[0]}.py", folder / f"{name.partition('.')[0]}.py")
+    write_json(folder / MODULES, modules)

@@ -74,6 +74,8 @@ class Family(ABC):
     """in `models/`, shipped with every result"""
     auto_map: ClassVar[Mapping[str, str]]
     """Auto class -> "file.Class" """
+    sentence_layer: ClassVar[str] = ""
+    """the "file.Class" that sentence-transformers loads a result by; "" where its own does"""
     tokenizer_class: ClassVar[str]
     """of sources that do not name theirs"""
     architectures: ClassVar[Mapping[str, str]]

@@ -37,6 +37,7 @@ class T5(Family):
     model_types: ClassVar[tuple[str, ...]] = ("t5", "mt5")
     site_kinds = ("encoder", "decoder", "cross")
     model_files = ("configuration_sqa_t5.py", "modeling_sqa_t5.py")
+    sentence_layer = "sentence_sqa_t5.SQAT5Transformer"
     tokenizer_class = "T5Tokenizer"
     auto_map = {
         "AutoConfig": "configuration_sqa_t5.SQAT5Config",
