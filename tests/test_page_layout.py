@@ -11,10 +11,11 @@ from test_page import folder  # noqa: F401 - a fixture
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 WIDTHS = (390, 768, 1440)
+PAPER = 718  # pixels between the margins of A4
 MEASURE = """
 function looked(frame) {
   const d = frame.contentDocument, w = frame.clientWidth, off = [], over = [], boxes = [];
-  const scrolls = e => e.closest('.wide, .scroll, .chart');
+  const scrolls = e => !d.documentElement.dataset.paper && e.closest('.wide, .scroll, .chart');
   const hidden = e => e.closest('details:not([open]) > *:not(summary)');
   for (const e of d.querySelectorAll('body *')) {
     const r = e.getBoundingClientRect();
@@ -46,14 +47,17 @@ onload = () => setTimeout(() => {
 @pytest.mark.skipif(BROWSER is None, reason="there is no browser")
 def test_nothing_is_off_the_screen_and_no_text_on_other_text(folder, tmp_path):  # noqa: F811
     page = re.sub(r"<meta http-equiv=.*?>", "", (folder[0] / "report.html").read_text())
+    paper = page.replace("@media print", "@media all").replace("<details>", "<details open>")
+    paper = paper.replace("<html ", '<html data-paper="A4" ')  # on which nothing scrolls
     frames = "".join(
-        f'<iframe style="width:{w}px;height:9000px;border:0" srcdoc="{html.escape(page)}"></iframe>' for w in WIDTHS
+        f'<iframe style="width:{width}px;height:9000px;border:0" srcdoc="{html.escape(shown)}"></iframe>'
+        for width, shown in [*((width, page) for width in WIDTHS), (PAPER, paper)]
     )
     (tmp_path / "frames.html").write_text(f'<body><pre id="out"></pre>{frames}<script>{MEASURE}</script>')
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000", "--dump-dom"]
     done = subprocess.run([*command, f"file://{tmp_path / 'frames.html'}"], capture_output=True, text=True, timeout=120)
     found = json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
-    assert [frame["width"] for frame in found] == list(WIDTHS)
+    assert [frame["width"] for frame in found] == [*WIDTHS, PAPER]
     for frame in found:
         assert frame["texts"] > 50
         assert frame["page"] <= frame["width"] and frame["off"] == [] and frame["over"] == [], frame["width"]

@@ -8,6 +8,9 @@ import torch
 
 from sqa_convert import Calibration, convert
 from sqa_convert.checkpoints.find import SAMPLES
+from sqa_convert.evaluation.held_out_text import prepare
+from sqa_convert.evaluation.load import load_model
+from sqa_convert.evaluation.measure import measured_by_document, predict
 from sqa_convert.evaluation.standard_errors import DocumentSums, by_position, document_numbers, gain, standard_error
 from sqa_convert.evaluation.worst_passages import spelled, worst_passages
 from sqa_convert.report.report_json import read_report
@@ -171,14 +174,41 @@ def text(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("heads", "case"), [({"q_groups": 12, "kv_groups": 12}, "noise"), ({"q_groups": 2, "kv_groups": 1}, "bad")]
+    ("heads", "case"),
+    [
+        ({"q_groups": 12, "kv_groups": 12, "method": "mean"}, "noise"),
+        ({"allocation": "12/12,8/4,12/12,12/12", "method": "svd"}, "good"),
+        ({"allocation": "12/12,12/12,8/4,12/12", "method": "svd"}, "fair"),
+        ({"q_groups": 2, "kv_groups": 1, "method": "mean"}, "bad"),
+    ],
 )
 def test_real_conversions_reach_their_cases(heads, case, text, tmp_path):
-    result = convert(
-        "sample:gpt2", **heads, method="mean", output=tmp_path / "out", evaluate=True, verify=False, data=text
-    )
+    how = {"output": tmp_path / "out", "evaluate": True, "verify": False, "calibration": None}
+    result = convert("sample:gpt2", **heads, data=text, **how)
     assert verdict(result.report).case == result.report["verdict"]["case"] == case
     assert result.report["verdict"]["text"] in " ".join((tmp_path / "out/README.md").read_text().split())
+
+
+def test_heads_fitted_to_other_text_are_told_to_be(text, tmp_path):
+    (tmp_path / "digits.txt").write_text("0 1 2 3 4 5 6 7 8 9\n" * 2000)
+    fitted = Calibration(tmp_path / "digits.txt", tokens=2048, refine_steps=0, polish_steps=0)
+    how = {"output": tmp_path / "out", "evaluate": True, "verify": False, "data": text, "calibration": fitted}
+    assert convert("sample:gpt2", 6, 2, "svd", **how).report["verdict"]["case"] == "other_text"
+
+
+@pytest.mark.integration
+def test_standard_errors_of_a_model_agree_with_a_bootstrap_over_its_documents():
+    source, held_out = load_model(SAMPLES / "gpt2"), prepare(SAMPLES / "gpt2", device="cpu")
+    converted = convert("sample:gpt2", 10, 5, "svd", calibration=None).model
+    expected = predict(source, held_out)
+    _, before = measured_by_document(expected)
+    quality, after = measured_by_document(predict(converted, held_out), expected, before)
+    documents = len(after.counts)
+    assert documents > 20
+    drawn = torch.randint(documents, (4000, documents))
+    for sums, error in ((after.loss - before.loss, quality.loss_error), (after.kl, quality.kl_error)):
+        means = sums[drawn].sum(1) / after.counts[drawn].sum(1)
+        assert error == pytest.approx(float(means.std()), rel=0.15)
 
 
 def test_gibberish_is_bad_text(tmp_path):

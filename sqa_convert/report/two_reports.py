@@ -139,9 +139,17 @@ def quality_rows(reports: Pair, names: tuple[str, str]) -> Table | None:
 def cost_rows(reports: Pair, names: tuple[str, str]) -> Table:
     """What the source and both results need."""
     tables = [costs(dict(report))[1] for report in reports]
+    same_length = reports[0]["context_tokens"] == reports[1]["context_tokens"]
     rows: list[tuple[str, ...]] = []
     for (what, before, first), (_, other, second) in zip(*tables, strict=True):
-        rows.append((what.split(" at ")[0], before if before == other else f"{before}, {other}", first, second))
+        rows.append(
+            (
+                what if same_length else what.split(" at ")[0],
+                before if before == other else f"{before}, {other}",
+                first,
+                second,
+            )
+        )
     return ["", "source", *names], rows
 
 
