@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 from helpers import gpt2
 from test_given_data import LENGTH, ROWS, drawn_tokens
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
@@ -20,6 +21,7 @@ def test_bars_are_shown_in_a_notebook_and_nowhere_else(monkeypatch, capsys):
     assert "fit heads: 100%" in shown and "Loading weights" not in shown
 
 
+@pytest.mark.integration
 def test_no_bar_of_transformers_is_shown_where_models_are_written(tmp_path, capsys):
     source = gpt2(heads=4, n_positions=32)
     source.save_pretrained(tmp_path / "source")

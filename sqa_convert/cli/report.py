@@ -14,7 +14,10 @@ from .flags import EXIT_CODES, AsJson, Quiet, Verbose, Version, make_app
 
 app = make_app()
 FIRST = ("output",)
-EXAMPLES = ("sqa-report gpt2-sqa-q8kv4 gpt2-sqa-q10kv5",)
+EXAMPLES = (
+    "sqa-convert sample:gpt2 --variant gqa --no-calibration -o gpt2-gqa",
+    "sqa-report gpt2-sqa-q10kv5 gpt2-gqa",
+)
 
 
 @app.command(epilog=examples(*EXAMPLES) + EXIT_CODES, cls=brief(*FIRST))

@@ -48,6 +48,7 @@ def report_page(report: dict[str, Any], similarity: bytes | None = None) -> str:
         quality_bars=quality_bars(quality, ROWS),
         errors=[*error_bars(sites), *position_bars(last_quality(report))],
         halves=halves_sentence(sites),
+        polished=report.get("calibration", {}).get("polish", {}).get("kept", False),
         passages=_passages(last_quality(report)),
         samples=[{name: text[name] for name in _MODELS if name in text} for text in report.get("samples", [])],
         heads=[
