@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -144,6 +145,7 @@ def describe(device: str, recipe: Recipe) -> dict[str, Any]:
 def figure() -> None:
     """recovery.svg of what is committed, and the table of docs/results.md."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     found = {
         path.stem.removeprefix("recovery-"): json.loads(path.read_text()) for path in RESULTS.glob("recovery-*.json")
@@ -154,17 +156,25 @@ def figure() -> None:
     lines = ["| start | trained by |" + "".join(f" {name}: rate | KL | loss, first seed |" for name in found)]
     lines.append("|---|---|" + "---:|" * 3 * len(found))
     for panel, (name, results) in zip(panels, found.items(), strict=True):
+        ends = {}
         for i, (label, start) in enumerate(results["8/4"].items()):
             curves = [run["curve"] for run in start["runs"]]
             tokens = [point["tokens"] for point in curves[0]]
             values = [[curve[j]["kl"] for curve in curves] for j in range(len(tokens))]
-            panel.plot(
-                tokens, [statistics.mean(v) for v in values], marker="o", markersize=3, color=f"C{i}", label=label
-            )
+            means = [statistics.mean(v) for v in values]
+            panel.plot(tokens, means, marker="o", markersize=3, color=f"C{i}")
+            ends[label] = (means[-1], f"C{i}")
             panel.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.2)
         panel.set(title=f"sample:{name}", xlabel="tokens", ylabel="held-out KL to the source, nats/token", yscale="log")
         panel.grid(alpha=0.3)
-    panels[0].legend()
+        low, high = map(math.log, panel.get_ylim())
+        height = -1.0  # of the last name, which the next one must not cover
+        for label, (value, colour) in sorted(ends.items(), key=lambda end: end[1]):
+            height = max(height + 0.06, (math.log(value) - low) / (high - low))
+            panel.text(1.01, height, label, transform=panel.transAxes, color=colour, va="center", fontsize=9)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.spines[["top", "right"]].set_visible(False)
     chart.suptitle("12 heads to 8/4: mean and range of the seeds")
     chart.savefig(RESULTS / "recovery.svg", metadata={"Date": None})
     for label, (_, loss, _) in STARTS.items():
