@@ -24,7 +24,8 @@ import transformers
 
 from sqa_convert import resolve
 from sqa_convert.calibration.allocation import METHOD, cheapest, site_costs
-from sqa_convert.calibration.calibrate import Calibrator, load_source
+from sqa_convert.calibration.calibrate import Calibrator
+from sqa_convert.calibration.load_source import load_source
 from sqa_convert.conversion.build_model import build_model
 from sqa_convert.conversion.heads_by_layer import as_text
 from sqa_convert.conversion.plan import make_plan

@@ -24,13 +24,16 @@ from typing import Any
 import torch
 import transformers
 
-from sqa_convert.calibration.calibrate import CANDIDATES, Calibrator, load_source
+from sqa_convert.calibration.calibrate import Calibrator
+from sqa_convert.calibration.candidates import CANDIDATES
 from sqa_convert.calibration.fitter import SiteFitter
+from sqa_convert.calibration.load_source import load_source
 from sqa_convert.checkpoints.find import open_source
 from sqa_convert.conversion.build_model import build_model
 from sqa_convert.conversion.convert_site import ConvertedSite
+from sqa_convert.conversion.fitting import EFFORTS
 from sqa_convert.conversion.plan import Plan, make_plan
-from sqa_convert.conversion.request import REFINE_STEPS, Request
+from sqa_convert.conversion.request import Request
 from sqa_convert.evaluation.held_out_text import prepare
 from sqa_convert.evaluation.measure import measure, predict
 from sqa_convert.families import Site
@@ -105,7 +108,7 @@ class Bench:
         stage: str, fitter: SiteFitter, made: Made, plan: Plan, site: Site, method: str, searched: bool
     ) -> ConvertedSite:
         if stage == "refined":
-            return fitter.refine(made[site], REFINE_STEPS)
+            return fitter.refine(made[site], EFFORTS["default"].refine_steps)
         return fitter.convert(method, plan.partitions[site], searched, with_refit=stage == "refit")
 
     def row(self, plan: Plan, made: Made, method: str, stage: str, seconds: float) -> dict[str, Any]:
@@ -145,7 +148,7 @@ def run(name: str, seed: int, counts: list[tuple[int, int]]) -> None:
         "source_loss": round(bench.baseline.loss, 5),
         "held_out_tokens": bench.held_out.tokens,
         "calibration": bench.calibrator.report(bench.plan(8, 4)),
-        "refine_steps": REFINE_STEPS,
+        "refine_steps": EFFORTS["default"].refine_steps,
         "seconds_prepare": round(bench.seconds, 1),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
         "rows": rows,

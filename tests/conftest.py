@@ -22,7 +22,7 @@ def brief():
     """What models write for people to read: a few words will do here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sqa_convert.evaluation.generation.WRITTEN", 8)
-        patch.setattr("sqa_convert.text.self_generated._OWN_LENGTH", 16)
+        patch.setattr("sqa_convert.text.own_loss._OWN_LENGTH", 16)
         yield
 
 

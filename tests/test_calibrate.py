@@ -11,10 +11,11 @@ from helpers import t5 as any_t5
 from transformers import AutoConfig, GPT2Model, T5EncoderModel, T5Model
 
 from sqa_convert import convert, evaluate
-from sqa_convert.calibration import calibrate, fitter
+from sqa_convert.calibration import calibrate, candidates, fitter
 from sqa_convert.calibration import text as calibration_text
 from sqa_convert.calibration.activations import capture
 from sqa_convert.calibration.fisher import sensitivity
+from sqa_convert.calibration.load_source import load_source
 from sqa_convert.checkpoints.find import open_source
 from sqa_convert.checkpoints.in_memory import ModelSource
 from sqa_convert.conversion.convert_site import ConvertedSite, SiteRecord, read_site
@@ -72,7 +73,7 @@ def test_sensitivity_tells_how_much_an_error_moves_the_predictions(make):
     given = batches(model, 24)
     site = plan.sites[-1]
     matrix = sensitivity(model, [site], given, CPU, torch.Generator().manual_seed(0))[site]
-    assert torch.equal(matrix, matrix.T) and torch.linalg.eigvalsh(matrix)[0] > -1e-9
+    assert torch.equal(matrix, matrix.T) and torch.linalg.eigvalsh(matrix)[0] > -1e-7
     vectors = torch.linalg.eigh(matrix).eigenvectors.float()
 
     @torch.no_grad()
@@ -105,7 +106,7 @@ def test_the_default_method_calibrates_a_model_in_memory(make):
         assert (partition.heads, len(partition.clusters), len(partition.groups)) == (12, 8, 4)
     kl = report["calibration"]["kl_before_refine"]
     assert kl[report["calibration"]["chosen"]] == min(kl.values())
-    assert set(kl) == set(calibrate.CANDIDATES)
+    assert set(kl) == set(candidates.CANDIDATES)
 
 
 @pytest.mark.parametrize("alike", ["patterns", "values"])
@@ -389,7 +390,7 @@ def test_calibration_text_is_drawn_across_documents_from_the_column_that_is_name
     wanted = Calibration(str(tmp_path / "a.jsonl"), 2048, refit=True, refine_steps=0, text_column="content")
     source = open_source(f"sample:{name}")
     plan = make_plan(source, Request(8, 4, method="mean", calibration=wanted))
-    model = calibrate.load_source(plan, source)
+    model = load_source(plan, source)
     text = calibration_text.calibration_text(model, plan, source, CPU, torch.Generator())
     tokenizer = load_tokenizer(source.folder)
     rows = [row for batch in text.batches + text.held_out for row in batch["input_ids"]]

@@ -17,7 +17,7 @@ from sqa_convert.conversion.request import Request
 from sqa_convert.heads import AttentionHeads, Partition, get_method
 from sqa_convert.heads.attend import Attention
 from sqa_convert.heads.cheapest_sets import arrange
-from sqa_convert.heads.group_cost import GroupCost
+from sqa_convert.heads.group_cost import CircuitGrams, GroupCost
 from sqa_convert.heads.refine import refine
 from sqa_convert.heads.refit import output_error, refit
 from sqa_convert.heads.search import search
@@ -123,7 +123,7 @@ def test_the_order_of_heads_does_not_matter_to_a_searched_partition(order, data,
 def test_an_exact_search_finds_the_cheapest_of_all_partitions():
     heads = random_heads(6, 6)
     known = statistics(heads, inputs())
-    cost = GroupCost(heads, known, 2, generator())
+    cost = GroupCost(CircuitGrams(heads, known), 2, generator())
     every = {
         tuple(sorted(tuple(sorted((tuple(sorted(o[3 * g : 3 * g + 2])), o[3 * g + 2 : 3 * g + 3]))) for g in (0, 1)))
         for o in permutations(range(6))
@@ -181,7 +181,7 @@ def test_groups_found_by_their_pairs_cost_little_more_than_the_cheapest(kind, mo
     heads = read_site(plan, source, site).tensors()
     norms = ((read_norm(plan, source, prefix)[0], None) for prefix in plan.family.norms(site))
     known = from_norms(heads, plan.family.attention(site, source.config), *norms)
-    cost = GroupCost(heads, known, 2, generator())
+    cost = GroupCost(CircuitGrams(heads, known), 2, generator())
     cheapest = search(heads, known, 8, 4, generator())
     monkeypatch.setattr(search_module, "_MOST_COSTS", 0)
     found = search(heads, known, 8, 4, generator())

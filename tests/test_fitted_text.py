@@ -8,7 +8,7 @@ from helpers import gpt2
 from safetensors.torch import load_file, save_file
 
 from sqa_convert import Calibration, convert
-from sqa_convert.calibration.calibrate import load_source
+from sqa_convert.calibration.load_source import load_source
 from sqa_convert.calibration.text import calibration_text
 from sqa_convert.checkpoints.find import SAMPLES, open_source
 from sqa_convert.conversion.plan import make_plan

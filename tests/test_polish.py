@@ -10,7 +10,7 @@ from transformers import T5EncoderModel
 
 from sqa_convert import Calibration, convert
 from sqa_convert.calibration import keep_polish, polish
-from sqa_convert.conversion import request
+from sqa_convert.conversion import fitting
 from sqa_convert.errors import RecipeError
 from sqa_convert.report.sentences import calibration_lines
 
@@ -103,7 +103,7 @@ def test_beginnings_that_were_given_are_one_kind(tmp_path):
 
 
 def test_a_cpu_leaves_out_what_takes_it_too_long_unless_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(request, "POLISH_OPERATIONS", 1.0)
+    monkeypatch.setattr(fitting, "POLISH_OPERATIONS", 1.0)
     report = convert(gpt2(), 6, 3, "svd", calibration=HOW).report
     assert report["calibration"]["polish"]["steps"] == 0
     assert any("--polish-steps 150 does it anyway" in line for line in calibration_lines(report))

@@ -15,7 +15,7 @@ import sqa_convert
 TAKES = {  # parameters in their order; those with a default have a question mark
     "Calibration": (
         "text? tokens? refit? refine_steps? text_column? length? prompts? source_column? target_column? prefix? "
-        "polish_steps?"
+        "polish_steps? effort?"
     ),
     "Conversion": "report output _model? _origin? _tokenizer?",
     "ConvertedModules": "model report",
@@ -60,7 +60,7 @@ TAKES = {  # parameters in their order; those with a default have a question mar
 FLAGS = {
     "convert": (
         "--allocation --calibration --calibration-length --calibration-prompts --calibration-tokens --control --data "
-        "--device --dry-run --dtype --help-all --json --kv-groups --list-methods --max-shard-size --method "
+        "--device --dry-run --dtype --effort --help-all --json --kv-groups --list-methods --max-shard-size --method "
         "--no-calibration "
         "--no-evaluate --no-refit --no-verify --output --overwrite --partition --polish-steps --prefix --public "
         "--push-to-hub --q-groups --quiet --refine-steps --refit --revision --seed --sites --source-column "

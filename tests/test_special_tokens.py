@@ -11,7 +11,7 @@ from helpers import VOCABULARY, gpt2, plain_convert, t5
 from transformers import AutoConfig, GenerationConfig
 
 from sqa_convert import convert
-from sqa_convert.calibration.calibrate import load_source
+from sqa_convert.calibration.load_source import load_source
 from sqa_convert.checkpoints.find import GENERATION_CONFIG, SAMPLES, open_source
 from sqa_convert.checkpoints.in_memory import ModelSource
 from sqa_convert.conversion.build_model import build_model

@@ -11,7 +11,7 @@ import sqa_convert.heads.refine as refine_module
 from sqa_convert.heads import Partition
 from sqa_convert.heads.attend import Attention
 from sqa_convert.heads.cheapest_sets import improved
-from sqa_convert.heads.group_cost import GroupCost, PairCost
+from sqa_convert.heads.group_cost import CircuitGrams, GroupCost, PairCost
 from sqa_convert.heads.merge_circuits import balance, shared_factor
 from sqa_convert.heads.procrustes import _aligned
 from sqa_convert.heads.refine import LEARNING_RATE, refine
@@ -227,7 +227,7 @@ def test_refine_sees_every_sequence_before_any_again(monkeypatch):
 def test_the_cost_of_a_pair_is_what_it_loses(clusters):
     heads = random_heads(4, 4)
     known = statistics(heads, inputs())
-    exact = GroupCost(heads, known, clusters, generator())
+    exact = GroupCost(CircuitGrams(heads, known), clusters, generator())
     pairs = PairCost(exact)
     query_metric, key_metric = known.query, with_ridge(known.key)
     full = torch.cat([heads.query, heads.query_bias[..., None]], -1)

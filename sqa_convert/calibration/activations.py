@@ -25,9 +25,13 @@ class _EnoughError(Exception):
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], device: torch.device
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[Site, list[Inputs]]:
-    """The inputs of some attention sites, of each batch; float32 on the CPU."""
+    """The inputs of some attention sites, of each batch, in `dtype` on the CPU."""
     seen: dict[Site, list[Inputs]] = {site: [] for site in sites}
     last, crosses = sites[-1], [site for site in sites if site.kind == "cross"]
     memory: list[Tensor] = []  # of this batch, for all its sites
@@ -37,10 +41,10 @@ def capture(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             if crosses and site == crosses[0]:
-                memory.append(read_by_cross(kwargs).float().cpu())
+                memory.append(read_by_cross(kwargs).to(dtype).cpu())
             attended = {"encoder": counted["encoder"], "cross": counted["encoder"]}.get(site.kind)
             own = memory[0] if site.kind == "cross" else None
-            seen[site].append(Inputs(hidden.float().cpu(), own, counted[site.kind], attended))
+            seen[site].append(Inputs(hidden.to(dtype).cpu(), own, counted[site.kind], attended))
             if site == last:
                 raise _EnoughError
 

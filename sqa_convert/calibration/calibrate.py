@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -13,35 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.in_memory import ModelSource
 from ..checkpoints.source import Source
 from ..conversion.build_model import build_model
-from ..conversion.convert_site import Calibrated, ConvertedSite, order, read_site
+from ..conversion.convert_site import Calibrated, ConvertedSite, read_site
+from ..conversion.fitting import Fitting
 from ..conversion.plan import Plan
 from ..conversion.request import TOKENS_PER_UNKNOWN
-from ..errors import CheckpointError, QualityError, one_line
+from ..errors import QualityError
 from ..evaluation.held_out_batches import HeldOut
-from ..evaluation.load import load_model
 from ..evaluation.measure import Predictions, kl_to, measure, predict
 from ..families import Site
-from ..heads import AUTO, Method
-from ..progress import Progress, no_bars_of_others, silent, step_done
+from ..heads import AUTO
+from ..progress import Progress, silent, step_done
 from ..random_generators import generator_for
-from ..text.plain_generation import settle
+from ..text.quick_twin import twin_of
 from ..text.suitability import misfits
-from .activations import capture
+from .activations import Batch, capture
 from .allocation import shared_out
+from .candidates import best_of_each, candidates_of
 from .fisher import sensitivity
 from .fitter import SiteFitter
 from .keep_polish import kinds_of, polished
 from .replaced_sites import Replacement
 from .text import Text, calibration_text
 
-CANDIDATES = {"svd": ("svd", True), "svd, contiguous": ("svd", False), "procrustes": ("procrustes", True)}
-"""what `auto` chooses from: method, and whether the partition is searched"""
-
 MEMORY = 4e9
 """bytes of activations kept at a time"""
+
+WEIGHED_TOKENS = 2048
+"""of the text that tells what the layers of a large model cost, about"""
+
+COMPARED_TOKENS = 16_384
+"""of the text that candidates of a large model are compared on, at least; the chosen one is fitted to all of it"""
 
 
 def calibrate(
@@ -74,16 +77,16 @@ def calibrate(
         DataError: there is too little text.
         QualityError: no candidate predicts anything finite.
     """
-    settings = plan.calibration
-    assert settings is not None
     calibrator = Calibrator(model, plan, source, device, seed, trust_remote_code, progress)
-    allocation = None
+    settings, allocation = calibrator.settings, None
     if plan.request.adaptive:
-        plan, allocation = shared_out(calibrator.fitters("weigh layers"), calibrator.replacement, plan, source)
+        plan, allocation = shared_out(
+            calibrator.fitters("weigh layers", calibrator.compared), calibrator.weighing, plan, source
+        )
         calibrator.plan = plan
-    candidates = _candidates(plan)
+    candidates = candidates_of(plan)
     tried: dict[str, dict[Site, ConvertedSite]] = {name: {} for name in candidates}
-    for site, fitter in calibrator.fitters("fit heads"):
+    for site, fitter in calibrator.fitters("fit heads", calibrator.compared):
         for number, (name, (method, searched)) in enumerate(candidates.items()):
             step_done(number / len(candidates))
             searched = searched and site not in plan.given
@@ -102,50 +105,21 @@ def calibrate(
         report["kl_before_refine"] = kl
         report["chosen"] = min(kl, key=kl.__getitem__)
         chosen = tried[report["chosen"]]
-    if settings.refine_steps:
+    if settings.refine_steps or (settings.refit and calibrator.compared < 1):
+        again = settings.refit and calibrator.compared < 1
         chosen = {
-            site: fitter.with_halves(fitter.refine(chosen[site], settings.refine_steps))
+            site: fitter.with_halves(fitter.finish(chosen[site], again, settings.refine_steps))
             for site, fitter in calibrator.fitters("refine heads")
         }
     trained: Mapping[str, Tensor] = {}
-    if settings.polish_steps and plan.has_language_model_head:
+    assert plan.calibration is not None
+    if plan.calibration.polish_steps and plan.has_language_model_head:
         trained, report["polish"] = calibrator.polished(plan, chosen)
     if plan.has_language_model_head:
         report["kl"] = calibrator.kl(plan, chosen, trained)
     if allocation is not None:
         report["allocation"] = allocation
     return Calibrated(chosen, report, plan, trained)
-
-
-def _candidates(plan: Plan) -> dict[str, tuple[str | Method, bool]]:
-    """What is tried: method, and whether the partition is searched."""
-    if plan.method != AUTO:
-        return {plan.method: (plan.own_method or plan.method, plan.searched)}
-    if plan.all_given:
-        return {"svd": ("svd", False), "procrustes": ("procrustes", False)}
-    candidates: dict[str, tuple[str | Method, bool]] = {
-        name: candidate for name, candidate in CANDIDATES.items()
-        if not plan.partition_given or candidate[1] == plan.searched
-    }  # fmt: skip
-    if plan.partition_given and not plan.searched:
-        candidates["procrustes"] = ("procrustes", False)
-    return candidates
-
-
-def best_of_each(tried: Mapping[str, Mapping[Site, ConvertedSite]]) -> dict[Site, ConvertedSite]:
-    """For each site the candidate with the least held-out error; of equals the first.
-
-    Raises QualityError where none has an error that is a number.
-    """
-    sites = next(iter(tried.values()))
-    best = {site: min((made[site] for made in tried.values()), key=lambda c: order(c.record.error)) for site in sites}
-    for site, candidate in best.items():
-        if not math.isfinite(candidate.record.error):
-            raise QualityError(
-                f"{site.kind} {site.layer}: no fit of its heads is finite: the source's activations overflow on the "
-                "calibration text; give another --calibration, or --no-calibration"
-            )
-    return best
 
 
 class Calibrator:
@@ -164,46 +138,69 @@ class Calibrator:
         self.model, self.plan, self.source, self.device = model, plan, source, device
         self.seed, self.progress = seed, progress
         model.to(device).requires_grad_(False)
+        self.twin = twin_of(model, device)
+        self.dtype = torch.float32 if self.twin is model else torch.bfloat16  # as a twin's layers read activations
         self.text: Text = calibration_text(
-            model, plan, source, device, self._generator("text"), trust_remote_code, progress
+            self.twin, plan, source, device, self._generator("text"), trust_remote_code, progress
         )
         self.metrics: dict[Site, Tensor] = sensitivity(
-            model, plan.converted_sites, self.text.batches, device, self._generator("sensitivity"), progress
+            self.twin, plan.converted_sites, self.text.batches, device, self._generator("sensitivity"), progress
         )
 
     def _generator(self, purpose: str) -> torch.Generator:
         return generator_for(purpose, self.seed)
 
     @property
+    def settings(self) -> Fitting:
+        settings = self.plan.fitting_on(self.device.type)
+        assert settings is not None
+        return settings
+
+    @property
     def sites(self) -> list[Site]:
         return self.plan.converted_sites
 
-    def fitters(self, stage: str) -> Iterator[tuple[Site, SiteFitter]]:
-        """Each site with its activations on the device, one at a time."""
+    @property
+    def compared(self) -> float:
+        """Share of the text that candidates are compared on: of a large model a part."""
+        if self.twin is self.model:
+            return 1.0
+        least = max(COMPARED_TOKENS, TOKENS_PER_UNKNOWN * (self.plan.unknowns + 1))
+        return min(1.0, least / self.text.tokens)
+
+    def fitters(self, stage: str, share: float = 1.0) -> Iterator[tuple[Site, SiteFitter]]:
+        """Each site with its activations on the device, one at a time.
+
+        Args:
+            stage: told as the work goes on.
+            share: of each batch of the text, to fit to.
+        """
         self.progress(stage, 0, len(self.sites))
-        for group in self._groups():
-            activations = capture(self.model, group, self.text.batches + self.text.held_out, self.device)
+        batches = [_first(batch, share) for batch in self.text.batches]
+        for group in self._groups(batches):
+            activations = capture(self.twin, group, batches + self.text.held_out, self.device, self.dtype)
             for site in group:
                 self.progress(stage, self.sites.index(site), len(self.sites))
-                inputs, fitted = activations.pop(site), len(self.text.batches)
+                inputs = activations.pop(site)
                 yield (
                     site,
                     SiteFitter(
                         self.plan.family.attention(site, self.plan.source_config),
                         read_site(self.plan, self.source, site).tensors(),
-                        inputs[:fitted],
-                        inputs[fitted:],
+                        inputs[: len(batches)],
+                        inputs[len(batches) :],
                         self.metrics.get(site),
                         self.device,
                         self._generator(site.prefix),
+                        self.twin is not self.model,
                     ),
                 )
         self.progress(stage, len(self.sites), len(self.sites))
 
-    def _groups(self) -> Iterator[Sequence[Site]]:
+    def _groups(self, batches: Sequence[Batch]) -> Iterator[Sequence[Site]]:
         """Sites whose activations fit into memory together, at least one."""
-        tokens = sum(batch["input_ids"].numel() for batch in self.text.batches + self.text.held_out)
-        size = max(1, int(MEMORY // (tokens * self.plan.dimensions.width * 4)))
+        tokens = sum(batch["input_ids"].numel() for batch in [*batches, *self.text.held_out])
+        size = max(1, int(MEMORY // (tokens * self.plan.dimensions.width * self.dtype.itemsize)))
         for start in range(0, len(self.sites), size):
             yield self.sites[start : start + size]
 
@@ -215,9 +212,8 @@ class Calibrator:
 
     def polished(self, plan: Plan, choice: Mapping[Site, ConvertedSite]) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         """As `keep_polish.polished`, on the sequences that there are."""
-        settings, text, kinds = plan.calibration, self.text, [self._held_out]
-        assert settings is not None
-        if text.sampled and not self.model.config.is_encoder_decoder and settings.prompts is None:
+        text, kinds = self.text, [self._held_out]
+        if text.sampled and not self.model.config.is_encoder_decoder and self.settings.prompts is None:
             kinds = kinds_of(self._held_out, text.batches)
         drawn = self._generator("polish")
         return polished(plan, self.source, self.model, choice, text.batches, kinds, drawn, self.progress)
@@ -226,6 +222,15 @@ class Calibrator:
     def replacement(self) -> Replacement:
         """The source on the held-out sequences, to put converted sites into."""
         return Replacement(self.model, self.plan, self._held_out, self._expected)
+
+    @cached_property
+    def weighing(self) -> Replacement:
+        """The same, of a large model its twin on a part of them: it runs once for each site."""
+        if self.twin is self.model:
+            return self.replacement
+        share = min(1.0, WEIGHED_TOKENS / self.text.held_out_tokens)
+        text = replace(self._held_out, batches=[_first(batch, share) for batch in self.text.held_out])
+        return Replacement(self.twin, self.plan, text, predict(self.twin, text))
 
     @cached_property
     def _held_out(self) -> HeldOut:
@@ -237,8 +242,7 @@ class Calibrator:
 
     def report(self, plan: Plan) -> dict[str, Any]:
         """What text there was."""
-        settings = plan.calibration
-        assert settings is not None
+        settings = self.settings
         report: dict[str, Any] = {
             "text": self.text.name,
             "tokens": self.text.tokens,
@@ -270,20 +274,7 @@ class Calibrator:
         return {"warnings": misfits(self._held_out.fit(self.model, loss), "--calibration") if written else []}
 
 
-def load_source(plan: Plan, source: Source, trust_remote_code: bool = False) -> Any:
-    """The source as a float32 model in eval mode; of one in memory a copy. Raises CheckpointError."""
-    if isinstance(source, ModelSource):
-        return settle(copy.deepcopy(source.model).float().eval())
-    assert source.folder is not None
-    if plan.has_language_model_head:
-        return load_model(source.folder, dtype="float32", trust_remote_code=trust_remote_code)
-    import transformers
-
-    architecture = getattr(transformers, plan.family.source_architecture(plan.source_config))
-    try:
-        with no_bars_of_others():
-            return settle(architecture.from_pretrained(source.folder, dtype="float32").eval())
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise CheckpointError(f"{source.name} cannot be loaded: {one_line(error)}") from error
+def _first(batch: Batch, share: float) -> Batch:
+    """The first sequences of a batch."""
+    count = math.ceil(share * len(batch["input_ids"]))
+    return {name: tensor[:count] for name, tensor in batch.items()}

@@ -53,8 +53,7 @@ def sensitivity(
     def watch(site: Site) -> Callable[..., None]:
         def accumulate(gradient: Tensor) -> None:
             rows = gradient.flatten(0, 1)
-            rows = (rows.cpu() if device.type == "mps" else rows).double()  # MPS has no float64
-            square = (rows.T @ rows).cpu()
+            square = (rows.T @ rows).cpu().double()
             found[site] = found[site] + square if site in found else square
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:

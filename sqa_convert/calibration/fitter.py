@@ -14,16 +14,19 @@ from ..conversion.convert_site import ConvertedSite, SiteRecord
 from ..conversion.request import TOKENS_PER_UNKNOWN
 from ..heads import AttentionHeads, Method, Partition, get_method
 from ..heads.attend import Attention
-from ..heads.group_cost import GroupCost
+from ..heads.group_cost import CircuitGrams, GroupCost
 from ..heads.refine import refine
 from ..heads.refit import output_error, refit
 from ..heads.restored_half import CONVERTED_ALONE
-from ..heads.search import search
+from ..heads.search import search_by
 from ..heads.site_inputs import Inputs, concatenated
 from ..heads.statistics import Statistics, collect, similarity, with_ridge
 
 PATTERN_ROWS = 8192
 """query positions that patterns are compared on, about"""
+
+LITTLE_WORK = 2e9
+"""multiplications of a search that only tells what some numbers of heads would lose"""
 
 METRIC_RIDGE = 1e-2
 """share of an isotropic part in the metric of outputs"""
@@ -50,8 +53,9 @@ class SiteFitter:
         metric: Tensor | None,
         device: torch.device,
         generator: torch.Generator,
+        bfloat16: bool = False,
     ) -> None:
-        self.attention, self.seed = attention, generator.initial_seed()
+        self.attention, self.seed, self.bfloat16 = attention, generator.initial_seed(), bfloat16
         self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         self.root = torch.eye(heads.output.shape[-1])
         if metric is not None:
@@ -64,7 +68,7 @@ class SiteFitter:
     def _with_outputs(self, batches: Sequence[Inputs]) -> list[Part]:
         heads = _to(self.heads, self.device)
         parts = []
-        for inputs in (together.to(self.device) for together in concatenated(batches)):
+        for inputs in (together.to(self.device).float() for together in concatenated(batches)):
             outputs = [
                 self.attention.layer(heads, *part.arguments)
                 for part in (inputs[rows] for rows in inputs.split(_BATCH_TOKENS))
@@ -88,16 +92,18 @@ class SiteFitter:
     def searched(self, q_groups: int, kv_groups: int) -> Partition:
         counts = q_groups, kv_groups
         if counts not in self._found:
-            self._found[counts] = search(self.heads, self.statistics, *counts, self._generator())
+            self._found[counts] = search_by(self._grams, *counts, self._generator())
         return self._found[counts]
 
     def loss(self, q_groups: int, kv_groups: int) -> float:
-        """Energy of the output that such counts lose in closed form, in the best partition, before any fit."""
-        return sum(map(self._group_cost.cost, self.searched(q_groups, kv_groups).groups))
+        """Energy of the output that such counts lose in closed form, in a good partition, before any fit."""
+        counts = q_groups, kv_groups
+        found = self._found.get(counts) or search_by(self._grams, *counts, self._generator(), LITTLE_WORK)
+        return sum(map(GroupCost(self._grams, 1, self._generator()).cost, found.groups))
 
     @cached_property
-    def _group_cost(self) -> GroupCost:
-        return GroupCost(self.heads, self.statistics, 1, self._generator())
+    def _grams(self) -> CircuitGrams:
+        return CircuitGrams(self.heads, self.statistics)
 
     def convert(self, method: str | Method, planned: Partition, searched: bool, with_refit: bool) -> ConvertedSite:
         """One candidate; a refitted output projection is kept where it lowers the held-out error."""
@@ -111,10 +117,21 @@ class SiteFitter:
             heads = refitted if errors["refit"] < errors["converted"] else heads
         return self._result(heads, SiteRecord(chosen.name, partition, errors, self.similarity))
 
+    def finish(self, start: ConvertedSite, refit_again: bool, steps: int) -> ConvertedSite:
+        """A candidate that was fitted to other text, or to less, refitted to this where that lowers the held-out error,
+        and trained."""
+        if refit_again:
+            heads = _to(_through(start.heads, self.root), self.device)
+            heads = refit(heads, self.attention, _batches(self.fit_parts))
+            error, record = self._error(heads), start.record
+            if error < record.error:
+                start = self._result(heads, replace(record, errors=record.errors | {"refit": error}))
+        return self.refine(start, steps) if steps else start
+
     def refine(self, start: ConvertedSite, steps: int) -> ConvertedSite:
         """Trains a candidate; kept where that lowers the held-out error."""
         heads = _to(_through(start.heads, self.root), self.device)
-        refined = refine(heads, self.attention, self.fit_parts, steps, self._generator())
+        refined = refine(heads, self.attention, self.fit_parts, steps, self._generator(), self.bfloat16)
         record = replace(start.record, errors=start.record.errors | {"refined": self._error(refined)})
         return self._result(refined, record) if record.kept == "refined" else replace(start, record=record)
 

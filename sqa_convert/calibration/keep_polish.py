@@ -39,7 +39,7 @@ def polished(
     """A converted model trained as a whole; kept where the KL to the source falls on every kind of held-out sequence.
 
     Args:
-        plan: with `plan.calibration` set.
+        plan: with `plan.calibration` set, and steps of polish in it.
         source: the weights that are converted.
         teacher: the same as a model, in float32 on the device to compute on.
         choice: converted attention.
@@ -52,14 +52,13 @@ def polished(
         The tensors of the result that were trained, by name, none where nothing is kept; and what is told of it:
         "steps", "kept", "kl" of each kind before and after.
     """
-    settings = plan.calibration
-    assert settings is not None
     device = kinds[0].device
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    steps = settings.affordable_polish(plan.before.parameters, device.type == "cpu", tokens)
+    asked, settings = plan.calibration, plan.fitting_on(device.type)
+    assert asked is not None and settings is not None
+    steps = settings.polish_within(sum(batch["input_ids"].numel() for batch in batches))
     told: dict[str, Any] = {"steps": steps, "kept": False}
     if not steps:
-        anyway = f"--polish-steps {settings.polish_steps} does it anyway"
+        anyway = f"--polish-steps {asked.polish_steps} does it anyway"
         return {}, told | {"why": f"a CPU takes too long for a model of this size; {anyway}"}
     student = build_model(plan, source, choice)[0].float().to(device)
     converted = set(plan.converted_sites)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion.request import POLISH_TOKENS
+from ..conversion.fitting import POLISH_TOKENS
 from ..progress import Progress, silent
 from .activations import Batch
 from .distillation_loss import Targets, forward_with_loss, hidden_states, inputs_and_labels
@@ -23,6 +23,8 @@ WARM_UP = 10
 """steps"""
 MEMORY = 4e9
 """bytes of gradients, moments and a second copy of what is trained, at most, on a CPU"""
+KEPT = 1e9
+"""bytes of what the source makes of the text, at most, that are not computed again"""
 
 _PIECES = 4  # of a batch, each of sequences of one length
 _LEAST_RMS = 1e-3  # of an array whose numbers are all but zero
@@ -102,17 +104,14 @@ def polish(
         return min(1.0, (done + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done / steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    head = teacher.get_output_embeddings().weight
+    taught = _Taught(teacher, batches, device)
     pieces = _pieces(batches, generator)
     for step in range(steps):
         progress("polish", step, steps)
-        some = [inputs_and_labels(student, _on(device, piece)) for piece in next(pieces)]
-        count = sum(int((labels >= 0).sum()) for _, labels in some)
-        for inputs, labels in some:
-            with torch.no_grad():
-                wanted = hidden_states(teacher, inputs)
-            loss = forward_with_loss(student, student, inputs, Targets(labels, wanted, head), 0.0).loss
-            (loss / max(count, 1)).backward()
+        some = [taught(*piece) for piece in next(pieces)]
+        count = sum(int((targets.labels >= 0).sum()) for _, targets in some)
+        for inputs, targets in some:
+            (forward_with_loss(student, student, inputs, targets, 0.0).loss / max(count, 1)).backward()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -127,23 +126,48 @@ def _size(weights: Tensor) -> float:
     return max(weights.detach().square().mean().sqrt().item(), _LEAST_RMS)
 
 
-def _on(device: torch.device, batch: Batch) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+class _Taught:
+    """Sequences of calibration text with what the source makes of them, which is computed once where it can be kept."""
+
+    def __init__(self, teacher: Any, batches: Sequence[Batch], device: torch.device) -> None:
+        self.teacher, self.batches, self.device = teacher, batches, device
+        self.head = teacher.get_output_embeddings().weight
+        positions = sum(batch.get("labels", batch["input_ids"]).numel() for batch in batches)
+        self.keeps = positions * self.head.shape[1] * 4 <= KEPT
+        self.known: dict[int, Tensor] = {}
+
+    def __call__(self, number: int, rows: Tensor) -> tuple[dict[str, Any], Targets]:
+        """Inputs and targets of some sequences of a batch."""
+        inputs, labels = self._inputs(number, rows)
+        if not self.keeps:
+            return inputs, Targets(labels, self._states(inputs), self.head)
+        if number not in self.known:
+            self.known[number] = self._states(self._inputs(number)[0]).cpu()
+        return inputs, Targets(labels, self.known[number][rows].to(self.device), self.head)
+
+    def _inputs(self, number: int, rows: Tensor | slice = slice(None)) -> tuple[dict[str, Any], Tensor]:
+        batch = {name: part[rows].to(self.device) for name, part in self.batches[number].items()}
+        return inputs_and_labels(self.teacher, batch)
+
+    @torch.no_grad()
+    def _states(self, inputs: dict[str, Any]) -> Tensor:
+        return hidden_states(self.teacher, inputs)
 
 
-def _pieces(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[list[Batch]]:
-    """All sequences in pieces of one length, some pieces at a time, in another order each time round; without end."""
+def _pieces(batches: Sequence[Batch], generator: torch.Generator) -> Iterator[list[tuple[int, Tensor]]]:
+    """All sequences in pieces of one length, a batch's number and rows, some pieces at a time, in another order each
+    time round; without end."""
     while True:
-        pieces: list[tuple[Batch, int]] = []
-        for batch in batches:
+        pieces: list[tuple[int, Tensor, int]] = []
+        for number, batch in enumerate(batches):
             length = max(part.shape[1] for part in batch.values())
             order = torch.randperm(len(batch["input_ids"]), generator=generator)
             for rows in order.split(max(1, POLISH_TOKENS // _PIECES // length)):
-                pieces.append(({name: part[rows] for name, part in batch.items()}, len(rows) * length))
-        step: list[Batch] = []
+                pieces.append((number, rows, len(rows) * length))
+        step: list[tuple[int, Tensor]] = []
         room = POLISH_TOKENS
-        for piece, positions in (pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()):
-            step.append(piece)
+        for number, rows, positions in (pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()):
+            step.append((number, rows))
             room -= positions
             if room <= 0:
                 yield step

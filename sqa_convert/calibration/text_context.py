@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.source import Source
+from ..conversion.fitting import Fitting
 from ..conversion.plan import Plan
-from ..conversion.request import Fitting
 from ..errors import DataError, SQAError
 from ..progress import Progress
 from ..text.documents import documents, peeked
@@ -56,8 +56,9 @@ class Reading:
 
     @property
     def settings(self) -> Fitting:
-        assert self.plan.calibration is not None
-        return self.plan.calibration
+        settings = self.plan.fitting_on(self.device.type)
+        assert settings is not None
+        return settings
 
     @property
     def vocabulary(self) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.diffusers_folders import part_of
 from ..checkpoints.staging import check_output, expanded
 from ..conversion.convert_site import uses_torch
+from ..conversion.fitting import effort_of
 from ..conversion.heads_by_layer import UNIFORM
 from ..conversion.request import DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
@@ -58,6 +59,7 @@ def convert(
     refit: flags.Refit = None,
     refine_steps: flags.RefineSteps = None,
     polish_steps: flags.PolishSteps = None,
+    effort: flags.Effort = "default",
     no_calibration: flags.NoCalibration = False,
     revision: flags.Revision = None,
     subfolder: flags.Subfolder = None,
@@ -113,7 +115,7 @@ def convert(
         kv_groups=kv_groups,
         variant=variant,
         method=method or (recipe.method if recipe else "") or AUTO,
-        calibration=_calibration(no_calibration, asked, text_column, columns),
+        calibration=_calibration(no_calibration, asked, text_column, columns, effort),
         partition=partition,
         allocation=allocation,
         sites=sites,
@@ -174,18 +176,20 @@ def _recipe(name: str | None, changes: dict[str, Any], columns: Columns | None) 
 
 
 def _calibration(
-    none: bool, asked: tuple[Any, ...], text_column: str | None, columns: Columns | None
+    none: bool, asked: tuple[Any, ...], text_column: str | None, columns: Columns | None, effort: str
 ) -> Calibration | None:
     """What is asked of calibration. Raises RecipeError where that is both something and nothing."""
-    if none and any(flag is not None for flag in asked):
+    effort_of(effort)
+    if none and (effort != "default" or any(flag is not None for flag in asked)):
         raise RecipeError(
-            "--no-calibration leaves no text for --calibration, what belongs to it, --refit, --refine-steps or "
-            "--polish-steps: leave out the one or the other"
+            "--no-calibration leaves no text for --calibration, what belongs to it, --refit, --refine-steps, "
+            "--polish-steps or --effort: leave out the one or the other"
         )
     text, tokens, refit, refine_steps, length, prompts, polish = asked
     of_pairs = ("", "", "") if columns is None else (columns.source, columns.target, columns.prefix)
     column = TEXT_COLUMN if text is None else text_column or TEXT_COLUMN
-    return None if none else Calibration(text, tokens, refit, refine_steps, column, length, prompts, *of_pairs, polish)
+    how = refit, refine_steps, column, length, prompts, *of_pairs, polish, effort
+    return None if none else Calibration(text, tokens, *how)
 
 
 def _default_output(model: str, partitions: Mapping[Site, Partition], adaptive: bool = False) -> Path:

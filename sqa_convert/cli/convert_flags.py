@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
-from ..conversion.request import LEAST_LENGTH, POLISH_STEPS, REFINE_STEPS
+from ..conversion.fitting import EFFORTS
+from ..conversion.request import LEAST_LENGTH
 from ..heads import AUTO, METHODS
 from .flags import TEXT, count, listing
 
 HEADS, CALIBRATE, SOURCE, OUTPUT, MEASURE = "Heads", "Calibrate", "Source", "Output", "Measure and uptrain"
+
+_DEFAULT = EFFORTS["default"]
 
 
 def _list_methods() -> None:
@@ -137,7 +140,19 @@ CalibrationTokens = Annotated[
         metavar="N",
         parser=count(),
         rich_help_panel=CALIBRATE,
-        help="Also as 400k or 5M. Default: 20 for each unknown of a fit, at least 65536.",
+        help=f"Also as 400k or 5M. Default: 20 for each unknown of a fit, at least {_DEFAULT.tokens}; fewer on a CPU "
+        "for a large model that writes them.",
+    ),
+]
+
+Effort = Annotated[
+    str,
+    typer.Option(
+        "--effort",
+        metavar="|".join(EFFORTS),
+        rich_help_panel=CALIBRATE,
+        help="How much text and how many steps, where --calibration-tokens, --refine-steps and --polish-steps do not "
+        "say: light is a third of the time or less, best several times as long.",
     ),
 ]
 
@@ -155,7 +170,7 @@ RefineSteps = Annotated[
     typer.Option(
         metavar="N",
         rich_help_panel=CALIBRATE,
-        help=f"Steps of layer-wise training. Default: {REFINE_STEPS} for auto, svd and procrustes, else 0.",
+        help=f"Steps of layer-wise training. Default: {_DEFAULT.refine_steps} for auto, svd and procrustes, else 0.",
     ),
 ]
 
@@ -164,8 +179,8 @@ PolishSteps = Annotated[
     typer.Option(
         metavar="N",
         rich_help_panel=CALIBRATE,
-        help=f"Steps of training the whole model towards the source. Default: {POLISH_STEPS} as for --refine-steps; on "
-        "a CPU fewer for a large model.",
+        help=f"Steps of training the whole model towards the source. Default: {_DEFAULT.polish_steps} as for "
+        "--refine-steps; on a CPU fewer for a large model.",
     ),
 ]
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..conversion.request import REFINE_STEPS, Calibration
+from ..conversion.fitting import EFFORTS
+from ..conversion.request import Calibration
 from ..errors import QualityError, RecipeError
 from ..text.formats import TEXT_COLUMN
 from . import convert_flags as flags
@@ -37,7 +38,7 @@ def sweep_command(
     calibration_tokens: flags.CalibrationTokens = None,
     refine_steps: Annotated[
         int, typer.Option(metavar="N", help="Of layer-wise training, for each layer at each setting.")
-    ] = REFINE_STEPS,
+    ] = EFFORTS["default"].refine_steps,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Do not time the points of the frontier.")] = False,
     revision: flags.Revision = None,
     subfolder: flags.Subfolder = None,

@@ -20,8 +20,9 @@ from ..families import Config, Dimensions, Family, Site, family_of, most
 from ..heads import AUTO, Method, Partition
 from ..parse_amounts import parse_size
 from .attention_cost import Cost, attention_cost, count_parameters, counts_by_layer
+from .fitting import Fitting
 from .match_tensors import Stored, stored_tensors
-from .request import CASTS, Fitting, Request
+from .request import CASTS, Request
 
 _TEXT_PER_TARGET = 5  # tokens of text for each token that a decoder predicts, under span corruption
 
@@ -101,6 +102,14 @@ class Plan:
     def unknowns(self) -> int:
         """Numbers that a fit of the output projection finds for each output: Hq d of the largest converted site."""
         return _unknowns(self.partitions, self.dimensions)
+
+    def fitting_on(self, device_type: str) -> Fitting | None:
+        """What calibration does on such a device: on a CPU less for a large model, where nobody asks for more."""
+        if self.calibration is None:
+            return None
+        kept = sum(2 * len(p.clusters) + 2 * len(p.groups) for p in self.partitions.values() if not p.is_identity)
+        attention = kept * self.dimensions.head_dim * self.dimensions.width
+        return self.calibration.affordable(self.before.parameters, attention, device_type == "cpu")
 
     @property
     def has_language_model_head(self) -> bool:

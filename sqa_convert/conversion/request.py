@@ -13,22 +13,11 @@ from ..parse_amounts import amount, check_steps, parse_size
 from ..text.documents import Columns, is_own
 from ..text.formats import TEXT_COLUMN
 from .asked_partitions import HeadCounts, given_partitions, planned_partitions, site_kinds
+from .fitting import Fitting, effort_of
 from .heads_by_layer import ADAPTIVE, UNIFORM, counts_by_site, counts_of
 
 BLIND_METHOD = "svd"
 """what "auto" is without calibration text"""
-
-REFINE_STEPS = 100
-
-POLISH_STEPS = 150
-POLISH_TOKENS = 2048
-"""of a step, about"""
-POLISH_ROUNDS = 8
-"""through the calibration text, at most, where nobody asks for more"""
-POLISH_OPERATIONS = 6e13
-"""floating-point, that a CPU is given for it where nobody asks for more: some ten minutes of two cores"""
-POLISH_LEAST = 50
-"""steps: fewer for want of operations are not worth it"""
 
 CASTS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -39,8 +28,6 @@ TOKENS_PER_UNKNOWN = 20
 LEAST_LENGTH = 8
 """tokens of a calibration sequence"""
 
-_LEAST_TOKENS = 65_536  # of calibration text
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -50,11 +37,13 @@ class Calibration:
     """By name or as an object, as `sqa_convert.text.documents.documents` takes it; "self": the model's own. None: the
     training part of `data` where that is given; else GPT-2 samples its own, T5 reads the built-in corpus."""
     tokens: int | str | None = None
-    """Tokens of text, also as "400k", a tenth of them held out; None: 20 for each unknown of a fit, at least 65,536."""
+    """Tokens of text, also as "400k", a tenth of them held out; None: 20 for each unknown of a fit, at least 65,536; on
+    a CPU fewer for a large model."""
     refit: bool | None = None
     """Fit output projections by least squares; None: with "auto", "svd" and "procrustes"."""
     refine_steps: int | None = None
-    """Steps of layer-wise training; None: 100 with "auto", "svd" and "procrustes", else 0."""
+    """Steps of layer-wise training; None: 100 with "auto", "svd" and "procrustes", else 0; on a CPU fewer for a large
+    model."""
     text_column: str = TEXT_COLUMN
     """Of `text`, where it is a table: the column that holds the text."""
     length: int | str | None = None
@@ -70,6 +59,8 @@ class Calibration:
     polish_steps: int | None = None
     """Steps of end-to-end training; None: 150 with "auto", "svd" and "procrustes", else 0; on a CPU fewer for a large
     model."""
+    effort: str = "default"
+    """What the defaults above are of; "light" is a third of the time or less, "best" several times as long."""
 
     @property
     def columns(self) -> Columns | None:
@@ -78,46 +69,6 @@ class Calibration:
 
 
 CALIBRATED = Calibration()
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """A `Calibration` with its defaults filled in."""
-
-    text: Any
-    tokens: int
-    refit: bool
-    refine_steps: int
-    text_column: str
-    length: int | None
-    prompts: str | None
-    columns: Columns | None
-    """of `text`, where it is pairs"""
-    polish_steps: int
-    polish_anyway: bool
-    """whether so many steps were asked for, whatever they take"""
-
-    def affordable_polish(self, parameters: int, on_cpu: bool, tokens: int | None = None) -> int:
-        """Steps of polish: as many as were asked for, or as the text and a CPU allow.
-
-        Args:
-            parameters: of the source.
-            on_cpu: whether a CPU computes.
-            tokens: of the text there is; None: as many as are wanted.
-        """
-        if self.polish_anyway or not self.polish_steps:
-            return self.polish_steps
-        steps = min(self.polish_steps, POLISH_ROUNDS * -(-(tokens or self.tokens) // POLISH_TOKENS))
-        if not on_cpu:
-            return steps
-        each = 8 * parameters * POLISH_TOKENS  # forward in both models, backward in one
-        within = min(steps, int(POLISH_OPERATIONS / each))
-        return within if within == steps or within >= POLISH_LEAST else 0
-
-    @property
-    def text_named(self) -> Any:
-        """Text that somebody else wrote."""
-        return None if is_own(self.text) else self.text
 
 
 @dataclass(frozen=True)
@@ -230,18 +181,22 @@ class Request:
         check_steps(asked.refine_steps, "--refine-steps")
         check_steps(asked.polish_steps, "--polish-steps")
         refit = uses if asked.refit is None else asked.refit
-        steps = (REFINE_STEPS if uses else 0) if asked.refine_steps is None else asked.refine_steps
-        polish = (POLISH_STEPS if uses else 0) if asked.polish_steps is None else asked.polish_steps
+        effort = effort_of(asked.effort)
+        steps = (effort.refine_steps if uses else 0) if asked.refine_steps is None else asked.refine_steps
+        polish = (effort.polish_steps if uses else 0) if asked.polish_steps is None else asked.polish_steps
         if not (uses or refit or steps or polish):
             if method is not None and (asked.text is not None or tokens is not None):
                 raise RecipeError(
                     f"--calibration: {method.name} fits nothing; add --refit, --refine-steps or --polish-steps"
                 )
             return None
-        tokens = tokens or max(_LEAST_TOKENS, TOKENS_PER_UNKNOWN * unknowns)
+        needed = TOKENS_PER_UNKNOWN * unknowns
+        given = {"tokens": tokens, "refine_steps": asked.refine_steps, "polish_steps": asked.polish_steps}
+        tokens = tokens or max(effort.tokens, needed)
         length = None if asked.length is None else amount(asked.length, "--calibration-length")
         if length is not None and length < LEAST_LENGTH:
             raise RecipeError(f"--calibration-length {asked.length}: give {LEAST_LENGTH} or more tokens")
         columns = None if asked.text is None or is_own(asked.text) else asked.columns
-        how = asked.text_column, length, asked.prompts, columns, polish, asked.polish_steps is not None
-        return Fitting(asked.text, tokens, refit, steps, *how)
+        how = asked.text_column, length, asked.prompts, columns, polish, effort
+        named = frozenset(name for name, value in given.items() if value is not None)
+        return Fitting(asked.text, tokens, refit, steps, *how, named, needed)

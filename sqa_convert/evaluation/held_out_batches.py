@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..text.collate import IGNORED
-from ..text.self_generated import own_loss
+from ..text.own_loss import own_loss
 from ..text.suitability import Fit, Warning_
 
 _FEW_COUNTED = 256  # predictions

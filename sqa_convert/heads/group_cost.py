@@ -7,6 +7,7 @@ all three in the unit of the output's energy.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from itertools import combinations, islice
 
 import torch
@@ -19,28 +20,42 @@ from .weights import AttentionHeads
 MOST_SPLITS = 12  # of one group into clusters, that are compared by their whole cost; more are compared by patterns
 
 
-class GroupCost:
-    """Energy lost by a group of heads that share a key and a value, in its best split into clusters."""
+class CircuitGrams:
+    """Products of the circuits of every two heads of a site, which all costs are made of: each (H, H, d, d)."""
 
-    def __init__(
-        self,
-        heads: AttentionHeads,
-        statistics: Statistics,
-        clusters: int,
-        generator: torch.Generator,
-        most_compared: int = MOST_SPLITS,
-    ) -> None:
-        self.clusters, self.most_compared = clusters, most_compared
-        self.generator = generator
+    def __init__(self, heads: AttentionHeads, statistics: Statistics) -> None:
         self.statistics = statistics
         self.d = heads.key.shape[1]
         query = query_with_bias(heads)
         weight_root = _psd_root(query @ statistics.query @ query.mT)  # (H, d, d)
         key = weight_root.mT @ heads.key.double() @ torch.linalg.cholesky(with_ridge(statistics.key))
-        self.key_gram = _gram(key)  # (H, H, d, d)
+        self.key = _gram(key)
         metric = with_ridge(statistics.value.mean(0))
-        self.value_gram = _gram(heads.value.double() @ torch.linalg.cholesky(metric))
-        self.output_gram = _gram(heads.output.double())
+        self.value = _gram(heads.value.double() @ torch.linalg.cholesky(metric))
+        self.output = _gram(heads.output.double())
+
+    @cached_property
+    def pair_losses(self) -> tuple[list[list[float]], list[list[float]]]:
+        """Energy that every two heads lose to a shared key, and to a shared value: (H, H) each."""
+        count = len(self.key)
+        rows, columns = torch.triu_indices(count, count, 1)
+        energy = self.statistics.attention_energy.sqrt()
+        roots = _psd_root(torch.stack([self.output[h, h] for h in range(count)]))
+        key = self.key * (energy[:, None] * energy)[..., None, None]
+        value = roots.mT[:, None] @ self.value @ roots[None]
+        return _pair_losses(key, rows, columns), _pair_losses(value, rows, columns)
+
+
+class GroupCost:
+    """Energy lost by a group of heads that share a key and a value, in its best split into clusters."""
+
+    def __init__(
+        self, grams: CircuitGrams, clusters: int, generator: torch.Generator, most_compared: int = MOST_SPLITS
+    ) -> None:
+        self.grams, self.clusters, self.most_compared = grams, clusters, most_compared
+        self.generator = generator
+        self.statistics = grams.statistics
+        self.d = grams.d
         self._known: dict[Group, tuple[float, Groups]] = {}  # no functools.cache: its cycle would outlive the site
         self._roots: dict[Group, torch.Tensor] = {}
 
@@ -68,16 +83,16 @@ class GroupCost:
         chosen, lost = zip(*map(self.statistics.representative, clusters), strict=True)
         scale = torch.stack([self.statistics.attention_energy[list(c)].sum().sqrt() for c in clusters])
         scale = scale.repeat_interleave(self.d)
-        key = _blocks(self.key_gram, chosen) * scale * scale[:, None]
+        key = _blocks(self.grams.key, chosen) * scale * scale[:, None]
         members = [h for cluster in clusters for h in cluster]
         root = torch.block_diag(*map(self._root, clusters))
-        value = root.T @ _blocks(self.value_gram, members) @ root
+        value = root.T @ _blocks(self.grams.value, members) @ root
         return sum(lost) + _beyond(key, self.d) + _beyond(value, self.d)
 
     def _root(self, cluster: Group) -> torch.Tensor:
         """A root of the Gram matrix of a cluster's output projections."""
         if cluster not in self._roots:
-            self._roots[cluster] = _psd_root(_blocks(self.output_gram, cluster))
+            self._roots[cluster] = _psd_root(_blocks(self.grams.output, cluster))
         return self._roots[cluster]
 
 
@@ -89,13 +104,7 @@ class PairCost:
     """
 
     def __init__(self, exact: GroupCost) -> None:
-        count = len(exact.key_gram)
-        rows, columns = torch.triu_indices(count, count, 1)
-        energy = exact.statistics.attention_energy.sqrt()
-        roots = _psd_root(torch.stack([exact.output_gram[h, h] for h in range(count)]))
-        key = exact.key_gram * (energy[:, None] * energy)[..., None, None]
-        value = roots.mT[:, None] @ exact.value_gram @ roots[None]
-        self.key, self.value = (_pair_losses(gram, rows, columns) for gram in (key, value))
+        self.key, self.value = exact.grams.pair_losses
         self.pattern = exact.statistics.pattern_cost.tolist()
         self.clusters, self.generator = exact.clusters, exact.generator
 

@@ -35,6 +35,7 @@ def refine(
     parts: Sequence[Part],
     steps: int,
     generator: torch.Generator,
+    bfloat16: bool = False,
 ) -> AttentionHeads:
     """Adam on all weights of a converted site, cosine to zero, on the squared error of its output.
 
@@ -46,6 +47,7 @@ def refine(
         parts: inputs of sequences of one length each, and wanted outputs (N, T, D); padding counts in nothing.
         steps: of about `BATCH_TOKENS` positions.
         generator: draws the batches.
+        bfloat16: whether to multiply in it, weights and their steps in float32 all the same.
 
     Returns:
         The heads with trained weights.
@@ -73,7 +75,9 @@ def refine(
         optimizer.zero_grad(set_to_none=True)
         for part, rows in batches.pop():
             inputs, wanted = parts[part][0][rows], parts[part][1][rows]
-            missing = attention.layer(current, *inputs.arguments) - wanted
+            with torch.autocast(wanted.device.type, torch.bfloat16, enabled=bfloat16):
+                made = attention.layer(current, *inputs.arguments)
+            missing = made - wanted
             (inputs.count(missing).square().sum() / energy).backward()
         optimizer.step()
         schedule.step()

@@ -25,7 +25,7 @@ def refit(heads: AttentionHeads, attention: Attention, batches: Batches) -> Atte
     """Output projection, and bias where there is one, that reproduce the wanted outputs best.
 
     Ridge regression on what the heads read, shrunk towards the projection they have, so that few tokens do no harm and
-    features that never vary keep their weights. float64 Gram matrices accumulate in a stream.
+    features that never vary keep their weights. Gram matrices of a few thousand rows add in float64.
 
     Args:
         heads: converted; all but their output projection and bias are kept.
@@ -47,10 +47,10 @@ def refit(heads: AttentionHeads, attention: Attention, batches: Batches) -> Atte
         features = inputs.count(read.flatten(-2))  # (n, Hq d)
         made = features @ heads.output.flatten(0, 1)
         made = made if heads.output_bias is None else made + heads.output_bias
-        missing = (inputs.count(wanted) - made).double()  # (n, D)
-        features = _with_one(features).double() if has_bias else features.double()
-        gram = gram + features.T @ features
-        moment = moment + features.T @ missing
+        missing = inputs.count(wanted) - made  # (n, D)
+        features = _with_one(features) if has_bias else features
+        gram = gram + (features.T @ features).double()
+        moment = moment + (features.T @ missing).double()
         tokens += len(features)
     gram, moment = gram / tokens, moment / tokens
     penalty = torch.full_like(gram.diagonal(), RIDGE * gram.diagonal()[: count * d].mean().item() + 1e-30)

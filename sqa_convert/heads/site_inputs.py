@@ -35,6 +35,10 @@ class Inputs:
     def to(self, device: torch.device) -> Inputs:
         return Inputs(*(None if t is None else t.to(device) for t in self._tensors()))
 
+    def float(self) -> Inputs:
+        """In float32: what is read may be kept in less."""
+        return Inputs(*(t.float() if t is not None and t.is_floating_point() else t for t in self._tensors()))
+
     def split(self, tokens: int) -> Iterator[slice]:
         """Some sequences at a time, of about so many positions of the longer side together."""
         size = max(1, tokens // self.length)

@@ -1,6 +1,7 @@
 """What a method may know of a site's inputs: second moments, and what one head costs in another's place.
 
-Moments are accumulated in a stream, in float64, whatever the model computes in. Where there is no data the weights of
+Moments are accumulated in a stream: products of a few thousand rows in the dtype the model computes in, their sum in
+float64. Where there is no data the weights of
 the layer norm before the site stand in: a normalized input n times the norm's weight, plus its bias.
 """
 
@@ -80,10 +81,9 @@ class _Moment:
         self.square: Any = 0.0
 
     def add(self, rows: Tensor) -> None:
-        rows = rows.double()
         self.count += rows.shape[-2]
-        self.total = self.total + rows.sum(-2)
-        self.square = self.square + rows.mT @ rows
+        self.total = self.total + rows.sum(-2, dtype=torch.float64)
+        self.square = self.square + (rows.mT @ rows).double()
 
     @property
     def mean(self) -> Tensor:
@@ -137,7 +137,7 @@ def collect(
         read.add(seen)
         contribution = seen @ heads.value.mT  # (H, m, d)
         made.add(contribution)
-        cross = cross + seen.double().mT @ contribution.transpose(0, 1).flatten(1).double()  # (H, D, H d)
+        cross = cross + (seen.mT @ contribution.transpose(0, 1).flatten(1)).double()  # (H, D, H d)
     centred = heads.output_bias is not None
     value_moment = read.covariance if centred else read.second
     made_moment = made.covariance if centred else made.second

@@ -33,12 +33,12 @@ def planned_stages(plan: Plan, options: RunOptions, measured: bool, recipe: Reci
 
 
 def _of_calibration(plan: Plan, options: RunOptions) -> list[str]:
-    settings = plan.calibration
-    if settings is None:
+    if plan.calibration is None:
         return []
     from ..devices import choose_device
 
-    on_cpu = choose_device(options.device).type == "cpu"
+    settings = plan.fitting_on(choose_device(options.device).type)
+    assert settings is not None
     predicts, own = plan.has_language_model_head, settings.text_named is None
     decoder_only = all(site.kind == "decoder" for site in plan.sites)
     stages = [LOAD]
@@ -48,5 +48,5 @@ def _of_calibration(plan: Plan, options: RunOptions) -> list[str]:
     stages += ["fit heads"]
     stages += [CHOOSE] * (predicts and plan.method == AUTO)
     stages += ["refine heads"] * bool(settings.refine_steps)
-    stages += ["polish"] * bool(predicts and settings.affordable_polish(plan.before.parameters, on_cpu))
+    stages += ["polish"] * bool(predicts and settings.polish_steps)
     return stages

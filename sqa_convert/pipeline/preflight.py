@@ -131,7 +131,7 @@ def _check_calibration(plan: Plan, fitting: Fitting) -> None:
     decoder_only = "encoder" not in plan.kinds
     if fitting.columns is not None and decoder_only:
         raise DataError("--source-column and --target-column are for encoder-decoder models; this one is decoder-only")
-    if fitting.polish_anyway and fitting.polish_steps and not plan.has_language_model_head:
+    if "polish_steps" in fitting.asked and fitting.polish_steps and not plan.has_language_model_head:
         raise RecipeError("--polish-steps train on what a model predicts; this one has no language model head")
     if fitting.text_named is not None:
         check_data(fitting.text_named, "--calibration", fitting.text_column, fitting.columns)

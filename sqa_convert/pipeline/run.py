@@ -261,7 +261,8 @@ def _measured(
 def _calibrated(plan: Plan, source: Source, options: RunOptions, progress: Progress) -> Calibrated:
     if plan.calibration is None:
         return Calibrated({}, None, plan)
-    from ..calibration.calibrate import calibrate, load_source
+    from ..calibration.calibrate import calibrate
+    from ..calibration.load_source import load_source
     from ..devices import choose_device, within_memory
 
     device = choose_device(options.device)

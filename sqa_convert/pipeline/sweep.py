@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.allocation import METHOD, cheapest
-from ..calibration.calibrate import Calibrator, load_source
+from ..calibration.calibrate import Calibrator
+from ..calibration.load_source import load_source
 from ..calibration.site_fits import SiteFits, check_room
 from ..caller_settings import undisturbed
 from ..checkpoints.source import Source
@@ -212,8 +213,7 @@ class _Sweeper:
 
     def fit(self, settings: Sequence[Counts]) -> None:
         """Fits every site at each setting."""
-        start, fitting = time.perf_counter(), self.plan.calibration
-        assert fitting is not None
+        start, fitting = time.perf_counter(), self.calibrator.settings
         sites = self.calibrator.fitters("fit heads")
         self.fits.add(sites, settings, self.calibrator.replacement, METHOD, fitting.refit, fitting.refine_steps)
         self._spent("fit", start)

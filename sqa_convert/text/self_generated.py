@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from ..errors import DataError
 from ..progress import Progress, silent, step_done
 from .documents import BUILT_IN, Split, documents
 from .plain_generation import generate, own_tokens
+from .quick_twin import twin_of
 from .suitability import looked_at
 from .tokenize_documents import control_tokens
 from .tokenized_rows import document_rows, up_to
@@ -41,8 +43,6 @@ _ROOM = 64  # tokens that a cache has room for at first
 _TOLD_EVERY = 16  # tokens of a text
 
 _CROWDED = 0.75  # share of texts that go on below which the others leave the cache
-
-_OWN_TEXTS, _OWN_LENGTH = 8, 64  # a few hundred tokens tell how sure a model is of its own text
 
 
 def own_rows(
@@ -72,12 +72,14 @@ def own_rows(
     chance = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
     control = [] if tokenizer is None else control_tokens(tokenizer, model.config.vocab_size)
     at_once = _side_by_side(model.config, length)
+    model = twin_of(model, device)
     rows: list[Tensor] = []
     written = 0
     while written < tokens:
         progress("sample text", written, tokens)
         missing = -(-(tokens - written) // length)
-        begin = _begin(model, min(at_once, missing), beginnings, control, chance, generator)
+        rounds = -(-missing // at_once)  # of about as many texts each: few at a time take as long as many
+        begin = _begin(model, -(-missing // rounds), beginnings, control, chance, generator)
         expected = min(tokens - written, len(begin) * length)
 
         def step(share: float, done: int = written, expected: int = expected) -> None:
@@ -161,10 +163,12 @@ def continued(
     lengths = torch.full((len(begin),), length)
     slots, going = torch.arange(len(begin)), torch.ones(len(begin), dtype=torch.bool)  # texts of the cache's rows
     cache, given = Cache(layer_class_to_replicate=RoomyLayer), begin
+    takes = inspect.signature(model.forward).parameters
+    last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     for position in range(begin.shape[1], length):
         if position % _TOLD_EVERY == 0:
             step(position / length)
-        logits = model(input_ids=given.to(device), past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(input_ids=given.to(device), past_key_values=cache, use_cache=True, **last).logits[:, -1]
         drawn = draw(logits, generator)
         texts[slots[going], position] = drawn[going]
         ended = going & torch.isin(drawn, ends)
@@ -214,51 +218,18 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(below, level).clamp(max=logits.shape[1] - 1)[:, 0].cpu()
 
 
-@torch.no_grad()
-def own_loss(model: Any, batch: dict[str, Tensor], device: torch.device, generator: torch.Generator) -> float | None:
-    """A language model's expected loss on what it writes itself, nats a token: how sure it can be of text of its kind.
-
-    Args:
-        batch: of the text it is measured on; of an encoder-decoder some inputs are answered, those without padding.
-
-    Returns:
-        The mean entropy of its predictions up to the end of each text; None where the model cannot write.
-    """
-    inputs = batch["input_ids"]
-    try:
-        if model.config.is_encoder_decoder:
-            whole = batch.get("attention_mask", torch.ones_like(inputs)).bool().all(1)
-            inputs = inputs[whole][:_OWN_TEXTS]
-            wanted = min(_OWN_LENGTH, batch["labels"].shape[1])
-            written = _generate(model, inputs, torch.ones_like(inputs), wanted, device, generator)
-            given = {"input_ids": inputs.to(device), "decoder_input_ids": written.to(device)}
-        else:
-            start = first_tokens(model, _OWN_TEXTS, generator)
-            texts = continued(model, start, min(_OWN_LENGTH, inputs.shape[1]), device, generator)
-            filler = next(iter(own_tokens(model).end), 0)
-            written = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=filler)
-            given = {"input_ids": written.to(device)}
-        log_p = model(**given, use_cache=False).logits[:, :-1].float().log_softmax(-1).cpu()
-    except Exception:  # one that stock generation does not know how to run; the texts of others can still be judged
-        return None
-    entropy = -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)  # (n, T - 1)
-    ends = torch.isin(written[:, 1:], torch.tensor(own_tokens(model).end, dtype=torch.long)).long()
-    inside = ends.cumsum(1) == ends
-    return float(entropy[inside].mean())
-
-
 def answers(
     model: Any, inputs: Sequence[Tensor], longest: int, device: torch.device, generator: torch.Generator
 ) -> list[Tensor]:
     """What an encoder-decoder samples for each of its inputs (T,), up to its end token or `longest` tokens."""
-    tokens = own_tokens(model)
+    tokens, model = own_tokens(model), twin_of(model, device)
     order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
     written: dict[int, Tensor] = {}
     for start in range(0, len(order), SAMPLED_SEQUENCES):
         some = order[start : start + SAMPLED_SEQUENCES]
         ids = nn.utils.rnn.pad_sequence([inputs[i] for i in some], batch_first=True, padding_value=tokens.padding)
         read = nn.utils.rnn.pad_sequence([torch.ones_like(inputs[i]) for i in some], batch_first=True)
-        texts = _generate(model, ids, read, longest, device, generator)[:, 1:]  # without the start token
+        texts = sampled_answers(model, ids, read, longest, device, generator)[:, 1:]  # without the start token
         ends = torch.isin(texts, torch.tensor(tokens.end, dtype=torch.long))
         for i, text, end in zip(some, texts, ends, strict=True):
             written[i] = text[: int(end.int().argmax()) + 1 if bool(end.any()) else len(text)].clone()
@@ -287,7 +258,7 @@ def own_pairs(
     return list(zip(inputs, answers(model, inputs, longest, device, generator), strict=True))
 
 
-def _generate(
+def sampled_answers(
     model: Any, inputs: Tensor, read: Tensor, new_tokens: int, device: torch.device, generator: torch.Generator
 ) -> Tensor:
     """Samples at temperature 1 for inputs (B, T) and their attention mask; on the CPU."""

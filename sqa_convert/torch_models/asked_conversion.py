@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..calibration.calibrate import CANDIDATES
-from ..conversion.request import REFINE_STEPS
+from ..calibration.candidates import CANDIDATES
+from ..conversion.fitting import EFFORTS
 from ..errors import RecipeError, shown
 from ..heads import AUTO, Convert, Method, Partition, get_method
 from ..layers.asked_heads import asked_heads
@@ -103,4 +103,4 @@ class Asked:
 
     @property
     def steps(self) -> int:
-        return (REFINE_STEPS if self.fits else 0) if self.refine_steps is None else self.refine_steps
+        return (EFFORTS["default"].refine_steps if self.fits else 0) if self.refine_steps is None else self.refine_steps

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration.calibrate import best_of_each
+from ..calibration.candidates import best_of_each
 from ..calibration.fisher import SENSITIVITY_TOKENS
 from ..calibration.fitter import SiteFitter
 from ..conversion.convert_site import ConvertedSite, SiteRecord
