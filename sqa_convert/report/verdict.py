@@ -118,7 +118,10 @@ def _no_text(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
         mean = report["quality"].get("mean", {}).get("error")
         beside = "" if mean is None else f"; with heads averaged {mean:.2%}"
         lost = f"The hidden state differs by {row['error']:.2%} of its variance{beside}, mean vectors have a cosine of"
-        return f"{lost} {row['cosine']:.4f}.", "use it where its source was, and compare", ""
+        then = "use it where its source was, and compare"
+        if "uptraining" not in report:
+            then += f"; sqa-uptrain {_folder(report)} --recipe encoder --data TEXT brings it nearer"
+        return f"{lost} {row['cosine']:.4f}.", then, ""
     if row is not None:
         return "What was measured is not the loss on text.", "use it on your task, and compare", ""
     why = f": {report['not_measured']}" if report.get("not_measured") else ""
