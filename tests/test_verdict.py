@@ -102,6 +102,15 @@ def test_more_heads_are_named_and_possible():
     assert "without --method mean" in verdict(report(row(0.75, 0.77), method="mean")).next
 
 
+def test_heads_shared_out_among_layers_are_advised_where_all_layers_have_as_many():
+    layers = [{"kind": "decoder"}] * 2
+    for name, quality in (("fair", row(0.2, 0.1)), ("bad", row(0.75, 0.77))):
+        fitted = report(quality) | {"sites": layers, "calibration": {"text": "own"}}
+        assert verdict(fitted).case == name and "--allocation adaptive" in verdict(fitted).next
+        for other in ({"sites": layers[:1]}, {"calibration": None}, {"calibration": {"allocation": {}}}):
+            assert "adaptive" not in verdict(fitted | other).next
+
+
 def test_speed_that_was_measured_is_told_with_its_noise():
     rows = [{"part": "model", "mode": "prefill", "model": "b", "length": 1024}]
     speed = {"heads": {"a": "12", "b": "8/4"}, "rows": rows}

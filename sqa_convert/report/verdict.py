@@ -171,8 +171,9 @@ def _measured(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
     if case == "bad" and report["method"] != "auto" and "calibration" not in report:
         return lost, "convert again with calibration: heads that are fitted to text lose less", ""
     if case == "bad":
-        return lost, f"convert again with more heads{_more(report)}, or {uptrain}", _train(report, recipe)
-    return lost, uptrain, _train(report, recipe)
+        more = f"convert again with more heads{_more(report)}"
+        return lost, f"{more}, {_shared(report) or 'or '}{uptrain}", _train(report, recipe)
+    return lost, f"{_shared(report)}{uptrain}", _train(report, recipe)
 
 
 def _numbers(report: Mapping[str, Any], heading: str) -> str:
@@ -274,6 +275,14 @@ def _data(report: Mapping[str, Any]) -> str:
         if word == "--data":
             return f" --data {shlex.quote(value)}"
     return ""
+
+
+def _shared(report: Mapping[str, Any]) -> str:
+    """Advice to share heads out among layers, where each layer of a kind was given as many."""
+    kinds, done = [site["kind"] for site in report.get("sites", [])], report.get("calibration")
+    if done is None or "allocation" in done or len(set(kinds)) == len(kinds) or not _more(report):
+        return ""
+    return "convert again with the same heads shared out among layers (--allocation adaptive), or "
 
 
 def _folder(report: Mapping[str, Any]) -> str:
