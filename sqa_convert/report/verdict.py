@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from .formatting import nats, perplexity
+from .next_steps import folder_of, how_long, more_heads, recipe_for, shared_out, training_command
 from .report_json import NEXT_TO_NOTHING, auto_class
 
 LITTLE = 0.02
@@ -23,26 +22,14 @@ SURE = 2.0
 FEW_DOCUMENTS = 8
 """of fewer nobody knows how far they are from each other"""
 
-PASSES = 5.0
-"""times as long as measuring takes to train on a token: forwards, backwards, and the source's forwards, about"""
-
 BAD_TEXT = ("unknown", "guessing", "counting", "own_text", "source_beaten")
 """rules of `sqa_convert.text.suitability` that leave nothing of a measurement"""
 
 NAIVE = ("mean", "first", "select")
 """methods that fit nothing"""
 
-SHORT, LONG = 256, 1024
-"""tokens of a sequence of the recipe for small models, and of those for the others"""
-
 _MEASURED = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForTextEncoding")
 """classes whose models sqa-eval measures"""
-
-RECIPES = {
-    "decoder": (("quick", 3e7, 300_000), ("gpt2-small", 2e8, 100_000_000), ("gpt2-medium", 1e9, 100_000_000)),
-    "encoder": (("quick", 3e7, 300_000), ("t5-small", 1.5e8, 100_000_000), ("t5-base", 1e9, 100_000_000)),
-}
-"""packaged recipes of a kind of model: name, most parameters, tokens"""
 
 
 @dataclass(frozen=True)
@@ -120,7 +107,7 @@ def _no_text(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
         lost = f"The hidden state differs by {row['error']:.2%} of its variance{beside}, mean vectors have a cosine of"
         then = "use it where its source was, and compare"
         if "uptraining" not in report:
-            then += f"; sqa-uptrain {_folder(report)} --recipe encoder --data TEXT brings it nearer"
+            then += f"; sqa-uptrain {folder_of(report)} --recipe encoder --data TEXT brings it nearer"
         return f"{lost} {row['cosine']:.4f}.", then, ""
     if row is not None:
         return "What was measured is not the loss on text.", "use it on your task, and compare", ""
@@ -128,13 +115,13 @@ def _no_text(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
     if auto_class(dict(report)) not in _MEASURED:
         return f"Nothing was measured{why or ', for it predicts no text'}.", "measure it on your task", ""
     lost = f"Nothing was measured{why}: how much was lost is not known."
-    return lost, "give text: measure it", f"sqa-eval {_folder(report)} --data TEXT"
+    return lost, "give text: measure it", f"sqa-eval {folder_of(report)} --data TEXT"
 
 
 def _bad_text(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
     doubt = next(d for d in report["quality"]["warnings"] if d["rule"] in BAD_TEXT)
     lost = f"This text says nothing of the model: {doubt['text'].partition(';')[0]}."
-    return lost, "give text of the model's own kind: measure again", f"sqa-eval {_folder(report)} --data TEXT"
+    return lost, "give text of the model's own kind: measure again", f"sqa-eval {folder_of(report)} --data TEXT"
 
 
 def _other_text(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
@@ -153,8 +140,8 @@ _HEADINGS = {
 
 def _measured(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
     lost = f"{_numbers(report, _HEADINGS[case])}."
-    recipe = _recipe(report)
-    uptrain = f"uptrain: {_how_long(report, recipe)}"
+    recipe = recipe_for(report)
+    uptrain = f"uptrain: {how_long(report, recipe)}"
     if recipe is None:
         uptrain = f"uptrain, by a recipe file of sequence_length {report['context_tokens']}"
     if case in ("noise", "good"):
@@ -166,14 +153,18 @@ def _measured(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
     if "uptraining" in report:
         longer = 4 * int(report["uptraining"]["tokens"])  # by the default recipe where it fits
         if case == "fair":
-            return lost, "use it, or train longer", _train(report, None, longer)
-        return lost, f"convert again with more heads{_more(report)}, or train longer", _train(report, None, longer)
+            return lost, "use it, or train longer", training_command(report, None, longer)
+        return (
+            lost,
+            f"convert again with more heads{more_heads(report)}, or train longer",
+            training_command(report, None, longer),
+        )
     if case == "bad" and report["method"] != "auto" and "calibration" not in report:
         return lost, "convert again with calibration: heads that are fitted to text lose less", ""
     if case == "bad":
-        more = f"convert again with more heads{_more(report)}"
-        return lost, f"{more}, {_shared(report) or 'or '}{uptrain}", _train(report, recipe)
-    return lost, f"{_shared(report)}{uptrain}", _train(report, recipe)
+        more = f"convert again with more heads{more_heads(report)}"
+        return lost, f"{more}, {shared_out(report) or 'or '}{uptrain}", training_command(report, recipe)
+    return lost, f"{shared_out(report)}{uptrain}", training_command(report, recipe)
 
 
 def _numbers(report: Mapping[str, Any], heading: str) -> str:
@@ -232,72 +223,3 @@ def _measured_speed(report: Mapping[str, Any]) -> str:
     if speed["low"] <= 1 <= speed["high"]:
         spread = ", which is no difference"
     return f"measured here, {row['mode']} at {row['length']:,} tokens runs {speed['median']:.2f}× as fast{spread}"
-
-
-def _recipe(report: Mapping[str, Any]) -> tuple[str, float, int] | None:
-    """A packaged recipe; None where the model's context is shorter than those of all."""
-    kind = "encoder" if "Seq2Seq" in auto_class(dict(report)) else "decoder"
-    parameters, fitting = report["cost"]["before"]["parameters"], RECIPES[kind]
-    if kind == "decoder" and report["context_tokens"] < LONG:
-        return fitting[0] if report["context_tokens"] >= SHORT else None
-    return next((recipe for recipe in fitting if parameters <= recipe[1]), fitting[-1])
-
-
-def _how_long(report: Mapping[str, Any], recipe: tuple[str, float, int] | None) -> str:
-    if recipe is None:
-        return ""
-    took = next((s["seconds"] for s in report.get("stages", []) if s["name"] == "evaluate source"), None)
-    tokens = f"{recipe[2]:,} tokens"
-    if not took:
-        return tokens
-    minutes = PASSES * recipe[2] * took / max(report["quality"]["tokens"], 1) / 60
-    if minutes < 90:
-        return f"{tokens}, about {max(1, round(minutes))} min on this machine"
-    return f"{tokens}, about {minutes / 60:,.0f} h on this machine; a GPU is advised"
-
-
-def _train(report: Mapping[str, Any], recipe: tuple[str, float, int] | None, tokens: int = 0) -> str:
-    """The command; none where no packaged recipe will do."""
-    if recipe is None and not tokens:
-        return ""
-    named = f" --recipe {recipe[0]}" if recipe else ""
-    more = f" --tokens {tokens}" if tokens else ""
-    return f"sqa-uptrain {_folder(report)}{named}{more}{_data(report)}"
-
-
-def _data(report: Mapping[str, Any]) -> str:
-    """The flag of the text that was measured on, where one was named."""
-    try:
-        words = shlex.split(report.get("command") or "")
-    except ValueError:
-        return ""
-    for word, value in pairwise(words):
-        if word == "--data":
-            return f" --data {shlex.quote(value)}"
-    return ""
-
-
-def _shared(report: Mapping[str, Any]) -> str:
-    """Advice to share heads out among layers, where each layer of a kind was given as many."""
-    kinds, done = [site["kind"] for site in report.get("sites", [])], report.get("calibration")
-    if done is None or "allocation" in done or len(set(kinds)) == len(kinds) or not _more(report):
-        return ""
-    return "convert again with the same heads shared out among layers (--allocation adaptive), or "
-
-
-def _folder(report: Mapping[str, Any]) -> str:
-    return shlex.quote(str(report.get("output") or "FOLDER"))
-
-
-def _more(report: Mapping[str, Any]) -> str:
-    """ "(--q-groups 10 --kv-groups 5)": about half of what was given up; nothing where kinds or layers differ."""
-    cost = report["cost"]
-    counts = [cost[side][key] for side in ("before", "after") for key in ("query_heads", "key_value_heads")]
-    kinds = [set(map(str, count.values())) for count in counts]
-    if any(len(kind) != 1 or "[" in next(iter(kind)) for kind in kinds):
-        return ""
-    heads, _, q, kv = (int(next(iter(kind))) for kind in kinds)
-    more_kv = min(heads, kv + max(1, (heads - kv) // 4)) if kv < heads else kv
-    more_q = -(-(q + heads) // 2 // more_kv) * more_kv
-    more_q = min(more_q, heads // more_kv * more_kv)
-    return f" (--q-groups {more_q} --kv-groups {more_kv})" if more_q >= q and (more_q, more_kv) != (q, kv) else ""
