@@ -21,7 +21,11 @@ TEXT = "Text or a table of it: file, folder, glob, or hub data set ID[:CONFIG]. 
 
 TextColumn = Annotated[
     str | None,
-    typer.Option("--text-column", metavar="NAME", help="Of tables: the column that holds the text. Default: text."),
+    typer.Option(
+        "--text-column",
+        metavar="NAME",
+        help="Of tables: the column that holds the text. Default: text. Of plain text, line: each line is a document.",
+    ),
 ]
 
 

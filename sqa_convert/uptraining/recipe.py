@@ -31,7 +31,7 @@ class Recipe:
     """Text to train on: "stdlib", a file, folder or glob, a data set on the hub (ID[:CONFIG]), or "self": what the
     source writes. "auto": "stdlib" where the source was made for such text, else "self". "given": from Python."""
     text_column: Text = "text"
-    """Of `data`, where it is a table: the column that holds the text."""
+    """Of `data`, where it is a table: the column that holds the text; "line" of plain text: each line is a document."""
     source_column: Text = ""
     """Of `data`: with target_column, train on pairs instead of plain text (T5 only)."""
     target_column: Text = ""
