@@ -13,8 +13,8 @@ from sqa_convert.evaluation.load import load_model
 from sqa_convert.evaluation.measure import measured_by_document, predict
 from sqa_convert.evaluation.standard_errors import DocumentSums, by_position, document_numbers, gain, standard_error
 from sqa_convert.evaluation.worst_passages import spelled, worst_passages
-from sqa_convert.report.report_json import read_report
 from sqa_convert.report.next_steps import RECIPES
+from sqa_convert.report.report_json import read_report
 from sqa_convert.report.verdict import verdict
 from sqa_convert.report.write import write_report
 from sqa_convert.text.tokenizers import load_tokenizer
