@@ -42,7 +42,7 @@ dist: $(VENV)/ready  ## wheel and source distribution, checked
 smoke: dist  ## every command and snippet of README.md and docs/, from the installed wheel, offline
 	rm -rf $(SMOKE)
 	$(PYTHON) -m venv $(SMOKE)
-	$(SMOKE)/bin/pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[lora,eval,rouge,onnx]"
+	$(SMOKE)/bin/pip install --quiet --constraint constraints.txt "$$(ls dist/*.whl)[lora,eval,rouge,onnx,quantize]"
 	$(SMOKE)/bin/python tests/smoke.py
 
 notebooks: $(VENV)/ready  ## run them all
