@@ -28,7 +28,7 @@ def test_a_twin_predicts_nearly_the_same_and_shares_what_it_does_not_round(make,
         expected, found = (m(input_ids=ids, **more).logits.log_softmax(-1) for m in (model, twin))
     kl = (expected.exp() * (expected - found)).sum(-1).mean()
     assert 0 < kl < 1e-3 * (expected.exp() * (expected - expected.mean(-1, keepdim=True))).sum(-1).mean()
-    assert twin.get_output_embeddings().weight is model.get_output_embeddings().weight
+    assert twin.get_input_embeddings().weight is model.get_input_embeddings().weight
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -55,3 +55,15 @@ def test_heads_are_fitted_as_well_by_a_twin(make, monkeypatch, request):
     assert quick["calibration"]["kl"] < 1.15 * plain["calibration"]["kl"]
     again = convert(source, 6, 3, "svd", calibration=how).report
     assert again["calibration"]["kl"] == quick["calibration"]["kl"]
+
+
+def test_large_logits_are_not_rounded(all_are_large):
+    """GPT-2's are about -100: all of them alike, which says nothing."""
+    model = gpt2(tie_word_embeddings=False)
+    with torch.no_grad():
+        shift = model.transformer.ln_f.bias * 400 / model.transformer.ln_f.bias.square().sum()
+        model.lm_head.weight.add_(shift)
+        ids = tokens(2, 9)
+        expected, found = (m(input_ids=ids).logits for m in (model, twin_of(model, CPU)))
+    assert expected.abs().mean() > 100
+    assert (expected.log_softmax(-1) - found.log_softmax(-1)).abs().max() < 0.1

@@ -1,8 +1,9 @@
 """A twin of a large model whose linear layers multiply in bfloat16, for CPUs that do so several times faster.
 
-It writes text and is looked at: what heads are fitted to is computed in float32 from what the twin shows. Its head,
-norms, attention and residual stream stay in float32: logits of a size of 100, as GPT-2's are, would be rounded to
-halves, and a cache in bfloat16 is read more slowly by torch's kernels.
+It writes text and is looked at: what heads are fitted to is computed in float32 from what the twin shows. Its norms,
+attention and residual stream stay in float32: torch's kernels read a cache in bfloat16 more slowly. Its logits are the
+model's less their mean over the vocabulary, which is the same prediction: in bfloat16 logits of a size of 100, as
+GPT-2's are, would be rounded to halves.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def twin_of(model: Any, device: torch.device) -> Any:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear | Conv1D) and child is not head:
                 setattr(parent, name, _Rounded(child))
+    if head is not None:
+        twin.set_output_embeddings(_Rounded(head, centred=True))
     return twin
 
 
@@ -43,12 +46,13 @@ def is_faster(model: Any, device: torch.device) -> bool:
 
 
 class _Rounded(nn.Module):
-    """A linear layer that multiplies in bfloat16, from and to float32."""
+    """A linear layer that multiplies in bfloat16, from and to float32; a head's logits without their mean."""
 
-    def __init__(self, layer: nn.Linear | Conv1D) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D, centred: bool = False) -> None:
         super().__init__()
         weight = layer.weight.detach()
         weight = weight.T if isinstance(layer, Conv1D) else weight
+        weight = weight - weight.mean(0) if centred else weight
         self.weight = nn.Parameter(weight.to(torch.bfloat16).contiguous(), requires_grad=False)
         self.bias = layer.bias
 
