@@ -329,7 +329,9 @@ def test_from_python_the_same_is_refused_before_a_weight_is_read(arguments, says
     monkeypatch.setattr(
         "sqa_convert.checkpoints.source.SafetensorsSource.pieces", lambda *rest: pytest.fail("a weight was read")
     )
-    monkeypatch.setattr("sqa_convert.calibration.calibrate.load_source", lambda *rest: pytest.fail("a weight was read"))
+    monkeypatch.setattr(
+        "sqa_convert.calibration.load_source.load_source", lambda *rest: pytest.fail("a weight was read")
+    )
     with pytest.raises(SQAError, match=re.escape(says)):
         convert(source, 8, 4, **{"method": "mean", "output": "out"} | arguments)
 

@@ -26,7 +26,7 @@ from sqa_convert.checkpoints.staging import hold, staged_output
 from sqa_convert.conversion import write as writing
 from sqa_convert.errors import CheckpointError, InterruptedByUserError, OutputError
 from sqa_convert.report.report_json import read_report
-from sqa_convert.uptraining import put_in_place
+from sqa_convert.uptraining import put_in_place, train_and_control
 from sqa_convert.uptraining import uptrain as uptraining
 from sqa_convert.uptraining.run_folder import run_folder
 from sqa_convert.uptraining.trainer import UptrainingTrainer
@@ -246,11 +246,11 @@ def test_checkpoints_are_kept_by_their_steps_when_the_clock_is_set_back(converte
 
 def stand_in(monkeypatch, train):
     """In the place of the training, and of what is made of it."""
-    monkeypatch.setattr(uptraining, "train", train)
+    monkeypatch.setattr(train_and_control, "train", train)
     monkeypatch.setattr(
         put_in_place, "_save", lambda model, folder, staging: shutil.copytree(folder, staging, dirs_exist_ok=True)
     )
-    monkeypatch.setattr(put_in_place, "load_model", lambda *arguments, **options: None)
+    monkeypatch.setattr(put_in_place, "load_any", lambda *arguments, **options: None)
 
 
 def trained(*arguments):

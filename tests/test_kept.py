@@ -235,11 +235,11 @@ def test_the_same_weights_are_known_again_however_they_are_stored(place, tmp_pat
     torch.save(tensors, tmp_path / "bin" / "pytorch_model.bin")
     shutil.copyfile(tmp_path / "moved" / "config.json", tmp_path / "bin" / "config.json")
     for name in ("moved", "shards", "base", "bin"):
-        assert find_source.find_source(report, str(tmp_path / name)) == tmp_path / name
+        assert find_source.find_source(report, str(tmp_path / name), Recipe()) == tmp_path / name
     assert report["source_weights"]
     del report["source_weights"]  # as of an older version
     gpt2(heads=4, head_dim=4, layers=1).save_pretrained(tmp_path / "random")
-    assert find_source.find_source(report, str(tmp_path / "random")) == tmp_path / "random"
+    assert find_source.find_source(report, str(tmp_path / "random"), Recipe()) == tmp_path / "random"
 
 
 def test_a_corpus_is_held_in_32_bits_and_handed_out_in_64(place, recipe):

@@ -20,7 +20,7 @@ from sqa_convert.errors import DataError, UnreadableTextError
 from sqa_convert.evaluation.evaluate import compare
 from sqa_convert.evaluation.held_out_text import prepare
 from sqa_convert.evaluation.load import load_model
-from sqa_convert.text.self_generated import own_loss
+from sqa_convert.text.own_loss import own_loss
 from sqa_convert.text.suitability import Fit, looked_at, misfits, unknown_share
 from sqa_convert.text.tokenizers import load_tokenizer
 from sqa_convert.uptraining.recipe import load_recipe

@@ -73,29 +73,43 @@ def with_ridge(metric: Tensor, share: float = RIDGE) -> Tensor:
 
 
 class _Moment:
-    """Streamed mean and second moment of rows (..., n, D)."""
+    """Streamed mean and second moment of rows (..., n, D), about the mean of the first of them.
+
+    What varies little about a large mean would be lost in products of its whole size.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.origin: Any = None  # (..., 1, D)
         self.total: Any = 0.0
         self.square: Any = 0.0
 
-    def add(self, rows: Tensor) -> None:
+    def add(self, rows: Tensor) -> Tensor:
+        """Takes rows up; returns them less the origin."""
+        if self.origin is None:
+            self.origin = rows.mean(-2, keepdim=True)
+        rows = rows - self.origin
         self.count += rows.shape[-2]
         self.total = self.total + rows.sum(-2, dtype=torch.float64)
         self.square = self.square + (rows.mT @ rows).double()
+        return rows
 
     @property
-    def mean(self) -> Tensor:
+    def offset(self) -> Tensor:
+        """(..., D), the mean less the origin."""
         return self.total / self.count
 
     @property
+    def mean(self) -> Tensor:
+        return self.origin.squeeze(-2).double() + self.offset
+
+    @property
     def second(self) -> Tensor:
-        return self.square / self.count
+        return self.covariance + self.mean[..., :, None] * self.mean[..., None, :]
 
     @property
     def covariance(self) -> Tensor:
-        return self.second - self.mean[..., :, None] * self.mean[..., None, :]
+        return self.square / self.count - self.offset[..., :, None] * self.offset[..., None, :]
 
 
 @torch.no_grad()
@@ -134,16 +148,14 @@ def collect(
         seen = seen.flatten(1, 2) if counts is None else seen[:, counts]  # (H, m, D)
         value = source[:, None] @ heads.value.mT  # (B, H, S, d), without bias: it is folded away
         energy = energy + _attention_energy(pattern, value, output_gram, counts)
-        read.add(seen)
-        contribution = seen @ heads.value.mT  # (H, m, d)
-        made.add(contribution)
-        cross = cross + (seen.mT @ contribution.transpose(0, 1).flatten(1)).double()  # (H, D, H d)
+        contribution = made.add(seen @ heads.value.mT)  # (H, m, d)
+        cross = cross + (read.add(seen).mT @ contribution.transpose(0, 1).flatten(1)).double()  # (H, D, H d)
     centred = heads.output_bias is not None
     value_moment = read.covariance if centred else read.second
     made_moment = made.covariance if centred else made.second
-    cross = cross.view(count, width, count, d) / read.count
-    if centred:
-        cross = cross - read.mean[:, :, None, None] * made.mean
+    cross = cross.view(count, width, count, d) / read.count - read.offset[:, :, None, None] * made.offset
+    if not centred:
+        cross = cross + read.mean[:, :, None, None] * made.mean
     adapted, cost = _adapted(heads.value, value_moment, cross, made_moment, output_gram)
     return Statistics(
         query=queries.second.cpu(),

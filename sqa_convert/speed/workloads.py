@@ -73,7 +73,7 @@ def model_workload(model: Any, mode: str, length: int, batch: int) -> Workload:
 
     def step() -> None:
         model(one, past_key_values=cache, use_cache=True)
-        cache.layers[-1].crop(-1)  # those of the layers before are empty, which transformers 5.17 cannot crop
+        cache.crop(-1)
 
     return Workload(_inference(step), batch, cache)
 
@@ -91,7 +91,7 @@ def _encoder_decoder(model: Any, mode: str, tokens: Tensor, written: Tensor) -> 
 
     def step(ids: Tensor = written[:, :1]) -> None:
         model(encoder_outputs=read, decoder_input_ids=ids, past_key_values=cache, use_cache=True)
-        cache.layers[-1].crop(-1)  # those of the layers before are empty, which transformers 5.17 cannot crop
+        cache.crop(-1)
 
     _inference(step)(written)
     return Workload(_inference(step), batch, cache)
