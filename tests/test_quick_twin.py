@@ -44,10 +44,12 @@ def test_small_models_and_devices_without_such_products_have_no_twin(monkeypatch
     assert twin_of(model, torch.device("meta")) is model
 
 
-@pytest.mark.parametrize("make", [gpt2, t5], ids=["gpt2", "t5"])
+@pytest.mark.parametrize(
+    "make", [pytest.param(gpt2, id="gpt2"), pytest.param(t5, id="t5", marks=pytest.mark.integration)]
+)
 def test_heads_are_fitted_as_well_by_a_twin(make, monkeypatch, request):
     source = make()
-    how = Calibration(tokens=2000, refine_steps=5, polish_steps=0)
+    how = Calibration(tokens=1000, refine_steps=5, polish_steps=0)
     plain = convert(source, 6, 3, "svd", calibration=how).report
     request.getfixturevalue("all_are_large")
     quick = convert(source, 6, 3, "svd", calibration=how).report
