@@ -94,6 +94,15 @@ def measured(source: str, settings: list[tuple[int, int]], seed: int) -> list[di
     return rows
 
 
+def record(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Adds rows to a file of results, with the machine and the versions."""
+    results = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    results["rows"] += rows
+    results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    results["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sources", nargs="+")
@@ -103,11 +112,7 @@ def main() -> None:
     settings = [tuple(map(int, word.split("/"))) for word in options.heads.split(",")]
     for source in options.sources:
         rows = measured(source, settings, options.seed)
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-        results["rows"] += rows
-        results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-        results["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        record(RESULTS, rows)
 
 
 if __name__ == "__main__":

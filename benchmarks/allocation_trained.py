@@ -10,16 +10,11 @@ documents. Results are added to benchmarks/results/allocation-trained.json.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from allocation import held_out
+from allocation import held_out, record
 
 from sqa_convert import Conversion, convert
 from sqa_convert.evaluation.load import load_model
@@ -73,11 +68,7 @@ def main() -> None:
     for seed in options.seeds:
         for source in options.sources:
             row = measured(source, q, kv, seed, amount(options.tokens, "--tokens"))
-            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-            results["rows"].append(row)
-            results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-            results["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            record(RESULTS, [row])
 
 
 if __name__ == "__main__":

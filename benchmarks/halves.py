@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from allocation import record
 
-from sqa_convert.calibration.calibrate import Calibrator, load_source
+from sqa_convert.calibration.calibrate import Calibrator
+from sqa_convert.calibration.load_source import load_source
 from sqa_convert.conversion.request import Request
 from sqa_convert.heads.restored_half import CONVERTED_ALONE
 from sqa_convert.pipeline.preflight import prepared
@@ -71,11 +70,7 @@ def main() -> None:
     for source in options.sources:
         row = measured(source, q, kv, options.seed)
         print(json.dumps(row, indent=1), flush=True)
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-        results["rows"].append(row)
-        results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-        results["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        record(RESULTS, [row])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def test_a_twin_predicts_nearly_the_same_and_shares_what_it_does_not_round(make,
         expected, found = (m(input_ids=ids, **more).logits.log_softmax(-1) for m in (model, twin))
     kl = (expected.exp() * (expected - found)).sum(-1).mean()
     assert 0 < kl < 1e-3 * (expected.exp() * (expected - expected.mean(-1, keepdim=True))).sum(-1).mean()
+    assert twin_of(twin, CPU) is twin
     assert twin.get_input_embeddings().weight is model.get_input_embeddings().weight
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -84,6 +84,8 @@ def calibrate(
             calibrator.fitters("weigh layers", calibrator.compared), calibrator.weighing, plan, source
         )
         calibrator.plan = plan
+    refits_again = settings.refit and calibrator.compared < 1
+    finishes = refits_again or settings.refine_steps > 0
     candidates = candidates_of(plan)
     tried: dict[str, dict[Site, ConvertedSite]] = {name: {} for name in candidates}
     for site, fitter in calibrator.fitters("fit heads", calibrator.compared):
@@ -91,7 +93,7 @@ def calibrate(
             step_done(number / len(candidates))
             searched = searched and site not in plan.given
             made = fitter.convert(method, plan.partitions[site], searched, settings.refit)
-            tried[name][site] = made if settings.refine_steps else fitter.with_halves(made)
+            tried[name][site] = made if finishes else fitter.with_halves(made)
     report = calibrator.report(plan)
     chosen = best_of_each(tried)
     if plan.method == AUTO and plan.has_language_model_head:
@@ -105,10 +107,9 @@ def calibrate(
         report["kl_before_refine"] = kl
         report["chosen"] = min(kl, key=kl.__getitem__)
         chosen = tried[report["chosen"]]
-    if settings.refine_steps or (settings.refit and calibrator.compared < 1):
-        again = settings.refit and calibrator.compared < 1
+    if finishes:
         chosen = {
-            site: fitter.with_halves(fitter.finish(chosen[site], again, settings.refine_steps))
+            site: fitter.with_halves(fitter.finish(chosen[site], refits_again, settings.refine_steps))
             for site, fitter in calibrator.fitters("refine heads")
         }
     trained: Mapping[str, Tensor] = {}
@@ -139,7 +140,8 @@ class Calibrator:
         self.seed, self.progress = seed, progress
         model.to(device).requires_grad_(False)
         self.twin = twin_of(model, device)
-        self.dtype = torch.float32 if self.twin is model else torch.bfloat16  # as a twin's layers read activations
+        self.has_twin = self.twin is not model
+        self.dtype = torch.bfloat16 if self.has_twin else torch.float32  # as its layers read activations
         self.text: Text = calibration_text(
             self.twin, plan, source, device, self._generator("text"), trust_remote_code, progress
         )
@@ -152,9 +154,7 @@ class Calibrator:
 
     @property
     def settings(self) -> Fitting:
-        settings = self.plan.fitting_on(self.device.type)
-        assert settings is not None
-        return settings
+        return self.plan.fitting_on(self.device.type)
 
     @property
     def sites(self) -> list[Site]:
@@ -163,7 +163,7 @@ class Calibrator:
     @property
     def compared(self) -> float:
         """Share of the text that candidates are compared on: of a large model a part."""
-        if self.twin is self.model:
+        if not self.has_twin:
             return 1.0
         least = max(COMPARED_TOKENS, TOKENS_PER_UNKNOWN * (self.plan.unknowns + 1))
         return min(1.0, least / self.text.tokens)
@@ -192,7 +192,7 @@ class Calibrator:
                         self.metrics.get(site),
                         self.device,
                         self._generator(site.prefix),
-                        self.twin is not self.model,
+                        self.has_twin,
                     ),
                 )
         self.progress(stage, len(self.sites), len(self.sites))
@@ -226,7 +226,7 @@ class Calibrator:
     @cached_property
     def weighing(self) -> Replacement:
         """The same, of a large model its twin on a part of them: it runs once for each site."""
-        if self.twin is self.model:
+        if not self.has_twin:
             return self.replacement
         share = min(1.0, WEIGHED_TOKENS / self.text.held_out_tokens)
         text = replace(self._held_out, batches=[_first(batch, share) for batch in self.text.held_out])

@@ -54,7 +54,7 @@ def polished(
     """
     device = kinds[0].device
     asked, settings = plan.calibration, plan.fitting_on(device.type)
-    assert asked is not None and settings is not None
+    assert asked is not None
     steps = settings.polish_within(sum(batch["input_ids"].numel() for batch in batches))
     told: dict[str, Any] = {"steps": steps, "kept": False}
     if not steps:

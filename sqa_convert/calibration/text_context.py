@@ -56,9 +56,7 @@ class Reading:
 
     @property
     def settings(self) -> Fitting:
-        settings = self.plan.fitting_on(self.device.type)
-        assert settings is not None
-        return settings
+        return self.plan.fitting_on(self.device.type)
 
     @property
     def vocabulary(self) -> int:

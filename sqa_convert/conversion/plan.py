@@ -103,10 +103,12 @@ class Plan:
         """Numbers that a fit of the output projection finds for each output: Hq d of the largest converted site."""
         return _unknowns(self.partitions, self.dimensions)
 
-    def fitting_on(self, device_type: str) -> Fitting | None:
-        """What calibration does on such a device: on a CPU less for a large model, where nobody asks for more."""
-        if self.calibration is None:
-            return None
+    def fitting_on(self, device_type: str) -> Fitting:
+        """What calibration does on such a device: on a CPU less for a large model, where nobody asks for more.
+
+        `calibration` must be set.
+        """
+        assert self.calibration is not None
         kept = sum(2 * len(p.clusters) + 2 * len(p.groups) for p in self.partitions.values() if not p.is_identity)
         attention = kept * self.dimensions.head_dim * self.dimensions.width
         return self.calibration.affordable(self.before.parameters, attention, device_type == "cpu")

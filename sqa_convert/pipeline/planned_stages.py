@@ -38,7 +38,6 @@ def _of_calibration(plan: Plan, options: RunOptions) -> list[str]:
     from ..devices import choose_device
 
     settings = plan.fitting_on(choose_device(options.device).type)
-    assert settings is not None
     predicts, own = plan.has_language_model_head, settings.text_named is None
     decoder_only = all(site.kind == "decoder" for site in plan.sites)
     stages = [LOAD]

@@ -141,6 +141,7 @@ _HEADINGS = {
 def _measured(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
     lost = f"{_numbers(report, _HEADINGS[case])}."
     recipe = recipe_for(report)
+    more = f"convert again with more heads{more_heads(report)}"
     uptrain = f"uptrain: {how_long(report, recipe)}"
     if recipe is None:
         uptrain = f"uptrain, by a recipe file of sequence_length {report['context_tokens']}"
@@ -154,15 +155,10 @@ def _measured(report: Mapping[str, Any], case: str) -> tuple[str, str, str]:
         longer = 4 * int(report["uptraining"]["tokens"])  # by the default recipe where it fits
         if case == "fair":
             return lost, "use it, or train longer", training_command(report, None, longer)
-        return (
-            lost,
-            f"convert again with more heads{more_heads(report)}, or train longer",
-            training_command(report, None, longer),
-        )
+        return lost, f"{more}, or train longer", training_command(report, None, longer)
     if case == "bad" and report["method"] != "auto" and "calibration" not in report:
         return lost, "convert again with calibration: heads that are fitted to text lose less", ""
     if case == "bad":
-        more = f"convert again with more heads{more_heads(report)}"
         return lost, f"{more}, {shared_out(report) or 'or '}{uptrain}", training_command(report, recipe)
     return lost, f"{shared_out(report)}{uptrain}", training_command(report, recipe)
 

@@ -20,8 +20,8 @@ LARGE = 30_000_000
 
 
 def twin_of(model: Any, device: torch.device) -> Any:
-    """A twin that shares all but the weights of linear layers; the model itself where that is not faster."""
-    if not is_faster(model, device):
+    """A twin that shares all but the weights of linear layers; the model where that is not faster, or it is one."""
+    if not is_faster(model, device) or any(isinstance(module, _Rounded) for module in model.modules()):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
