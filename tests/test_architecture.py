@@ -41,6 +41,7 @@ LIGHT = {
     "text/formats.py",
     "text/suitability.py",
     "pipeline/convert.py",
+    "pipeline/go_on_with_calibration.py",
     "pipeline/run.py",
     "pipeline/run_options.py",
     "pipeline/preflight.py",

@@ -31,8 +31,8 @@ TAKES = {  # parameters in their order; those with a default have a question mar
     "compare": "models held_out trust_remote_code? progress? also? optional? untrained? own? gains? spelled_by?",
     "convert": (
         "source q_groups? kv_groups? method? output? variant? sites? partition? allocation? calibration? dtype? "
-        "revision? subfolder? tokenizer? max_shard_size? overwrite? verify? evaluate? data? text_column? uptrain? "
-        "control? device? seed? trust_remote_code? progress?"
+        "revision? subfolder? tokenizer? max_shard_size? overwrite? resume? verify? evaluate? data? text_column? "
+        "uptrain? control? device? seed? trust_remote_code? progress?"
     ),
     "convert_modules": (
         "model q_groups? kv_groups? variant? calibration run? method? partition? refit? refine_steps? modules? "
@@ -63,7 +63,7 @@ FLAGS = {
         "--device --dry-run --dtype --effort --help-all --json --kv-groups --list-methods --max-shard-size --method "
         "--no-calibration "
         "--no-evaluate --no-refit --no-verify --output --overwrite --partition --polish-steps --prefix --public "
-        "--push-to-hub --q-groups --quiet --refine-steps --refit --revision --seed --sites --source-column "
+        "--push-to-hub --q-groups --quiet --refine-steps --refit --resume --revision --seed --sites --source-column "
         "--subfolder --target --target-column --text-column --tokenizer --trust-remote-code --uptrain --variant "
         "--verbose --version -o -q -v model"
     ),

@@ -6,7 +6,7 @@ the source, says what such a loss costs the predictions. Dynamic programming fin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -52,19 +52,20 @@ def cheapest(costs: Mapping[Site, Mapping[Counts, float]], asked: Counts) -> Cou
     return result
 
 
-def shared_out(
-    fitters: Iterable[tuple[Site, SiteFitter]], replacement: Replacement, plan: Plan, source: Source
-) -> tuple[Plan, dict[str, Any]]:
+def asked_evenly(plan: Plan) -> Counts:
+    """The numbers of heads that every layer of a plan keeps."""
+    return _kept(plan, plan.converted_sites[0])
+
+
+def shared_out(costs: Mapping[Site, Mapping[Counts, float]], plan: Plan, source: Source) -> tuple[Plan, dict[str, Any]]:
     """A plan with heads shared out among the layers of each kind of attention, and a report of it.
 
     Args:
-        fitters: of the plan's converted sites, one at a time.
-        replacement: the source, to put converted sites into.
+        costs: of the plan's converted sites, as `site_costs`.
         plan: whose layers all keep the same numbers of heads.
         source: what is converted.
     """
-    evenly = _kept(plan, plan.converted_sites[0])
-    costs = {site: site_costs(fitter, site, replacement, evenly) for site, fitter in fitters}
+    evenly = asked_evenly(plan)
     counts = as_text(cheapest(costs, evenly))
     plan = make_plan(source, replace(plan.request, q_groups=None, kv_groups=None, variant=None, allocation=counts))
     alone = [

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -21,21 +20,22 @@ from ..conversion.plan import Plan
 from ..conversion.request import TOKENS_PER_UNKNOWN
 from ..errors import QualityError
 from ..evaluation.held_out_batches import HeldOut
-from ..evaluation.measure import Predictions, kl_to, measure, predict
+from ..evaluation.measure import Predictions, kl_to, predict
 from ..families import Site
 from ..heads import AUTO
-from ..progress import Progress, silent, step_done
+from ..progress import Progress, silent
 from ..random_generators import generator_for
 from ..text.quick_twin import twin_of
-from ..text.suitability import misfits
 from .activations import Batch, capture
-from .allocation import shared_out
+from .allocation import asked_evenly, shared_out, site_costs
 from .candidates import best_of_each, candidates_of
 from .fisher import sensitivity
 from .fitter import SiteFitter
 from .keep_polish import kinds_of, polished
+from .kept_for_resume import KeptParts
 from .replaced_sites import Replacement
 from .text import Text, calibration_text
+from .text_report import text_report
 
 MEMORY = 4e9
 """bytes of activations kept at a time"""
@@ -55,6 +55,7 @@ def calibrate(
     seed: int = 0,
     trust_remote_code: bool = False,
     progress: Progress = silent,
+    kept: KeptParts | None = None,
 ) -> Calibrated:
     """Converts every attention site of a plan by what it does on text.
 
@@ -72,28 +73,36 @@ def calibrate(
             result bit for bit on one CPU.
         trust_remote_code: for a tokenizer that brings code along.
         progress: called as the work goes on.
+        kept: what an earlier run of the same has finished; what this one finishes is put there.
 
     Raises:
         DataError: there is too little text.
         QualityError: no candidate predicts anything finite.
     """
-    calibrator = Calibrator(model, plan, source, device, seed, trust_remote_code, progress)
+    kept = KeptParts() if kept is None else kept
+    calibrator = Calibrator(model, plan, source, device, seed, trust_remote_code, progress, kept)
     settings, allocation = calibrator.settings, None
     if plan.request.adaptive:
-        plan, allocation = shared_out(
-            calibrator.fitters("weigh layers", calibrator.compared), calibrator.weighing, plan, source
+        evenly = asked_evenly(plan)
+        costs = kept.costs(
+            calibrator.sites,
+            partial(calibrator.fitters, "weigh layers", calibrator.compared),
+            lambda site, fitter: site_costs(fitter, site, calibrator.weighing, evenly),
         )
+        plan, allocation = shared_out(costs, plan, source)
         calibrator.plan = plan
     refits_again = settings.refit and calibrator.compared < 1
     finishes = refits_again or settings.refine_steps > 0
     candidates = candidates_of(plan)
-    tried: dict[str, dict[Site, ConvertedSite]] = {name: {} for name in candidates}
-    for site, fitter in calibrator.fitters("fit heads", calibrator.compared):
-        for number, (name, (method, searched)) in enumerate(candidates.items()):
-            step_done(number / len(candidates))
-            searched = searched and site not in plan.given
-            made = fitter.convert(method, plan.partitions[site], searched, settings.refit)
-            tried[name][site] = made if finishes else fitter.with_halves(made)
+
+    def convert(name: str, site: Site, fitter: SiteFitter) -> ConvertedSite:
+        method, searched = candidates[name]
+        searched = searched and site not in plan.given
+        made = fitter.convert(method, plan.partitions[site], searched, settings.refit)
+        return made if finishes else fitter.with_halves(made)
+
+    compared = partial(calibrator.fitters, "fit heads", calibrator.compared)
+    tried = kept.converted("fit", list(candidates), calibrator.sites, compared, convert)
     report = calibrator.report(plan)
     chosen = best_of_each(tried)
     if plan.method == AUTO and plan.has_language_model_head:
@@ -108,14 +117,17 @@ def calibrate(
         report["chosen"] = min(kl, key=kl.__getitem__)
         chosen = tried[report["chosen"]]
     if finishes:
-        chosen = {
-            site: fitter.with_halves(fitter.finish(chosen[site], refits_again, settings.refine_steps))
-            for site, fitter in calibrator.fitters("refine heads")
-        }
+        start = chosen
+
+        def finish(name: str, site: Site, fitter: SiteFitter) -> ConvertedSite:
+            return fitter.with_halves(fitter.finish(start[site], refits_again, settings.refine_steps))
+
+        everything = partial(calibrator.fitters, "refine heads", 1.0)
+        chosen = kept.converted("refine", [""], calibrator.sites, everything, finish)[""]
     trained: Mapping[str, Tensor] = {}
     assert plan.calibration is not None
     if plan.calibration.polish_steps and plan.has_language_model_head:
-        trained, report["polish"] = calibrator.polished(plan, chosen)
+        trained, report["polish"] = kept.trained(lambda: calibrator.polished(plan, chosen))
     if plan.has_language_model_head:
         report["kl"] = calibrator.kl(plan, chosen, trained)
     if allocation is not None:
@@ -135,18 +147,26 @@ class Calibrator:
         seed: int,
         trust_remote_code: bool = False,
         progress: Progress = silent,
+        kept: KeptParts | None = None,
     ) -> None:
+        kept = KeptParts() if kept is None else kept
         self.model, self.plan, self.source, self.device = model, plan, source, device
         self.seed, self.progress = seed, progress
         model.to(device).requires_grad_(False)
         self.twin = twin_of(model, device)
         self.has_twin = self.twin is not model
         self.dtype = torch.bfloat16 if self.has_twin else torch.float32  # as its layers read activations
-        self.text: Text = calibration_text(
-            self.twin, plan, source, device, self._generator("text"), trust_remote_code, progress
+        self.text: Text = kept.text(
+            self.settings.text_named is None,  # what others wrote is read again: it may be another
+            lambda: calibration_text(
+                self.twin, plan, source, device, self._generator("text"), trust_remote_code, progress
+            ),
         )
-        self.metrics: dict[Site, Tensor] = sensitivity(
-            self.twin, plan.converted_sites, self.text.batches, device, self._generator("sensitivity"), progress
+        self.metrics: dict[Site, Tensor] = kept.metrics(
+            self.sites,
+            lambda: sensitivity(
+                self.twin, self.sites, self.text.batches, device, self._generator("sensitivity"), progress
+            ),
         )
 
     def _generator(self, purpose: str) -> torch.Generator:
@@ -168,16 +188,19 @@ class Calibrator:
         least = max(COMPARED_TOKENS, TOKENS_PER_UNKNOWN * (self.plan.unknowns + 1))
         return min(1.0, least / self.text.tokens)
 
-    def fitters(self, stage: str, share: float = 1.0) -> Iterator[tuple[Site, SiteFitter]]:
+    def fitters(
+        self, stage: str, share: float = 1.0, sites: Sequence[Site] | None = None
+    ) -> Iterator[tuple[Site, SiteFitter]]:
         """Each site with its activations on the device, one at a time.
 
         Args:
             stage: told as the work goes on.
             share: of each batch of the text, to fit to.
+            sites: some of the converted ones; None: all.
         """
         self.progress(stage, 0, len(self.sites))
         batches = [_first(batch, share) for batch in self.text.batches]
-        for group in self._groups(batches):
+        for group in self._groups(batches, self.sites if sites is None else sites):
             activations = capture(self.twin, group, batches + self.text.held_out, self.device, self.dtype)
             for site in group:
                 self.progress(stage, self.sites.index(site), len(self.sites))
@@ -197,12 +220,12 @@ class Calibrator:
                 )
         self.progress(stage, len(self.sites), len(self.sites))
 
-    def _groups(self, batches: Sequence[Batch]) -> Iterator[Sequence[Site]]:
+    def _groups(self, batches: Sequence[Batch], sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
         """Sites whose activations fit into memory together, at least one."""
         tokens = sum(batch["input_ids"].numel() for batch in [*batches, *self.text.held_out])
         size = max(1, int(MEMORY // (tokens * self.plan.dimensions.width * self.dtype.itemsize)))
-        for start in range(0, len(self.sites), size):
-            yield self.sites[start : start + size]
+        for start in range(0, len(sites), size):
+            yield sites[start : start + size]
 
     def kl(
         self, plan: Plan, choice: Mapping[Site, ConvertedSite], trained: Mapping[str, Tensor] = MappingProxyType({})
@@ -242,36 +265,8 @@ class Calibrator:
 
     def report(self, plan: Plan) -> dict[str, Any]:
         """What text there was."""
-        settings = self.settings
-        report: dict[str, Any] = {
-            "text": self.text.name,
-            "tokens": self.text.tokens,
-            "held_out_tokens": self.text.held_out_tokens,
-            "refit": settings.refit,
-            "refine_steps": settings.refine_steps,
-        }
-        report |= self._fit_of_the_text()
-        unknowns = plan.unknowns + 1
-        least = min(self.text.tokens, self.text.tokens if self.text.answered is None else self.text.answered)
-        if least < TOKENS_PER_UNKNOWN * unknowns:
-            what = (
-                f"{least:,} calibration tokens for {unknowns:,} unknowns of a fit, {TOKENS_PER_UNKNOWN} for each are "
-                "advised: the result may be worse than --no-calibration; give more with --calibration-tokens"
-            )
-            few = {"rule": "few_tokens", "value": round(least / unknowns, 2), "bound": TOKENS_PER_UNKNOWN, "text": what}
-            report["warnings"].append(few)
-        return report
-
-    def _fit_of_the_text(self) -> dict[str, Any]:
-        """Whether the model was made for the text, as "warnings"; of its own text "own_loss", nats a token."""
-        loss = None
-        with contextlib.suppress(QualityError):
-            if self.plan.has_language_model_head and (self.text.sampled or self.text.unknown is not None):
-                loss = measure(self._expected).loss
-        if self.text.sampled:
-            return {"warnings": []} | ({} if loss is None else {"own_loss": loss})
-        written = self.text.unknown is not None  # else nobody did
-        return {"warnings": misfits(self._held_out.fit(self.model, loss), "--calibration") if written else []}
+        expected = self._expected if plan.has_language_model_head else None
+        return text_report(self.text, plan, self.settings, self.model, self._held_out, expected)
 
 
 def _first(batch: Batch, share: float) -> Batch:

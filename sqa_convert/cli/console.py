@@ -85,6 +85,11 @@ class Out:
         if not self.as_json and not self.quiet:
             self.stdout.print(visible(text), soft_wrap=True)
 
+    def notice(self, text: str) -> None:
+        """A line on stderr that is no error."""
+        if not self.as_json and not self.quiet:
+            self.stderr.print(visible(text), soft_wrap=True)
+
     def words(self, text: str) -> None:
         """Sentences, broken between words in a terminal."""
         if not self.as_json and not self.quiet:

@@ -67,6 +67,7 @@ def convert(
     trust_remote_code: flags.TrustRemoteCode = False,
     output: flags.Output = None,
     overwrite: flags.Overwrite = False,
+    resume: flags.Resume = False,
     dtype: flags.Dtype = "auto",
     max_shard_size: flags.MaxShardSize = DEFAULT_SHARD,
     no_verify: flags.NoVerify = False,
@@ -94,6 +95,7 @@ def convert(
     The result is a folder that AutoModel…from_pretrained loads. It is written beside its place and appears whole.
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
+    from ..pipeline.go_on_with_calibration import differs
     from ..pipeline.preflight import check_run, fitted_to, prepared
     from ..pipeline.run import run
     from ..pipeline.run_options import RunOptions
@@ -126,6 +128,7 @@ def convert(
     options = RunOptions.with_recipe(
         recipe,
         overwrite=overwrite,
+        resume=resume,
         verify=not no_verify,
         evaluate=not no_evaluate,
         data=data,
@@ -158,6 +161,8 @@ def convert(
         check_run(plan, source, folder, options, recipe)
         show_plan(out, plan, conversion_report(plan, source, folder, seed=options.seed))
         return
+    if why := differs(plan, source, folder, options):
+        out.notice(why)
     with out.progress(plan_line(plan, source.name, folder)) as progress:
         report = run(plan, source, folder, options, recipe, progress)
     show_conversion(out, report, folder)

@@ -220,17 +220,21 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the output folder if it exists.")
 ]
 
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        rich_help_panel=OUTPUT,
+        help="Go on with the calibration of a run that was stopped, where the same command is repeated.",
+    ),
+]
+
 Dtype = Annotated[
-    str,
-    typer.Option(rich_help_panel=OUTPUT, help="auto keeps the source's; float32, bfloat16, float16."),
+    str, typer.Option(rich_help_panel=OUTPUT, help="auto keeps the source's; float32, bfloat16, float16.")
 ]
 
 MaxShardSize = Annotated[
-    str,
-    typer.Option(
-        rich_help_panel=OUTPUT,
-        help="Largest weight file, such as 300MB; at least 1MB.",
-    ),
+    str, typer.Option(rich_help_panel=OUTPUT, help="Largest weight file, such as 300MB; at least 1MB.")
 ]
 
 NoVerify = Annotated[
@@ -253,13 +257,7 @@ Control = Annotated[
     ),
 ]
 
-Data = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=MEASURE,
-        help=TEXT,
-    ),
-]
+Data = Annotated[str | None, typer.Option(rich_help_panel=MEASURE, help=TEXT)]
 
 TextColumn = Annotated[
     str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..text.formats import TEXT_COLUMN
 from ..text.python_data import is_named, repeatable
 from ..uptraining.recipe import Recipe, override
 from .conversion_object import Conversion
+from .go_on_with_calibration import differs
 from .preflight import fitted_to, prepared
 from .run import run, run_in_memory
 from .run_options import RunOptions
@@ -48,6 +50,7 @@ def convert(
     tokenizer: Any = None,
     max_shard_size: str = DEFAULT_SHARD,
     overwrite: bool = False,
+    resume: bool = False,
     verify: bool = True,
     evaluate: bool = False,
     data: Any = None,
@@ -83,6 +86,8 @@ def convert(
         tokenizer: if not beside the weights: a tokenizer, a folder beside the model's, any folder, or a hub id.
         max_shard_size: of the largest weight file, such as "300MB"; by default "2GB".
         overwrite: replace an existing `output`.
+        resume: go on with the calibration of a run to `output` that was stopped, where source, settings, device and
+            versions are the same; else a warning says what is not, and calibration begins anew.
         verify: of an `output`, read every tensor again; with `evaluate` also load it without this package.
         evaluate: measure source and result on held-out text; if that cannot be, the report says why. Needs `output`.
         data: that text, as `sqa_convert.text.documents.documents` takes it, or "self": what the source writes; by
@@ -123,18 +128,13 @@ def convert(
         source, request, lambda partitions: place, overwrite=overwrite, recipe=recipe, revision=revision,
         subfolder=subfolder, tokenizer=str(tokenizer) if isinstance(tokenizer, Path) else tokenizer,
     )  # fmt: skip
+    columns = fitting.columns if fitting is not None and fitting.text is None else None
     options = RunOptions.with_recipe(
-        recipe,
-        overwrite=overwrite,
-        verify=verify,
-        evaluate=evaluate,
-        data=data,
-        text_column=column,
-        columns=fitting.columns if fitting is not None and fitting.text is None else None,
-        device=device,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-    )
+        recipe, overwrite=overwrite, resume=resume, verify=verify, evaluate=evaluate, data=data, text_column=column,
+        columns=columns, device=device, seed=seed, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if why := differs(plan, opened, place, options):
+        warnings.warn(why, stacklevel=2)
     if place is None:
         model, report = run_in_memory(plan, opened, options, progress)
         return Conversion(report, None, model, opened)

@@ -28,6 +28,7 @@ from ..report.report_json import conversion_report
 from ..report.write import write_report
 from ..text.documents import GIVEN
 from ..text.suitability import fitted_elsewhere
+from .go_on_with_calibration import forget, kept_beside
 from .planned_stages import DRAW, LOAD, VERIFY, WRITE_SAMPLES, planned_stages
 from .preflight import check_run
 from .run_options import RunOptions
@@ -35,6 +36,7 @@ from .run_options import RunOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..calibration.kept_for_resume import KeptParts
     from ..evaluation.held_out_batches import HeldOut
     from ..uptraining.recipe import Recipe
 
@@ -119,12 +121,16 @@ def _to_folder(
     plan: Plan, source: Source, output: Path, options: RunOptions, held_out: HeldOut | str, progress: Stages
 ) -> dict[str, Any]:
     """Converts into a folder, measured on text; or on none, for a reason."""
-    with staged_output(output, options.overwrite, plan.nbytes) as folder, source.unchanged():
+    with (
+        staged_output(output, options.overwrite, plan.nbytes) as folder,
+        kept_beside(plan, source, output, options) as kept,
+        source.unchanged(),
+    ):
         start = time.perf_counter()
         if options.verify:
             check_loads(plan)
         check_copies(plan, source)
-        calibrated = _calibrated(plan, source, options, progress)
+        calibrated = _calibrated(plan, source, options, progress, kept)
         plan = calibrated.plan
         calibrating, start = time.perf_counter() - start, time.perf_counter()
         records, sums = write_model(plan, source, folder, calibrated, options.verify, progress)
@@ -154,6 +160,7 @@ def _to_folder(
             progress(DRAW, 0, 1)
         report["stages"] = progress.seconds()
         write_report(folder, report)
+    forget(output)
     return report
 
 
@@ -258,7 +265,9 @@ def _measured(
         return {"quality": quality, "samples": continuations(models, held_out, trust_remote_code=trust)}
 
 
-def _calibrated(plan: Plan, source: Source, options: RunOptions, progress: Progress) -> Calibrated:
+def _calibrated(
+    plan: Plan, source: Source, options: RunOptions, progress: Progress, kept: KeptParts | None = None
+) -> Calibrated:
     if plan.calibration is None:
         return Calibrated({}, None, plan)
     from ..calibration.calibrate import calibrate
@@ -269,4 +278,4 @@ def _calibrated(plan: Plan, source: Source, options: RunOptions, progress: Progr
     with within_memory("calibration", device, "--device cpu, fewer --calibration-tokens, or --no-calibration"):
         progress(LOAD, 0, 1)
         model = load_source(plan, source, options.trust_remote_code)
-        return calibrate(model, plan, source, device, options.seed, options.trust_remote_code, progress)
+        return calibrate(model, plan, source, device, options.seed, options.trust_remote_code, progress, kept)

@@ -17,6 +17,8 @@ class RunOptions:
     """How a conversion is carried out, beside what is asked of it (`Request`)."""
 
     overwrite: bool = False
+    resume: bool = False
+    """go on from what an earlier run of the same has left"""
     verify: bool = True
     evaluate: bool = False
     data: Any = None
