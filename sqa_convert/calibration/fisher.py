@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,17 @@ from ..families import Site
 from ..progress import Progress, silent
 from ..text.self_generated import draw
 from .activations import Batch, module_at, positions
+from .distillation_loss import hidden_states, inputs_and_labels
 
 SENSITIVITY_TOKENS = 16_384
 """predictions whose gradients are looked at"""
 
-_LOGITS = 2**26  # held at once
+_LOGITS = 2**26  # of the sequences that run at once
+_CHUNK_LOGITS = 2**24  # held at once
 
 
 def _rows(batch: Batch, vocabulary: int, share: float) -> Iterator[Batch]:
-    """A share of a batch, some sequences at a time, so that not too many logits are held."""
+    """A share of a batch, some sequences at a time."""
     ids = batch.get("labels", batch["input_ids"])
     size = max(1, _LOGITS // (ids.shape[1] * vocabulary))
     count = math.ceil(share * len(ids))
@@ -72,9 +74,8 @@ def sensitivity(
         predicts = model.get_output_embeddings() is not None
         for row in (row for batch in batches for row in _rows(batch, model.config.vocab_size, share)):
             progress("measure sensitivity", min(tokens, SENSITIVITY_TOKENS), SENSITIVITY_TOKENS)
-            output = model(**model_inputs(model, row, device), use_cache=False)
             backward = _through_predictions if predicts else _through_states
-            tokens += backward(output, positions(model, row), generator)
+            tokens += backward(model, row, device, generator)
     finally:
         for handle in hooks:
             handle.remove()
@@ -82,20 +83,26 @@ def sensitivity(
     return {site: matrix / matrix.diagonal().mean().clamp(min=1e-30) for site, matrix in found.items()}
 
 
-def _through_predictions(output: Any, counted: Mapping[str, Tensor | None], generator: torch.Generator) -> int:
-    """From tokens drawn from each prediction; how many there are."""
-    logits, read = output.logits, counted["decoder"]  # (B, T, V)
-    logits = logits.flatten(0, 1) if read is None else logits[read.to(logits.device)]  # (n, V)
-    drawn = draw(logits.detach(), generator).to(logits.device)
-    nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
-    return len(logits)
+def _through_predictions(model: Any, batch: Batch, device: torch.device, generator: torch.Generator) -> int:
+    """From tokens drawn from each prediction; how many there are. Logits are computed for some positions at a time."""
+    labels = batch.get("labels", batch["input_ids"])
+    inputs, _ = inputs_and_labels(model, {name: part.to(device) for name, part in (batch | {"labels": labels}).items()})
+    read, states = positions(model, batch)["decoder"], hidden_states(model, inputs)  # (B, T, D)
+    states = states.flatten(0, 1) if read is None else states[read.to(device)]  # (n, D)
+    head, below = model.get_output_embeddings(), states.detach().requires_grad_()
+    for part in below.split(max(1, _CHUNK_LOGITS // model.config.vocab_size)):
+        logits = head(part)  # (n, V)
+        drawn = draw(logits.detach(), generator).to(device)
+        nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    states.backward(below.grad)
+    return len(states)
 
 
-def _through_states(output: Any, counted: Mapping[str, Tensor | None], generator: torch.Generator) -> int:
+def _through_states(model: Any, batch: Batch, device: torch.device, generator: torch.Generator) -> int:
     """From a random projection of the first thing that a model puts out; of how many positions."""
-    states = output[0]
+    states = model(**model_inputs(model, batch, device), use_cache=False)[0]
     drawn = torch.randn(states.shape, generator=generator).to(states)
-    for read in counted.values():
+    for read in positions(model, batch).values():
         if read is not None and read.shape == states.shape[:2]:
             drawn = drawn * read.to(drawn)[..., None]
             break
