@@ -11,7 +11,7 @@ from helpers import t5 as any_t5
 from transformers import AutoConfig, GPT2Model, T5EncoderModel, T5Model
 
 from sqa_convert import convert, evaluate
-from sqa_convert.calibration import calibrate, candidates, fitter
+from sqa_convert.calibration import calibrate, candidates, fitter, memory_budget
 from sqa_convert.calibration import text as calibration_text
 from sqa_convert.calibration.activations import capture
 from sqa_convert.calibration.fisher import sensitivity
@@ -164,7 +164,7 @@ def test_what_refit_makes_worse_is_not_kept(monkeypatch):
 def test_little_memory_gives_the_same_result_in_several_passes(monkeypatch):
     source = t5()
     whole = convert(source, 8, 4, calibration=SHORT).model.state_dict()
-    monkeypatch.setattr(calibrate, "MEMORY", 1)
+    monkeypatch.setattr(memory_budget, "MOST_ACTIVATIONS", 1)
     passes = []
     monkeypatch.setattr(
         calibrate, "capture", lambda model, sites, *a: passes.append(sites) or capture(model, sites, *a)

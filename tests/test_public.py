@@ -15,7 +15,7 @@ import sqa_convert
 TAKES = {  # parameters in their order; those with a default have a question mark
     "Calibration": (
         "text? tokens? refit? refine_steps? text_column? length? prompts? source_column? target_column? prefix? "
-        "polish_steps? effort?"
+        "polish_steps? effort? memory?"
     ),
     "Conversion": "report output _model? _origin? _tokenizer?",
     "ConvertedModules": "model report",
@@ -60,8 +60,8 @@ TAKES = {  # parameters in their order; those with a default have a question mar
 FLAGS = {
     "convert": (
         "--allocation --calibration --calibration-length --calibration-prompts --calibration-tokens --control --data "
-        "--device --dry-run --dtype --effort --help-all --json --kv-groups --list-methods --max-shard-size --method "
-        "--no-calibration "
+        "--device --dry-run --dtype --effort --help-all --json --kv-groups --list-methods --max-shard-size --memory "
+        "--method --no-calibration "
         "--no-evaluate --no-refit --no-verify --output --overwrite --partition --polish-steps --prefix --public "
         "--push-to-hub --q-groups --quiet --refine-steps --refit --resume --revision --seed --sites --source-column "
         "--subfolder --target --target-column --text-column --tokenizer --trust-remote-code --uptrain --variant "

@@ -25,7 +25,7 @@ from ..families import Site
 from ..heads import AUTO
 from ..progress import Progress, silent
 from ..random_generators import generator_for
-from ..text.quick_twin import twin_of
+from ..text.quick_twin import is_twin, twin_of
 from .activations import Batch, capture
 from .allocation import asked_evenly, shared_out, site_costs
 from .candidates import best_of_each, candidates_of
@@ -33,12 +33,10 @@ from .fisher import sensitivity
 from .fitter import SiteFitter
 from .keep_polish import kinds_of, polished
 from .kept_for_resume import KeptParts
+from .memory_budget import memory_budget
 from .replaced_sites import Replacement
 from .text import Text, calibration_text
 from .text_report import text_report
-
-MEMORY = 4e9
-"""bytes of activations kept at a time"""
 
 WEIGHED_TOKENS = 2048
 """of the text that tells what the layers of a large model cost, about"""
@@ -153,19 +151,23 @@ class Calibrator:
         self.model, self.plan, self.source, self.device = model, plan, source, device
         self.seed, self.progress = seed, progress
         model.to(device).requires_grad_(False)
+        self.budget, self.lean = memory_budget(plan, source, device), is_twin(model)
         self.twin = twin_of(model, device)
-        self.has_twin = self.twin is not model
+        self.has_twin = self.lean or self.twin is not model
         self.dtype = torch.bfloat16 if self.has_twin else torch.float32  # as its layers read activations
+        if self.lean:  # what is kept is of that copy
+            kept.depend_on(b"lean")
         self.text: Text = kept.text(
             self.settings.text_named is None,  # what others wrote is read again: it may be another
             lambda: calibration_text(
-                self.twin, plan, source, device, self._generator("text"), trust_remote_code, progress
+                self.twin, plan, source, device, self._generator("text"), trust_remote_code, progress, self.budget.cache
             ),
         )
+        graph = self.budget.graph
         self.metrics: dict[Site, Tensor] = kept.metrics(
             self.sites,
             lambda: sensitivity(
-                self.twin, self.sites, self.text.batches, device, self._generator("sensitivity"), progress
+                self.twin, self.sites, self.text.batches, device, self._generator("sensitivity"), progress, graph
             ),
         )
 
@@ -223,18 +225,26 @@ class Calibrator:
     def _groups(self, batches: Sequence[Batch], sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
         """Sites whose activations fit into memory together, at least one."""
         tokens = sum(batch["input_ids"].numel() for batch in [*batches, *self.text.held_out])
-        size = max(1, int(MEMORY // (tokens * self.plan.dimensions.width * self.dtype.itemsize)))
+        each = tokens * self.plan.dimensions.width * self.dtype.itemsize
+        size = max(1, int(self.budget.activations // each))
         for start in range(0, len(sites), size):
             yield sites[start : start + size]
 
     def kl(
         self, plan: Plan, choice: Mapping[Site, ConvertedSite], trained: Mapping[str, Tensor] = MappingProxyType({})
     ) -> float | None:
-        """KL of the whole converted model to the source on the held-out sequences, nats a token; None if not finite."""
+        """KL of the whole converted model to the source on the held-out sequences, nats a token; None if not finite.
+
+        Of a lean source it is that of the source with the converted sites in it.
+        """
+        if self.lean:
+            return self.replacement.kl({site: converted.heads for site, converted in choice.items()})
         return kl_to(self._expected, self._held_out, build_model(plan, self.source, choice, trained=trained)[0].float())
 
     def polished(self, plan: Plan, choice: Mapping[Site, ConvertedSite]) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
         """As `keep_polish.polished`, on the sequences that there are."""
+        if self.lean:
+            return {}, {"steps": 0, "kept": False, "why": "there is too little memory for it"}
         text, kinds = self.text, [self._held_out]
         if text.sampled and not self.model.config.is_encoder_decoder and self.settings.prompts is None:
             kinds = kinds_of(self._held_out, text.batches)
@@ -266,7 +276,10 @@ class Calibrator:
     def report(self, plan: Plan) -> dict[str, Any]:
         """What text there was."""
         expected = self._expected if plan.has_language_model_head else None
-        return text_report(self.text, plan, self.settings, self.model, self._held_out, expected)
+        report = text_report(self.text, plan, self.settings, self.model, self._held_out, expected)
+        if self.lean:
+            report["warnings"].insert(0, self.budget.lean_warning())
+        return report
 
 
 def _first(batch: Batch, share: float) -> Batch:

@@ -27,7 +27,7 @@ def causal_text(reading: Reading) -> Content:
         begin = _beginnings(reading, settings.prompts)
         name = f"{name}, begun with {shown(settings.prompts)}"
     # Without a tokenizer nobody knows of control tokens.
-    how = (reading.device, reading.generator, reading.tokenizer_or_none, begin, reading.progress)
+    how = (reading.device, reading.generator, reading.tokenizer_or_none, begin, reading.progress, reading.cache)
     rows = own_rows(reading.model, reading.tokens, reading.length, *how)
     return Content([(row,) for row in rows], name, sampled=True)
 

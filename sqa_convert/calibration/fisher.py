@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from ..families import Site
 from ..progress import Progress, silent
 from ..text.self_generated import draw
 from .activations import Batch, module_at, positions
+from .blocks_computed_again import KeptForGradients, computed_again
 from .distillation_loss import hidden_states, inputs_and_labels
 
 SENSITIVITY_TOKENS = 16_384
@@ -23,14 +25,19 @@ _LOGITS = 2**26  # of the sequences that run at once
 _CHUNK_LOGITS = 2**24  # held at once
 
 
-def _rows(batch: Batch, vocabulary: int, share: float) -> Iterator[Batch]:
-    """A share of a batch, some sequences at a time."""
+def _rows(batch: Batch, vocabulary: int, share: float, most: float) -> Iterator[Batch]:
+    """A share of a batch, some sequences at a time, of at most so many positions; one at least."""
     ids = batch.get("labels", batch["input_ids"])
-    size = max(1, _LOGITS // (ids.shape[1] * vocabulary))
+    size = int(max(1, min(_LOGITS // (ids.shape[1] * vocabulary), most / _length(batch))))
     count = math.ceil(share * len(ids))
     for start in range(0, count, size):
         size = min(size, count - start)
         yield {name: tensor[start : start + size] for name, tensor in batch.items()}
+
+
+def _length(batch: Batch) -> int:
+    """Positions of the longest sequence, of what a model reads or answers."""
+    return max(tensor.shape[1] for tensor in batch.values())
 
 
 def sensitivity(
@@ -40,6 +47,7 @@ def sensitivity(
     device: torch.device,
     generator: torch.Generator,
     progress: Progress = silent,
+    memory: float = math.inf,
 ) -> dict[Site, Tensor]:
     """How much each direction of a site's output matters to the model's predictions: (D, D), float64, a Fisher matrix.
 
@@ -47,6 +55,8 @@ def sensitivity(
     g over positions, g the gradient of the log-likelihood of tokens drawn from the model's own prediction. Of a model
     without a language model head g is the gradient of a random projection of what it puts out, and e F e^T the squared
     error of that.
+
+    Where what is kept for gradients is more than `memory` bytes, blocks are computed again on the way back.
 
     Source: Fisher information as in K-FAC, Martens and Grosse, arXiv 1503.05671.
     """
@@ -69,13 +79,17 @@ def sensitivity(
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.embedding_dim == width]
     hooks += [module.register_forward_hook(lambda m, args, output: output.requires_grad_()) for module in embeddings]
     tokens = 0
+    kept = KeptForGradients.of(model)
+    most = memory / kept.by_block  # positions that run at a time
     try:
         share = min(1.0, SENSITIVITY_TOKENS / sum(b.get("labels", b["input_ids"]).numel() for b in batches))
         predicts = model.get_output_embeddings() is not None
-        for row in (row for batch in batches for row in _rows(batch, model.config.vocab_size, share)):
+        backward = _through_predictions if predicts else _through_states
+        for row in (row for batch in batches for row in _rows(batch, model.config.vocab_size, share, most)):
             progress("measure sensitivity", min(tokens, SENSITIVITY_TOKENS), SENSITIVITY_TOKENS)
-            backward = _through_predictions if predicts else _through_states
-            tokens += backward(model, row, device, generator)
+            too_much = kept.whole * _length(row) * len(row["input_ids"]) > memory
+            with computed_again(model) if too_much else contextlib.nullcontext():
+                tokens += backward(model, row, device, generator)
     finally:
         for handle in hooks:
             handle.remove()

@@ -13,6 +13,7 @@ from ..conversion.plan import Plan
 from ..progress import Progress, silent
 from ..text.collate import IGNORED
 from ..text.plain_generation import own_tokens
+from ..text.self_generated import CACHE
 from ..text.tokenized_rows import causal_batches, pair_batches
 from .activations import Batch
 from .causal_text import causal_text
@@ -52,16 +53,20 @@ def calibration_text(
     generator: torch.Generator,
     trust_remote_code: bool = False,
     progress: Progress = silent,
+    cache: float = CACHE,
 ) -> Text:
     """Text to calibrate on: what the user names; else a causal model's own samples, and the built-in corpus for T5.
 
     A T5 whose tokenizer is missing or cannot read that corpus reads random tokens and answers with its own samples;
     other models without a language model head read random tokens.
 
+    Args:
+        cache: bytes of keys and values held while the model writes.
+
     Raises:
         DataError: the text named is too short or does not fit the model.
     """
-    reading = Reading(model, plan, source, device, generator, trust_remote_code, progress)
+    reading = Reading(model, plan, source, device, generator, trust_remote_code, progress, cache)
     content = pair_text(reading) if "encoder" in plan.kinds else causal_text(reading)
     rows = [content.rows[i] for i in torch.randperm(len(content.rows), generator=generator).tolist()]
     count = max(1, round(HELD_OUT * len(rows)))

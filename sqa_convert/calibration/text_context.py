@@ -53,6 +53,8 @@ class Reading:
     generator: torch.Generator
     trust_remote_code: bool
     progress: Progress
+    cache: float
+    """bytes of keys and values held while the model writes"""
 
     @property
     def settings(self) -> Fitting:

@@ -60,6 +60,7 @@ def convert(
     refine_steps: flags.RefineSteps = None,
     polish_steps: flags.PolishSteps = None,
     effort: flags.Effort = "default",
+    memory: flags.Memory = None,
     no_calibration: flags.NoCalibration = False,
     revision: flags.Revision = None,
     subfolder: flags.Subfolder = None,
@@ -117,7 +118,7 @@ def convert(
         kv_groups=kv_groups,
         variant=variant,
         method=method or (recipe.method if recipe else "") or AUTO,
-        calibration=_calibration(no_calibration, asked, text_column, columns, effort),
+        calibration=_calibration(no_calibration, asked, text_column, columns, effort, memory),
         partition=partition,
         allocation=allocation,
         sites=sites,
@@ -181,19 +182,24 @@ def _recipe(name: str | None, changes: dict[str, Any], columns: Columns | None) 
 
 
 def _calibration(
-    none: bool, asked: tuple[Any, ...], text_column: str | None, columns: Columns | None, effort: str
+    none: bool,
+    asked: tuple[Any, ...],
+    text_column: str | None,
+    columns: Columns | None,
+    effort: str,
+    memory: str | None,
 ) -> Calibration | None:
     """What is asked of calibration. Raises RecipeError where that is both something and nothing."""
     effort_of(effort)
-    if none and (effort != "default" or any(flag is not None for flag in asked)):
+    if none and (effort != "default" or any(flag is not None for flag in (*asked, memory))):
         raise RecipeError(
             "--no-calibration leaves no text for --calibration, what belongs to it, --refit, --refine-steps, "
-            "--polish-steps or --effort: leave out the one or the other"
+            "--polish-steps, --effort or --memory: leave out the one or the other"
         )
     text, tokens, refit, refine_steps, length, prompts, polish = asked
     of_pairs = ("", "", "") if columns is None else (columns.source, columns.target, columns.prefix)
     column = TEXT_COLUMN if text is None else text_column or TEXT_COLUMN
-    how = refit, refine_steps, column, length, prompts, *of_pairs, polish, effort
+    how = refit, refine_steps, column, length, prompts, *of_pairs, polish, effort, memory
     return None if none else Calibration(text, tokens, *how)
 
 

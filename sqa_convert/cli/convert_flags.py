@@ -156,6 +156,13 @@ Effort = Annotated[
     ),
 ]
 
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", rich_help_panel=CALIBRATE, help="To calibrate in on a CPU, as 8GB. Default: all free."
+    ),
+]
+
 Refit = Annotated[
     bool | None,
     typer.Option(
@@ -252,9 +259,7 @@ Uptrain = Annotated[
 
 Control = Annotated[
     bool,
-    typer.Option(
-        "--control", rich_help_panel=MEASURE, help="Also train the source on the same tokens, for comparison."
-    ),
+    typer.Option("--control", rich_help_panel=MEASURE, help="Also train the source on the same tokens, to compare."),
 ]
 
 Data = Annotated[str | None, typer.Option(rich_help_panel=MEASURE, help=TEXT)]
@@ -289,10 +294,6 @@ Seed = Annotated[
 ListMethods = Annotated[
     bool,
     typer.Option(
-        "--list-methods",
-        callback=listing(_list_methods),
-        is_eager=True,
-        rich_help_panel=HEADS,
-        help="Show the methods.",
+        "--list-methods", callback=listing(_list_methods), is_eager=True, rich_help_panel=HEADS, help="List them."
     ),
 ]

@@ -70,6 +70,8 @@ class Fitting:
     """which of "tokens", "refine_steps", "polish_steps" somebody has given: they are done whatever they take"""
     needed: int = 0
     """tokens that a fit needs, whatever they take"""
+    memory: int | None = None
+    """bytes that may be held on a CPU; None: what is free"""
 
     def affordable(self, parameters: int, attention: int, on_cpu: bool) -> Fitting:
         """What of it the machine does in minutes.

@@ -61,6 +61,8 @@ class Calibration:
     model."""
     effort: str = "default"
     """What the defaults above are of; "light" is a third of the time or less, "best" several times as long."""
+    memory: str | None = None
+    """Bytes that calibration on a CPU may hold, such as "8GB"; None: what is free, within a container's limit."""
 
     @property
     def columns(self) -> Columns | None:
@@ -199,4 +201,5 @@ class Request:
         columns = None if asked.text is None or is_own(asked.text) else asked.columns
         how = asked.text_column, length, asked.prompts, columns, polish, effort
         named = frozenset(name for name, value in given.items() if value is not None)
-        return Fitting(asked.text, tokens, refit, steps, *how, named, needed)
+        memory = None if asked.memory is None else parse_size(asked.memory, "--memory")
+        return Fitting(asked.text, tokens, refit, steps, *how, named, needed, memory)

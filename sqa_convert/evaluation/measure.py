@@ -62,7 +62,7 @@ def model_inputs(model: Any, batch: dict[str, Tensor], device: torch.device) -> 
 
 @torch.no_grad()
 def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] = step_done) -> Predictions:
-    """Runs a model over held-out text. `step` is called after each batch."""
+    """Runs a model over held-out text; its head is not computed. `step` is called after each batch."""
     device = held_out.device
     model.to(device).eval()
     head = model.get_output_embeddings()
@@ -78,9 +78,13 @@ def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] 
     hidden, labels = [], []
     documents: list[Tensor] = []
     shift = not model.config.is_encoder_decoder
+    head.forward = lambda hidden: hidden
     try:
         for batch in held_out.batches:
-            model(**model_inputs(model, batch, device), use_cache=False)
+            inputs = model_inputs(model, batch, device)
+            if "labels" in inputs:  # else the model computes a loss
+                inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs.pop("labels"))
+            model(**inputs, use_cache=False)
             states, targets = caught.pop(), batch["labels"]
             numbers = document_numbers(batch, shift, 1 + max((int(n.max()) for n in documents if len(n)), default=-1))
             if shift:
@@ -92,6 +96,7 @@ def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] 
             step()
     finally:
         hook.remove()
+        del head.forward
     return Predictions(torch.cat(hidden), weight[0], torch.cat(labels), torch.cat(documents))
 
 

@@ -122,17 +122,22 @@ def check_run(
     if options.evaluate and options.data is not None:
         check_data(options.data, column=options.text_column, columns=options.columns)
     if plan.calibration is not None:
-        _check_calibration(plan, plan.calibration)
+        _check_calibration(plan, plan.calibration, source, options)
     if recipe is not None and output is not None:
         _check_training(source, output, options, recipe)
 
 
-def _check_calibration(plan: Plan, fitting: Fitting) -> None:
+def _check_calibration(plan: Plan, fitting: Fitting, source: Source, options: RunOptions) -> None:
     decoder_only = "encoder" not in plan.kinds
     if fitting.columns is not None and decoder_only:
         raise DataError("--source-column and --target-column are for encoder-decoder models; this one is decoder-only")
     if "polish_steps" in fitting.asked and fitting.polish_steps and not plan.has_language_model_head:
         raise RecipeError("--polish-steps train on what a model predicts; this one has no language model head")
+    if fitting.memory is not None and options.device in ("auto", "cpu"):
+        from ..calibration.memory_budget import memory_budget
+        from ..devices import choose_device
+
+        memory_budget(plan, source, choose_device(options.device))
     if fitting.text_named is not None:
         check_data(fitting.text_named, "--calibration", fitting.text_column, fitting.columns)
     if fitting.prompts is None:

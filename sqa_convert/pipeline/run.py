@@ -277,5 +277,5 @@ def _calibrated(
     device = choose_device(options.device)
     with within_memory("calibration", device, "--device cpu, fewer --calibration-tokens, or --no-calibration"):
         progress(LOAD, 0, 1)
-        model = load_source(plan, source, options.trust_remote_code)
+        model = load_source(plan, source, options.trust_remote_code, device)
         return calibrate(model, plan, source, device, options.seed, options.trust_remote_code, progress, kept)

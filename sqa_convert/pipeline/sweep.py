@@ -199,7 +199,7 @@ class _Sweeper:
         device, start = choose_device(self.options.device), time.perf_counter()
         held_out = held_out_text(self.plan, self.source, self.options) if self.source.folder else ""
         self.progress(LOAD, 0, 1)
-        model = load_source(self.plan, self.source, self.options.trust_remote_code)
+        model = load_source(self.plan, self.source, self.options.trust_remote_code, device)
         self.calibrator = Calibrator(
             model, self.plan, self.source, device, self.options.seed, self.options.trust_remote_code, self.progress
         )

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from .. import models
+from ..calibration.available_memory import available_memory
 from ..caller_settings import undisturbed
 from ..checkpoints.companions import has_tokenizer
 from ..checkpoints.dtypes import check_finite
@@ -187,7 +187,7 @@ def reloaded(folder: Path, report: dict[str, Any]) -> Iterator[None]:
     Raises:
         CheckpointError: the folder does not load, or computes something else.
     """
-    if psutil.virtual_memory().available < _COPIES * sum(p.stat().st_size for p in folder.glob("*.safetensors")):
+    if available_memory() < _COPIES * sum(p.stat().st_size for p in folder.glob("*.safetensors")):
         yield
         report["reloaded"] = {"skipped": _NO_MEMORY}
         return

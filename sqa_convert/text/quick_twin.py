@@ -21,7 +21,7 @@ LARGE = 30_000_000
 
 def twin_of(model: Any, device: torch.device) -> Any:
     """A twin that shares all but the weights of linear layers; the model where that is not faster, or it is one."""
-    if not is_faster(model, device) or any(isinstance(module, _Rounded) for module in model.modules()):
+    if not is_faster(model, device) or is_twin(model):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
@@ -29,10 +29,21 @@ def twin_of(model: Any, device: torch.device) -> Any:
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear | Conv1D) and child is not head:
-                setattr(parent, name, _Rounded(child))
+                setattr(parent, name, RoundedLinear(_as_linear(child), child.bias))
     if head is not None:
-        twin.set_output_embeddings(_Rounded(head, centred=True))
+        twin.set_output_embeddings(RoundedLinear(_as_linear(head), head.bias, centred=True))
     return twin
+
+
+def is_twin(model: nn.Module) -> bool:
+    """Whether a model is one already."""
+    return any(isinstance(module, RoundedLinear) for module in model.modules())
+
+
+def _as_linear(layer: nn.Linear | Conv1D) -> Tensor:
+    """The weight (out, in)."""
+    weight = layer.weight.detach()
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def is_faster(model: Any, device: torch.device) -> bool:
@@ -41,21 +52,33 @@ def is_faster(model: Any, device: torch.device) -> bool:
         return False
     if sum(parameter.numel() for parameter in model.parameters()) < LARGE:
         return False
+    return multiplies_bfloat16()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU does so in hardware."""
     able = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
     return any(asked is not None and asked() for asked in able)
 
 
-class _Rounded(nn.Module):
-    """A linear layer that multiplies in bfloat16, from and to float32; a head's logits without their mean."""
+class RoundedLinear(nn.Module):
+    """A linear layer that multiplies in bfloat16, from and to float32; a head's logits without their mean.
 
-    def __init__(self, layer: nn.Linear | Conv1D, centred: bool = False) -> None:
+    Args:
+        weight: (out, in).
+        bias: (out,), or None.
+        centred: whether it is a head.
+        quick: whether that is done in hardware; else only the weight is kept in bfloat16.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, centred: bool = False, quick: bool = True) -> None:
         super().__init__()
-        weight = layer.weight.detach()
-        weight = weight.T if isinstance(layer, Conv1D) else weight
         weight = weight - weight.mean(0) if centred else weight
         self.weight = nn.Parameter(weight.to(torch.bfloat16).contiguous(), requires_grad=False)
-        self.bias = layer.bias
+        self.bias, self.quick = bias, quick
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.quick:
+            return nn.functional.linear(x.float(), self.weight.float(), self.bias)
         made = nn.functional.linear(x.to(torch.bfloat16), self.weight).float()
         return made if self.bias is None else made + self.bias

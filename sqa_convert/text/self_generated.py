@@ -36,7 +36,8 @@ CUTS = (1, 1, 2, 4)
 SHORT = (2, 4, 4, 8, 8, 8, 16, 16, 16, 16)
 """of the longest length, what a text has that an encoder-decoder answers: a page, a paragraph, a sentence, a line"""
 
-_CACHE = 2e9  # bytes of keys and values held while sampling
+CACHE = 2e9
+"""bytes of keys and values held while sampling"""
 
 _ROOM = 64  # tokens that a cache has room for at first
 
@@ -54,6 +55,7 @@ def own_rows(
     tokenizer: Any = None,
     beginnings: Sequence[Sequence[int]] = (),
     progress: Progress = silent,
+    cache: float = CACHE,
 ) -> list[Tensor]:
     """A causal model's own texts as rows (T,) from position 0, T up to `length`, of so many tokens together.
 
@@ -66,12 +68,13 @@ def own_rows(
         beginnings: tokens that texts begin with, drawn evenly. Where there are none, a text begins by `FLAT` with any
             token of the vocabulary, else with the model's first one or, as often, one of the control tokens.
         progress: called as the work goes on.
+        cache: bytes of keys and values held at a time.
 
     Source: data-free distillation, LLM-QAT (arXiv 2305.17888), for the first tokens.
     """
     chance = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
     control = [] if tokenizer is None else control_tokens(tokenizer, model.config.vocab_size)
-    at_once = _side_by_side(model.config, length)
+    at_once = _side_by_side(model.config, length, cache)
     model = twin_of(model, device)
     rows: list[Tensor] = []
     written = 0
@@ -103,10 +106,10 @@ def own_rows(
     return rows
 
 
-def _side_by_side(config: Any, length: int) -> int:
+def _side_by_side(config: Any, length: int, cache: float) -> int:
     """How many texts a causal model writes at a time."""
     each = 2 * config.num_hidden_layers * config.hidden_size * 4 * length  # bytes of keys and values
-    return max(1, min(SAMPLED_SEQUENCES, int(_CACHE // each)))
+    return max(1, min(SAMPLED_SEQUENCES, int(cache // each)))
 
 
 def _cut(length: int, parts: int, chance: random.Random) -> list[int]:
