@@ -19,6 +19,7 @@ from sqa_convert.errors import RecipeError
 from sqa_convert.evaluation.held_out_batches import HeldOut
 from sqa_convert.evaluation.measure import predict
 from sqa_convert.families import Site
+from sqa_convert.pipeline.verify import reloaded
 from sqa_convert.text import quick_twin
 from sqa_convert.text.quick_twin import twin_of
 
@@ -116,6 +117,14 @@ def test_blocks_computed_again_give_the_same_gradients(make):
     assert torch.equal(found[0][site], found[1][site])
     assert len(calls) == 3  # once, and twice
     assert not any(module.training for module in model.modules())
+
+
+def test_no_other_process_loads_a_result_beside_what_is_measured_in_little_memory(tmp_path):
+    gpt2().save_pretrained(tmp_path)
+    report = {}
+    with reloaded(tmp_path, report, memory=10):
+        pass
+    assert report == {"reloaded": {"skipped": "there was not memory enough"}}
 
 
 @pytest.mark.parametrize("make", [gpt2, t5], ids=["gpt2", "t5"])

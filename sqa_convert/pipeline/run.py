@@ -148,7 +148,7 @@ def _to_folder(
         report["seconds"]["convert"] = round(time.perf_counter() - start, 2)
         if held_out and isinstance(held_out, str):
             report["not_measured"] = held_out
-        with _reloaded(folder, report, options):
+        with _reloaded(plan, folder, report, options):
             if not isinstance(held_out, str):
                 start = time.perf_counter()
                 calibration = report.get("calibration", {})
@@ -207,13 +207,13 @@ def _held_out_of_hidden_states(plan: Plan, source: Source, options: RunOptions) 
         return one_line(error).replace(str(source.folder), source.name)
 
 
-def _reloaded(folder: Path, report: dict[str, Any], options: RunOptions) -> AbstractContextManager[None]:
+def _reloaded(plan: Plan, folder: Path, report: dict[str, Any], options: RunOptions) -> AbstractContextManager[None]:
     """While the block measures, another process loads the folder as strangers do; not without `verify`."""
     if not (options.verify and options.evaluate):
         return nullcontext()
     from .verify import reloaded
 
-    return reloaded(folder, report)
+    return reloaded(folder, report, None if plan.calibration is None else plan.calibration.memory)
 
 
 def _measured(

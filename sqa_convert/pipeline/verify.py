@@ -179,15 +179,18 @@ def _tokens(tokenizer: Any) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def reloaded(folder: Path, report: dict[str, Any]) -> Iterator[None]:
+def reloaded(folder: Path, report: dict[str, Any], memory: int | None = None) -> Iterator[None]:
     """While the block runs a stranger loads the folder; then the report says how far its logits are from ours.
 
     Or it says why that is not known: memory was too small, or it took too long.
 
+    Args:
+        memory: bytes that all of it may hold; None: what is free.
+
     Raises:
         CheckpointError: the folder does not load, or computes something else.
     """
-    if available_memory() < _COPIES * sum(p.stat().st_size for p in folder.glob("*.safetensors")):
+    if (memory or available_memory()) < _COPIES * sum(p.stat().st_size for p in folder.glob("*.safetensors")):
         yield
         report["reloaded"] = {"skipped": _NO_MEMORY}
         return
