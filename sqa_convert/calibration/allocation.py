@@ -7,40 +7,37 @@ the source, says what such a loss costs the predictions. Dynamic programming fin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checkpoints.source import Source
+from ..conversion.convert_site import ConvertedSite
 from ..conversion.heads_by_layer import CountsByLayer, as_text
 from ..conversion.plan import Plan, make_plan
-from ..errors import QualityError
 from ..families import Site
-from ..heads import Partition
+from ..heads import AUTO
 from ..heads.allocate import Counts, allocate, some_head_counts
 from .fitter import SiteFitter
 from .replaced_sites import Replacement
 
 METHOD = "svd"
-"""that layers are weighed with"""
+"""that layers are weighed with where several are tried"""
 
 _LEAST = 1e-12  # of a loss that others are held against
 
 
-def site_costs(fitter: SiteFitter, site: Site, replacement: Replacement, asked: Counts) -> dict[Counts, float]:
+def site_costs(fitter: SiteFitter, kl: float, asked: Counts) -> dict[Counts, float]:
     """What a site costs the predictions by its numbers of heads: KL of the source with it alone converted, estimated.
 
-    It is measured at the counts that are asked for, and at others taken to follow the energy that is lost in closed
-    form. Raises QualityError where it is not finite.
+    Args:
+        fitter: of the site.
+        kl: of the source with the site alone converted to the counts that are asked for; at others it is taken to
+            follow the energy that is lost in closed form.
+        asked: Hq, Hkv.
     """
-    heads = len(fitter.heads.query)
-    fitted = fitter.convert(METHOD, Partition.contiguous(heads, *asked), True, True)
-    kl = replacement.kl({site: fitted.heads})
-    if kl is None:
-        raise QualityError(
-            f"{site.kind} {site.layer}: converted alone it leaves nothing finite to predict; give --allocation uniform"
-        )
+    counts = {asked: 0} | dict.fromkeys(some_head_counts(len(fitter.heads.query)))
     price = kl / max(fitter.loss(*asked), _LEAST)
-    return {counts: price * fitter.loss(*counts) for counts in {asked: 0} | dict.fromkeys(some_head_counts(heads))}
+    return {some: price * fitter.loss(*some) for some in counts}
 
 
 def cheapest(costs: Mapping[Site, Mapping[Counts, float]], asked: Counts) -> CountsByLayer:
@@ -52,27 +49,75 @@ def cheapest(costs: Mapping[Site, Mapping[Counts, float]], asked: Counts) -> Cou
     return result
 
 
-def asked_evenly(plan: Plan) -> Counts:
-    """The numbers of heads that every layer of a plan keeps."""
-    return _kept(plan, plan.converted_sites[0])
+@dataclass(frozen=True)
+class SharedOut:
+    """Heads that were shared out among layers, and what they are held against."""
+
+    plan: Plan
+    evenly: Plan
+    """in which each layer of a kind keeps as many"""
+    kl_evenly: float | None
+    """of the source with all sites converted evenly, on the text that layers were weighed on"""
+    replacement: Replacement
+    told: dict[str, Any]
+    """for the report"""
+
+    def kept(self, fits: Mapping[Site, ConvertedSite]) -> bool:
+        """Whether fits of the plan are nearer to the source than even ones; told."""
+        kl = self.replacement.kl({site: fit.heads for site, fit in fits.items()})
+        kept = kl is not None and (self.kl_evenly is None or kl < self.kl_evenly)
+        self.told.update(kl=kl, kl_evenly=self.kl_evenly, kept=kept)
+        return kept
 
 
-def shared_out(costs: Mapping[Site, Mapping[Counts, float]], plan: Plan, source: Source) -> tuple[Plan, dict[str, Any]]:
-    """A plan with heads shared out among the layers of each kind of attention, and a report of it.
+def weigh(
+    fitter: SiteFitter, site: Site, replacement: Replacement, plan: Plan, refit: bool
+) -> tuple[ConvertedSite, dict[Counts, float] | None]:
+    """A site converted evenly, and what it costs by its numbers of heads; None where nothing finite is predicted.
 
     Args:
-        costs: of the plan's converted sites, as `site_costs`.
+        fitter: of the site.
+        replacement: the source, to put the converted site into.
+        plan: whose layers all keep the same numbers of heads.
+        refit: whether to weigh with the output projection fitted.
+    """
+    method = plan.own_method or (METHOD if plan.method == AUTO else plan.method)
+    made = fitter.convert(method, plan.partitions[site], True, refit)
+    kl = replacement.kl({site: made.heads})
+    return made, None if kl is None else site_costs(fitter, kl, _kept(plan, site))
+
+
+def shared_out(
+    weighed: Mapping[Site, tuple[ConvertedSite, Mapping[Counts, float] | None]],
+    replacement: Replacement,
+    plan: Plan,
+    source: Source,
+) -> SharedOut | None:
+    """Heads shared out among the layers of each kind of attention; None where they would lie as they do, or where a
+    layer alone leaves nothing finite to predict.
+
+    Args:
+        weighed: of the plan's converted sites, as `weigh`.
+        replacement: the source, to put converted sites into.
         plan: whose layers all keep the same numbers of heads.
         source: what is converted.
     """
-    evenly = asked_evenly(plan)
-    counts = as_text(cheapest(costs, evenly))
-    plan = make_plan(source, replace(plan.request, q_groups=None, kv_groups=None, variant=None, allocation=counts))
+    evenly = _kept(plan, plan.converted_sites[0])
+    costs = {site: of_site for site, (_, of_site) in weighed.items() if of_site is not None}
+    if len(costs) < len(weighed):
+        return None
+    counts = cheapest(costs, evenly)
+    if all(kept == evenly for layers in counts.values() for kept in layers):
+        return None
+    asked = replace(plan.request, q_groups=None, kv_groups=None, variant=None, allocation=as_text(counts))
+    shared = make_plan(source, asked)
     alone = [
-        {"kind": site.kind, "layer": site.layer, "evenly": kl[evenly], "kl": kl[_kept(plan, site)]}
+        {"kind": site.kind, "layer": site.layer, "evenly": kl[evenly], "kl": kl[_kept(shared, site)]}
         for site, kl in costs.items()
     ]
-    return plan, {"counts": counts, "mean": list(evenly), "kl_alone": alone}
+    told = {"counts": as_text(counts), "mean": list(evenly), "kl_alone": alone}
+    kl = replacement.kl({site: made.heads for site, (made, _) in weighed.items()})
+    return SharedOut(shared, plan, kl, replacement, told)
 
 
 def _kept(plan: Plan, site: Site) -> Counts:

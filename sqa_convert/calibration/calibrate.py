@@ -27,7 +27,7 @@ from ..progress import Progress, silent
 from ..random_generators import generator_for
 from ..text.quick_twin import is_twin, twin_of
 from .activations import Batch, capture
-from .allocation import asked_evenly, shared_out, site_costs
+from .allocation import shared_out, weigh
 from .candidates import best_of_each, candidates_of
 from .fisher import sensitivity
 from .fitter import SiteFitter
@@ -79,28 +79,21 @@ def calibrate(
     """
     kept = KeptParts() if kept is None else kept
     calibrator = Calibrator(model, plan, source, device, seed, trust_remote_code, progress, kept)
-    settings, allocation = calibrator.settings, None
-    if plan.request.adaptive:
-        evenly = asked_evenly(plan)
-        costs = kept.costs(
+    settings, shared = calibrator.settings, None
+    if plan.shares_out:
+        weighed = kept.weighed(
             calibrator.sites,
             partial(calibrator.fitters, "weigh layers", calibrator.compared),
-            lambda site, fitter: site_costs(fitter, site, calibrator.weighing, evenly),
+            lambda site, fitter: weigh(fitter, site, calibrator.weighing, plan, settings.refit),
         )
-        plan, allocation = shared_out(costs, plan, source)
-        calibrator.plan = plan
+        shared = shared_out(weighed, calibrator.weighing, plan, source)
+        plan = calibrator.plan = shared.plan if shared else plan
     refits_again = settings.refit and calibrator.compared < 1
     finishes = refits_again or settings.refine_steps > 0
-    candidates = candidates_of(plan)
-
-    def convert(name: str, site: Site, fitter: SiteFitter) -> ConvertedSite:
-        method, searched = candidates[name]
-        searched = searched and site not in plan.given
-        made = fitter.convert(method, plan.partitions[site], searched, settings.refit)
-        return made if finishes else fitter.with_halves(made)
-
-    compared = partial(calibrator.fitters, "fit heads", calibrator.compared)
-    tried = kept.converted("fit", list(candidates), calibrator.sites, compared, convert)
+    tried = calibrator.candidates("fit", kept, with_halves=not finishes)
+    if shared and not any(shared.kept(fits) for fits in tried.values()):
+        plan = calibrator.plan = shared.evenly
+        tried = calibrator.candidates("fit evenly", kept, with_halves=not finishes)
     report = calibrator.report(plan)
     chosen = best_of_each(tried)
     if plan.method == AUTO and plan.has_language_model_head:
@@ -128,8 +121,8 @@ def calibrate(
         trained, report["polish"] = kept.trained(lambda: calibrator.polished(plan, chosen))
     if plan.has_language_model_head:
         report["kl"] = calibrator.kl(plan, chosen, trained)
-    if allocation is not None:
-        report["allocation"] = allocation
+    if shared:
+        report["allocation"] = shared.told
     return Calibrated(chosen, report, plan, trained)
 
 
@@ -221,6 +214,25 @@ class Calibrator:
                     ),
                 )
         self.progress(stage, len(self.sites), len(self.sites))
+
+    def candidates(self, stage: str, kept: KeptParts, with_halves: bool) -> dict[str, dict[Site, ConvertedSite]]:
+        """All that is tried at every site, by name.
+
+        Args:
+            stage: under which it is kept.
+            kept: what an earlier run has finished.
+            with_halves: whether to tell what each half has cost, as nothing comes after.
+        """
+        plan, refit, candidates = self.plan, self.settings.refit, candidates_of(self.plan)
+
+        def convert(name: str, site: Site, fitter: SiteFitter) -> ConvertedSite:
+            method, searched = candidates[name]
+            searched = searched and site not in plan.given
+            made = fitter.convert(method, plan.partitions[site], searched, refit)
+            return fitter.with_halves(made) if with_halves else made
+
+        fitters = partial(self.fitters, "fit heads", self.compared)
+        return kept.converted(stage, list(candidates), self.sites, fitters, convert)
 
     def _groups(self, batches: Sequence[Batch], sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
         """Sites whose activations fit into memory together, at least one."""

@@ -30,6 +30,9 @@ from .text import Text
 
 Tensors = Mapping[str, Tensor]
 
+Weighed = tuple[ConvertedSite, dict[tuple[int, int], float] | None]
+"""a site converted evenly, and what it costs by its numbers of heads"""
+
 ENDING = ".safetensors"
 
 
@@ -108,22 +111,26 @@ class KeptParts:
         self.keep("sensitivity", {site.prefix: _plain(matrix) for site, matrix in metrics.items()})
         return metrics
 
-    def costs(
+    def weighed(
         self,
         sites: Sequence[Site],
         fitters: Callable[[Sequence[Site]], Iterable[tuple[Site, SiteFitter]]],
-        make: Callable[[Site, SiteFitter], Mapping[tuple[int, int], float]],
-    ) -> dict[Site, dict[tuple[int, int], float]]:
-        """What each site costs by its numbers of heads (query, key/value)."""
-        costs: dict[Site, dict[tuple[int, int], float]] = {}
+        make: Callable[[Site, SiteFitter], Weighed],
+    ) -> dict[Site, Weighed]:
+        """Each site converted evenly, and what it costs by its numbers of heads (query, key/value)."""
+        weighed: dict[Site, Weighed] = {}
         for site in sites:
             found = self.find(f"weigh {site.prefix}")
             if found is not None:
-                costs[site] = {(q, kv): cost for q, kv, cost in found[1]}
-        for site, fitter in fitters([site for site in sites if site not in costs]):
-            costs[site] = dict(make(site, fitter))
-            self.keep(f"weigh {site.prefix}", {}, [[*counts, cost] for counts, cost in costs[site].items()])
-        return {site: costs[site] for site in sites}
+                costs = found[1].pop("costs")
+                weighed[site] = _read_site(*found), costs and {(q, kv): cost for q, kv, cost in costs}
+        for site, fitter in fitters([site for site in sites if site not in weighed]):
+            made, costs = make(site, fitter)
+            weighed[site] = _plain_site(made), costs
+            tensors, told = _parts_of(weighed[site][0])
+            told["costs"] = costs and [[*counts, cost] for counts, cost in costs.items()]
+            self.keep(f"weigh {site.prefix}", tensors, told)
+        return {site: weighed[site] for site in sites}
 
     def converted(
         self,

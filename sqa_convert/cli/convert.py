@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.diffusers_folders import part_of
 from ..checkpoints.staging import check_output, expanded
 from ..conversion.convert_site import uses_torch
 from ..conversion.fitting import effort_of
-from ..conversion.heads_by_layer import UNIFORM
+from ..conversion.heads_by_layer import DEFAULT_ALLOCATION
 from ..conversion.request import DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
-from ..families import Site
+from ..families import Site, mean_counts
 from ..heads import AUTO, Partition
 from ..report.report_json import conversion_report
 from ..text.documents import Columns
@@ -46,7 +45,7 @@ def convert(
     variant: flags.Variant = None,
     method: flags.Method = None,
     partition: flags.Partition = None,
-    allocation: flags.Allocation = UNIFORM,
+    allocation: flags.Allocation = DEFAULT_ALLOCATION,
     target: flags.Target = None,
     sites: flags.Sites = None,
     calibration: flags.Calibration = None,
@@ -143,7 +142,7 @@ def convert(
     part = model if subfolder is None else part_of(model, subfolder)
 
     def place(partitions: Mapping[Site, Partition]) -> Path:
-        return _default_output(part, partitions, request.adaptive) if output is None else expanded(output)
+        return _default_output(part, partitions) if output is None else expanded(output)
 
     if push_to_hub is not None:
         from ..publish import check_push
@@ -203,14 +202,14 @@ def _calibration(
     return None if none else Calibration(text, tokens, *how)
 
 
-def _default_output(model: str, partitions: Mapping[Site, Partition], adaptive: bool = False) -> Path:
-    """./NAME-sqa-qNkvM, with the counts of the first kind of attention that is converted; where its layers differ their
-    means, rounded, and "-by-layer" behind them, as where they are going to be shared out among layers."""
+def _default_output(model: str, partitions: Mapping[Site, Partition]) -> Path:
+    """./NAME-sqa-qNkvM, with the counts of the first kind of attention that is converted; where its layers are
+    given counts that differ their means, rounded, and "-by-layer" behind them."""
     first = next((site for site, p in partitions.items() if not p.is_identity), next(iter(partitions)))
     kept = [(len(p.clusters), len(p.groups)) for site, p in partitions.items() if site.kind == first.kind]
-    q_heads, kv_heads = (round(fmean(numbers)) for numbers in zip(*kept, strict=True))
+    q_heads, kv_heads = mean_counts(kept)
     name = Path(model.removeprefix("sample:")).expanduser().resolve().name or "model"
-    return Path(f"{name}-sqa-q{q_heads}kv{kv_heads}" + ("-by-layer" if adaptive or len(set(kept)) > 1 else ""))
+    return Path(f"{name}-sqa-q{q_heads}kv{kv_heads}" + ("-by-layer" if len(set(kept)) > 1 else ""))
 
 
 def main() -> None:

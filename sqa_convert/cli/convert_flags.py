@@ -67,8 +67,8 @@ Allocation = Annotated[
     typer.Option(
         metavar="HOW",
         rich_help_panel=HEADS,
-        help="uniform, as many heads in each layer; adaptive, as many in total, more where predictions need them; or "
-        "the counts of every layer, as 4/2,8/4,10/5,10/5.",
+        help="uniform, as many heads in each layer; adaptive, as many in total, more where predictions need them; "
+        "auto, adaptive where heads are fitted to text; or the counts of every layer, as 4/2,8/4,10/5,10/5.",
     ),
 ]
 

@@ -29,7 +29,7 @@ def plan_line(plan: Plan, source: str, target: Path) -> str:
     pairs = {(len(plan.partitions[site].clusters), len(plan.partitions[site].groups)) for site in plan.converted_sites}
     shown = " or ".join(f"{q} query and {kv} key/value heads" for q, kv in sorted(pairs)[:2])
     kept = "every head stays" if not pairs else f"{plan.dimensions.heads} heads become {shown}"
-    more = ", by layer" if len(pairs) > 1 else ""
+    more = ", by layer" if len(pairs) > 1 else " on average" if plan.shares_out else ""
     return f"{source} → {target}, {kept}{more}, method {plan.method}"
 
 
@@ -46,7 +46,7 @@ def show_plan(out: Out, plan: Plan, report: dict[str, Any]) -> None:
     out.table(f"{report['source']['name']} → {report['output']} (not written)", *costs(report))
     for line in (*source_lines(report), *left_lines(report), *heads_lines(report)):
         out.result(line)
-    if plan.request.adaptive:
+    if plan.shares_out:
         out.result("heads of each layer on average; how many each keeps is found on text")
     for file, tensors in plan.shards.items():
         out.result(f"{file}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:,.1f} MB")

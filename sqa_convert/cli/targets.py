@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..conversion.heads_by_layer import UNIFORM, as_text
+from ..conversion.heads_by_layer import DEFAULT_ALLOCATION, UNIFORM, as_text
 from ..conversion.request import CALIBRATED, Request
 from ..errors import QualityError, RecipeError
 from ..text.formats import TEXT_COLUMN
@@ -48,7 +48,7 @@ def aimed(model: str, request: Request, asked: list[str], options: RunOptions, o
     """
     targets = read_targets(asked)
     given = (request.q_groups, request.kv_groups, request.variant)
-    if given != (None, None, None) or request.allocation != UNIFORM:
+    if given != (None, None, None) or request.allocation != DEFAULT_ALLOCATION:
         raise RecipeError("--target finds the heads: leave out --q-groups, --kv-groups, --variant and --allocation")
     if request.calibration is None:
         raise RecipeError("--target needs text that heads are fitted on: leave out --no-calibration")
@@ -76,4 +76,4 @@ def aimed(model: str, request: Request, asked: list[str], options: RunOptions, o
     out.result(said)
     if point.allocation != UNIFORM:
         return replace(request, allocation=as_text(point.layers))
-    return replace(request, q_groups=point.q_groups, kv_groups=point.kv_groups)
+    return replace(request, q_groups=point.q_groups, kv_groups=point.kv_groups, allocation=UNIFORM)

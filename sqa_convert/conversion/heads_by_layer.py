@@ -13,10 +13,13 @@ from .asked_partitions import HeadCounts, site_kinds
 
 UNIFORM, ADAPTIVE = "uniform", "adaptive"
 
+DEFAULT_ALLOCATION = "auto"
+"""adaptive where that can be judged and nobody has said what a layer keeps, else uniform"""
+
 CountsByLayer = Mapping[str, tuple[tuple[int, int], ...]]
 """(Hq, Hkv) of every layer, by kind of attention"""
 
-_WAYS = f"choose {UNIFORM} or {ADAPTIVE}, or give counts of every layer such as 4/2,8/4,10/5,10/5"
+_WAYS = f"choose {DEFAULT_ALLOCATION}, {UNIFORM} or {ADAPTIVE}, or give counts of every layer such as 4/2,8/4,10/5,10/5"
 
 
 def as_text(counts: CountsByLayer, named: bool = False) -> str:
@@ -31,11 +34,11 @@ def as_text(counts: CountsByLayer, named: bool = False) -> str:
 
 
 def counts_of(asked: Any) -> CountsByLayer | None:
-    """The counts that are asked for; None where it is one of the two words. Kind "" is the only one of a model.
+    """The counts that are asked for; None where it is one of the words. Kind "" is the only one of a model.
 
     Raises RecipeError where it is neither.
     """
-    if asked in (UNIFORM, ADAPTIVE):
+    if asked in (DEFAULT_ALLOCATION, UNIFORM, ADAPTIVE):
         return None
     if isinstance(asked, Mapping):
         asked = as_text(asked, named=True) if asked and all(_are_pairs(each) for each in asked.values()) else asked

@@ -16,7 +16,7 @@ from .. import __version__
 from ..checkpoints.dtypes import DTYPES, FLOATING
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError
-from ..families import Config, Dimensions, Family, Site, family_of, most
+from ..families import Config, Dimensions, Family, Site, family_of, mean_counts
 from ..heads import AUTO, Method, Partition
 from ..parse_amounts import parse_size
 from .attention_cost import Cost, attention_cost, count_parameters, counts_by_layer
@@ -61,6 +61,8 @@ class Plan:
     """whether that was asked for, or is given everywhere; else `auto` may try both"""
     calibration: Fitting | None
     """None: from the weights alone"""
+    shares_out: bool
+    """whether heads are still to be shared out among layers; until then each layer of a kind keeps as many"""
     sites: tuple[Site, ...]
     """all of the model; `partitions` says which of them keep their heads"""
     partitions: dict[Site, Partition]
@@ -144,7 +146,7 @@ def make_plan(source: Source, request: Request) -> Plan:
     counts = {site: (len(p.clusters), len(p.kv_groups)) for site, p in partitions.items()}
     by_layer = counts_by_layer(counts)
     tensors = _output_tensors(family, source, stored, counts, cast)
-    config = family.result_config(source.config, {kind: most(layers) for kind, layers in by_layer.items()})
+    config = family.result_config(source.config, {kind: mean_counts(layers) for kind, layers in by_layer.items()})
     if any(len(set(layers)) > 1 for layers in by_layer.values()):
         config |= family.uneven_config(by_layer)
     if cast is not None:
@@ -158,7 +160,9 @@ def make_plan(source: Source, request: Request) -> Plan:
     }
     sites = tuple(family.sites(source.config))
     all_given = _all_given(partitions, given)
-    unknowns = dimensions.heads * dimensions.head_dim if request.adaptive else _unknowns(partitions, dimensions)
+    all_kept = all(p.is_identity for p in partitions.values())
+    shares_out = not all_kept and request.shares_out(source.config)
+    unknowns = dimensions.heads * dimensions.head_dim if shares_out else _unknowns(partitions, dimensions)
     dtype = stored.infos[family.consumed(sites[0])[0]].dtype
     before = {name: info.shape for name, info in stored.infos.items()}
     after = {tensor.name: tensor.shape for tensor in tensors}
@@ -171,9 +175,8 @@ def make_plan(source: Source, request: Request) -> Plan:
         own_method=None if isinstance(request.method, str) else request.chosen_method,
         searched=request.searched and not all_given,
         partition_given=isinstance(request.partition, str) or all_given,
-        calibration=None
-        if all(p.is_identity for p in partitions.values())
-        else request.fitting(unknowns * (_TEXT_PER_TARGET if "cross" in by_layer else 1)),
+        calibration=None if all_kept else request.fitting(unknowns * (_TEXT_PER_TARGET if "cross" in by_layer else 1)),
+        shares_out=shares_out,
         sites=sites,
         partitions=partitions,
         given=given,

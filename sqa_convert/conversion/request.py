@@ -14,7 +14,7 @@ from ..text.documents import Columns, is_own
 from ..text.formats import TEXT_COLUMN
 from .asked_partitions import HeadCounts, given_partitions, planned_partitions, site_kinds
 from .fitting import Fitting, effort_of
-from .heads_by_layer import ADAPTIVE, UNIFORM, counts_by_site, counts_of
+from .heads_by_layer import ADAPTIVE, DEFAULT_ALLOCATION, UNIFORM, counts_by_site, counts_of
 
 BLIND_METHOD = "svd"
 """what "auto" is without calibration text"""
@@ -90,10 +90,11 @@ class Request:
     partition: str | Partition | Mapping[str, Partition] | None = None
     """which heads go together: "searched", "contiguous", a `Partition` for all sites, or one for each of some sites,
     by names such as "decoder" and "decoder.3", which may keep different numbers; None: as suits the method"""
-    allocation: str | Mapping[str, Sequence[tuple[int, int]]] = UNIFORM
+    allocation: str | Mapping[str, Sequence[tuple[int, int]]] = DEFAULT_ALLOCATION
     """how heads are shared out among layers: "uniform", the same for each; "adaptive", as many in total, more where the
-    predictions need them; or the counts of every layer: "4/2,8/4", of several kinds "encoder:8/4,8/4,decoder:4/2,6/3",
-    or a table of (Hq, Hkv) by kind"""
+    predictions need them; "auto", adaptive where heads are fitted to text and predict, by the method's name, with no
+    variant or partition given; or the counts of every layer: "4/2,8/4", of several kinds
+    "encoder:8/4,8/4,decoder:4/2,6/3", or a table of (Hq, Hkv) by kind"""
     sites: str | Sequence[str] | None = None
     """kinds of attention to convert, also with commas; by default all the model has"""
     dtype: str = "auto"
@@ -116,14 +117,14 @@ class Request:
             raise RecipeError(f"--dtype {self.dtype}: choose auto, {', '.join(CASTS)}")
         counts, kinds = HeadCounts(self.q_groups, self.kv_groups, self.variant), self._kinds(config)
         by_layer, given = counts_of(self.allocation), self.given_partitions(config)
-        if given and self.allocation != UNIFORM:
+        if given and self.allocation not in (DEFAULT_ALLOCATION, UNIFORM):
             raise RecipeError("--allocation and a --partition that is given both say what each layer keeps: give one")
-        if self.adaptive and self.fitting(1) is None:
+        if self.allocation == ADAPTIVE and self.fitting(1) is None:
             raise RecipeError(
                 f"--allocation {ADAPTIVE} needs text that heads are fitted on: leave out --no-calibration, and with "
                 "--method mean, first or select add --refit"
             )
-        if self.adaptive and not family.has_language_model_head(config):
+        if self.allocation == ADAPTIVE and not family.has_language_model_head(config):
             raise RecipeError(
                 f"--allocation {ADAPTIVE} goes by what a model predicts, and a {family.source_architecture(config)} "
                 "has no language model head: give counts of every layer, or leave it out"
@@ -133,10 +134,16 @@ class Request:
         heads, kept = family.dimensions(config).heads, counts_by_site(by_layer, family, config, kinds, counts)
         return {site: Partition.contiguous(heads, *kept.get(site, (heads, heads))) for site in family.sites(config)}
 
-    @property
-    def adaptive(self) -> bool:
-        """Whether heads are to be shared out among layers by what they cost."""
-        return self.allocation == ADAPTIVE
+    def shares_out(self, config: Config) -> bool:
+        """Whether heads are to be shared out among layers by what they cost. Raises RecipeError."""
+        if self.allocation != DEFAULT_ALLOCATION:
+            return self.allocation == ADAPTIVE
+        family, method = family_of(config), self.chosen_method
+        fits = isinstance(self.method, str) and (method is None or method.needs_statistics)
+        if not fits or self.variant is not None or self.fitting(1) is None or self.given_partitions(config):
+            return False
+        kinds = [site.kind for site in family.sites(config) if site.kind in self._kinds(config)]
+        return family.has_language_model_head(config) and len(set(kinds)) < len(kinds)
 
     def given_partitions(self, config: Config) -> dict[Site, Partition]:
         """The partitions that are given for single sites. Raises RecipeError."""

@@ -7,7 +7,7 @@ Exports: `family_of`, `FAMILIES`, `Family`; a family is one file.
 from __future__ import annotations
 
 from ..errors import UnsupportedModelError, shown
-from .base import Config, Dimensions, Family, Site, Written, most
+from .base import Config, Dimensions, Family, Site, Written, mean_counts
 from .gpt2 import GPT2
 from .t5 import T5
 from .umt5 import UMT5
@@ -46,6 +46,6 @@ def completed(config: Config) -> Config:
 
 
 __all__ = [
-    "FAMILIES", "Config", "Dimensions", "Family", "Site", "Written", "completed", "family_of", "most",
+    "FAMILIES", "Config", "Dimensions", "Family", "Site", "Written", "completed", "family_of", "mean_counts",
     "only_hidden_states",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UnsupportedModelError, one_line, shown
@@ -210,8 +211,8 @@ class Family(ABC):
 
     @abstractmethod
     def result_config(self, config: Config, heads: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-        """config.json of the result but for provenance; `heads` holds (Hq, Hkv) of every site kind, the most of any
-        of its layers."""
+        """config.json of the result but for provenance; `heads` holds (Hq, Hkv) of every site kind, of its
+        layers the mean, rounded."""
 
     def uneven_config(self, heads: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, Any]:
         """What config.json of a result says besides where layers of a kind differ.
@@ -251,9 +252,9 @@ def labels(config: Config) -> int:
     return config.get("num_labels") or (len(named) if isinstance(named, Mapping) else 0) or 2
 
 
-def most(heads: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The most query heads and the most key/value heads of any layer: what is made for these has room for all."""
-    return max(q for q, _ in heads), max(kv for _, kv in heads)
+def mean_counts(heads: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Mean query heads and mean key/value heads of the layers, rounded: of heads that are shared out what was asked."""
+    return round(fmean(q for q, _ in heads)), max(1, round(fmean(kv for _, kv in heads)))
 
 
 def uneven_kinds(heads: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[list[int]]]:

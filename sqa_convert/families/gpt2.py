@@ -20,7 +20,7 @@ from .base import (
     integers,
     join_heads,
     labels,
-    most,
+    mean_counts,
     split_heads,
     uneven_kinds,
 )
@@ -194,10 +194,10 @@ class GPT2(Family):
         }
 
     def uneven_config(self, heads: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, Any]:
-        # `per_layer_config` is transformers' own: where a layer has another number than the config as a whole, which is
-        # then refused to whoever asks the config as a whole. Its keys sort as numbers do.
+        # `per_layer_config` is transformers' own: where a layer has another number than the config as a whole. Its keys
+        # sort as numbers do.
         layers, names = heads["decoder"], ("n_head", "num_key_value_heads")
-        whole = most(layers)
+        whole = mean_counts(layers)
         last = max(layer for layer, counts in enumerate(layers) if counts != whole)
         other = {
             str(layer).zfill(len(str(last))): {

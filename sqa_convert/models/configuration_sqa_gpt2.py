@@ -9,8 +9,7 @@ class SQAGPT2Config(GPT2Config):
     """A GPT2Config with the head counts of Sparse Query Attention.
 
     `num_attention_heads` (`n_head`) counts the query heads kept. Where layers differ, it and `num_key_value_heads` are
-    the most of any layer, and `per_layer_config` of transformers holds what a layer has instead: they are then refused
-    to whoever reads them of the config as a whole.
+    the mean of the layers, rounded, and `per_layer_config` of transformers holds what a layer has instead.
 
     Attributes:
         num_key_value_heads (int): key/value heads, a divisor of the query heads.
@@ -28,6 +27,8 @@ class SQAGPT2Config(GPT2Config):
         "h.*.attn.o_proj": "rowwise",
     }
     base_model_fsdp_plan = {"wte": "free_full_weight", "h.*": "free_full_weight", "ln_f": "keep_full_weight"}
+
+    allow_global_per_layer_attribute_access = True  # transformers warns whoever reads the means, and goes on
 
     num_key_value_heads: int = 12
     head_dim: int = 64

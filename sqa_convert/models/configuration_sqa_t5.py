@@ -10,7 +10,7 @@ class SQAT5Config(T5Config):
 
     `num_attention_heads` (`num_heads`) counts the query heads that decoder self-attention keeps; of an encoder alone
     the encoder's. The size of a head is `d_kv`. Where layers differ, `num_attention_heads`, `num_key_value_heads` and
-    `site_heads` hold the most of any layer.
+    `site_heads` hold the mean of the layers, rounded.
 
     Attributes:
         num_key_value_heads (int): key/value heads of the same attention, a divisor of its query heads.

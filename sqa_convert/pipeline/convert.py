@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..caller_settings import undisturbed
 from ..checkpoints.staging import expanded
-from ..conversion.heads_by_layer import UNIFORM
+from ..conversion.heads_by_layer import DEFAULT_ALLOCATION
 from ..conversion.request import CALIBRATED, DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
 from ..heads import AUTO, Convert, Method, Partition
@@ -42,7 +42,7 @@ def convert(
     variant: str | None = None,
     sites: str | Sequence[str] | None = None,
     partition: str | Partition | Mapping[str, Partition] | None = None,
-    allocation: str | Mapping[str, Sequence[tuple[int, int]]] = UNIFORM,
+    allocation: str | Mapping[str, Sequence[tuple[int, int]]] = DEFAULT_ALLOCATION,
     calibration: Any = CALIBRATED,
     dtype: str = "auto",
     revision: str | None = None,
@@ -77,7 +77,8 @@ def convert(
             for every layer; or one for each of some sites, named by kind and layer as in report.json: "decoder.3", or
             "decoder" for those that are not named singly. Head counts beside them are of the layers that have none.
         allocation: "uniform", as many heads in each layer; "adaptive", as many in total, more where predictions need
-            them; or counts of every layer: "4/2,8/4,10/5,10/5", or a table of (Hq, Hkv) by kind of attention.
+            them; "auto", adaptive where heads are fitted to text by a method's name; or counts of every layer:
+            "4/2,8/4,10/5,10/5", or a table of (Hq, Hkv) by kind of attention.
         calibration: how heads are fitted to what they do on text: a `Calibration`, the text alone, or None to convert
             from the weights alone.
         dtype: "auto" keeps each tensor's; or "float32", "bfloat16", "float16".

@@ -43,7 +43,7 @@ def _of_calibration(plan: Plan, options: RunOptions) -> list[str]:
     stages = [LOAD]
     stages += ["sample text"] * (predicts and own and (decoder_only or settings.text == SELF))
     stages += ["measure sensitivity"]
-    stages += ["weigh layers"] * plan.request.adaptive
+    stages += ["weigh layers"] * plan.shares_out
     stages += ["fit heads"]
     stages += [CHOOSE] * (predicts and plan.method == AUTO)
     stages += ["refine heads"] * bool(settings.refine_steps)

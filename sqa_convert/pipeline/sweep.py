@@ -167,7 +167,8 @@ def _planned(
     **where: Any,
 ) -> tuple[Source, Plan, list[Counts]]:  # fmt: skip
     """The source, a plan with the most query heads of any setting, and all settings. Raises RecipeError."""
-    request = fitted_to(Request(1, 1, method=METHOD, calibration=calibration, sites=sites), data, column, None)
+    asked = Request(1, 1, method=METHOD, calibration=calibration, sites=sites, allocation=UNIFORM)
+    request = fitted_to(asked, data, column, None)
     opened, first = prepared(given, request, lambda partitions: None, **where)
     heads = first.dimensions.heads
     if heads == 1 or not first.has_language_model_head:

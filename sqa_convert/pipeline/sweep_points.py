@@ -74,7 +74,7 @@ class Point:
 
     def command(self, model: str, flags: str = "") -> str:
         """That converts the model to this point; `flags` are put behind it."""
-        heads = f"--q-groups {self.q_groups} --kv-groups {self.kv_groups}"
+        heads = f"--q-groups {self.q_groups} --kv-groups {self.kv_groups} --allocation {UNIFORM}"
         if self.allocation != UNIFORM:
             heads = f"--allocation {as_text(self.layers)}"
         return f"sqa-convert {shlex.quote(model)} {heads}{flags}"

@@ -78,10 +78,15 @@ def folder_of(report: Mapping[str, Any]) -> str:
 
 
 def more_heads(report: Mapping[str, Any]) -> str:
-    """ "(--q-groups 10 --kv-groups 5)": about half of what was given up; nothing where kinds or layers differ."""
+    """ "(--q-groups 10 --kv-groups 5)": about half of what was given up; "" where kinds differ."""
     cost = report["cost"]
     counts = [cost[side][key] for side in ("before", "after") for key in ("query_heads", "key_value_heads")]
     kinds = [set(map(str, count.values())) for count in counts]
+    shared = (report.get("calibration") or {}).get("allocation", {})
+    if any(len(kind) != 1 for kind in kinds[:2]):
+        return ""
+    if shared.get("kept"):
+        kinds[2:] = ({str(mean)} for mean in shared["mean"])
     if any(len(kind) != 1 or "[" in next(iter(kind)) for kind in kinds):
         return ""
     heads, _, q, kv = (int(next(iter(kind))) for kind in kinds)

@@ -90,6 +90,8 @@ def _allocation(done: dict[str, Any]) -> str:
     sites = sorted(done["kl_alone"], key=lambda site: site["evenly"])
     least, most = sites[0], sites[-1]
     told = (f"{site['kind']} {site['layer']} {site['evenly']:.4f}" for site in (least, most))
+    if not done.get("kept", True):
+        return f"each layer keeps {evenly} heads: shared out among layers ({done['counts']}) they would not lose less"
     return f"heads shared out by the KL that a layer alone costs, with {evenly} heads in each from {' to '.join(told)}"
 
 
