@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import sqa_convert
@@ -34,7 +35,13 @@ def main() -> None:
     middle = points[len(points) // 2]
     start = time.process_time()
     sqa_convert.convert(
-        options.source, middle.q_groups, middle.kv_groups, method="svd", calibration=calibration, device="cpu"
+        options.source,
+        middle.q_groups,
+        middle.kv_groups,
+        method="svd",
+        allocation="uniform",
+        calibration=replace(calibration, polish_steps=0),
+        device="cpu",
     ).evaluate()
     result["cpu_seconds_of_one_conversion"] = round(time.process_time() - start, 1)
     name = f"sweep-{Path(options.source.replace(':', '/')).name}"
