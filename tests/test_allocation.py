@@ -3,14 +3,16 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from helpers import gpt2, t5
-from transformers import T5EncoderModel
+from transformers import AutoConfig, T5EncoderModel
 
-from sqa_convert import Calibration, convert
+from sqa_convert import METHODS, Calibration, Partition, convert
+from sqa_convert.calibration import allocation
 from sqa_convert.calibration.calibrate import Calibrator
 from sqa_convert.cli.convert import main
 from sqa_convert.conversion.heads_by_layer import as_text, counts_of
@@ -21,6 +23,14 @@ from sqa_convert.pipeline.preflight import prepared
 from sqa_convert.report.sentences import calibration_lines
 
 SHORT = Calibration(tokens=2048, refine_steps=4, polish_steps=0)
+
+
+def uneven_need():
+    """A model of which only the middle layer says much."""
+    source = gpt2(heads=4, layers=3)
+    for layer in (0, 2):
+        source.transformer.h[layer].attn.c_proj.weight.data *= 1e-2
+    return source
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -51,9 +61,9 @@ def test_counts_are_read_as_they_are_written(text):
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({"allocation": "even"}, "'even': choose uniform or adaptive, or give counts of every layer"),
-        ({"allocation": "8/4,8"}, "choose uniform or adaptive"),
-        ({"allocation": {"decoder": [8, 4]}}, "choose uniform or adaptive"),
+        ({"allocation": "even"}, "'even': choose auto, uniform or adaptive, or give counts of every layer"),
+        ({"allocation": "8/4,8"}, "choose auto, uniform or adaptive"),
+        ({"allocation": {"decoder": [8, 4]}}, "choose auto, uniform or adaptive"),
         ({"allocation": "8/4,4/2", "q_groups": 8}, "leave out q_groups"),
         ({"allocation": "8/4"}, "1 counts of decoder, which has 2 layers"),
         ({"allocation": "8/4,8/3"}, "kv_groups=3 must divide q_groups=8"),
@@ -69,10 +79,51 @@ def test_what_cannot_be_shared_out_is_refused(asked, says):
         convert(gpt2(), **asked)
 
 
-def test_one_layer_has_none_to_share_with():
-    report = convert(gpt2(heads=4, layers=1), 2, 1, allocation="adaptive", calibration=SHORT).report
-    assert report["calibration"]["allocation"]["counts"] == "2/1"
-    assert any(line.startswith("heads shared out") for line in calibration_lines(report))
+@pytest.mark.parametrize("asked", ["auto", "adaptive"])
+def test_one_layer_has_none_to_share_with(asked):
+    made = convert(gpt2(heads=4, layers=1), 2, 1, allocation=asked, calibration=SHORT)
+    assert made.model.config.heads() == (2, 1) and "allocation" not in made.report["calibration"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"variant": "sqa"},
+        {"method": "mean", "calibration": replace(SHORT, refit=True)},
+        {"method": lambda heads, partition, statistics: METHODS["mean"].convert(heads, partition, statistics)},
+        {"partition": Partition.contiguous(4, 2, 1)},
+        {"calibration": None},
+        {"allocation": "uniform"},
+    ],
+    ids=["variant", "mean", "own method", "partition", "blind", "uniform"],
+)
+def test_layers_keep_as_many_where_somebody_has_said_so(asked):
+    heads = {} if "variant" in asked else {"q_groups": 2, "kv_groups": 1}
+    made = convert(uneven_need(), **{"calibration": SHORT} | heads | asked)
+    assert len({made.model.config.heads("decoder", layer) for layer in range(3)}) == 1
+    assert "allocation" not in made.report.get("calibration", {})
+
+
+def test_heads_that_are_shared_out_and_lose_more_are_not(monkeypatch):
+    """Layers whose costs are told the wrong way round."""
+    told = allocation.site_costs
+
+    def upside_down(fitter, kl, asked):
+        return {counts: -cost for counts, cost in told(fitter, kl, asked).items()}
+
+    monkeypatch.setattr(allocation, "site_costs", upside_down)
+    made = convert(uneven_need(), 2, 2, calibration=SHORT)
+    told_of = made.report["calibration"]["allocation"]
+    assert not told_of["kept"] and told_of["kl"] > told_of["kl_evenly"]
+    assert {made.model.config.heads("decoder", layer) for layer in range(3)} == {(2, 2)}
+    assert any("would not lose less" in line for line in calibration_lines(made.report))
+
+
+def test_means_stand_for_layers_that_differ(tmp_path, recwarn):
+    made = convert(uneven_need(), 2, 2, calibration=SHORT, output=tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (2, 2)
+    assert [config.heads("decoder", i) for i in range(3)] == [made.model.config.heads("decoder", i) for i in range(3)]
 
 
 def test_of_an_encoder_nothing_tells_what_layers_cost():
@@ -115,18 +166,17 @@ def test_heads_shared_out_are_as_many_in_total(make, tmp_path):
 
 
 def test_heads_go_where_predictions_need_them():
-    source = gpt2(heads=4, layers=3)
-    for layer in (0, 2):
-        source.transformer.h[layer].attn.c_proj.weight.data *= 1e-2
-    made = convert(source, 2, 2, allocation="adaptive", calibration=SHORT)
+    source = uneven_need()
+    made = convert(source, 2, 2, calibration=SHORT)
     assert [made.model.config.heads("decoder", layer) for layer in range(3)] == [(1, 1), (4, 4), (1, 1)]
-    even = convert(source, 2, 2, calibration=SHORT).report["calibration"]["kl"]
+    even = convert(source, 2, 2, allocation="uniform", calibration=SHORT).report["calibration"]["kl"]
     assert made.report["calibration"]["kl"] < even / 10
 
 
 def test_a_dry_run_says_that_heads_are_shared_out_later(monkeypatch, called, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked = ["sample:gpt2", "--q-groups", "8", "--kv-groups", "4", "--dry-run"]
-    code, out, _ = called(main, *asked, "--allocation", "adaptive")
-    assert code == 0 and "how many each keeps is found on text" in out and "gpt2-sqa-q8kv4-by-layer" in out
-    assert "found on text" not in called(main, *asked)[1]
+    code, out, _ = called(main, *asked)
+    assert code == 0 and "how many each keeps is found on text" in out and "gpt2-sqa-q8kv4 " in out
+    assert "found on text" not in called(main, *asked, "--allocation", "uniform")[1]
+    assert "gpt2-sqa-q8kv4-by-layer" in called(main, *asked[:1], "--dry-run", "--allocation", "4/2,8/2,12/4,8/8")[1]

@@ -42,6 +42,10 @@ class SQAGPT2Config(GPT2Config):
         query_heads, key_value_heads = self.layer_heads[site][layer]
         return query_heads, key_value_heads
 
+    def __iter__(self):
+        """Names of the entries, without means of layers that differ: validation reads all that are named."""
+        return (name for name in super().__iter__() if name not in (self.per_layer_attributes or ()))
+
     def to_dict(self):
         table = super().to_dict()
         return table if self.layer_heads else {key: value for key, value in table.items() if key != "layer_heads"}
