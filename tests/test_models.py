@@ -418,9 +418,9 @@ def test_config_with_heads_by_layer_survives_saving(family, tmp_path):
 
 def test_heads_by_layer_are_not_to_be_taken_for_those_of_all_layers():
     config = made("gpt2", "uneven").config
-    for name in ("num_attention_heads", "n_head", "num_key_value_heads"):
-        with pytest.raises(RuntimeError, match="per-layer attribute"):
-            getattr(config, name)
+    table = config.to_dict()
+    assert (config.num_attention_heads, config.num_key_value_heads) == (table["n_head"], table["num_key_value_heads"])
+    assert not {"n_head", "num_key_value_heads"} & set(config)  # so that nothing reads them without being told
     layers = [(layer.num_attention_heads, layer.num_key_value_heads) for layer in config.per_layer_config]
     assert layers == [config.heads("decoder", layer) for layer in (0, 1)] == [(8, 4), (6, 6)]
 
