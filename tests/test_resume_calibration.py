@@ -14,7 +14,7 @@ import pytest
 from helpers import gpt2, t5
 from test_given_data import LENGTH, ROWS, drawn_tokens
 
-from sqa_convert import Calibration, convert
+from sqa_convert import METHODS, Calibration, convert
 from sqa_convert.cli import convert as command
 from sqa_convert.errors import InterruptedByUserError, QualityError, RecipeError
 from sqa_convert.report.report_json import read_report
@@ -140,6 +140,17 @@ def test_damaged_parts_are_made_again(source, tmp_path):
 def test_what_would_fail_again_leaves_nothing(source, tmp_path):
     with pytest.raises(QualityError, match=r"^$"):
         run(source, tmp_path / "out", Told(stage="polish", error=QualityError()))
+    assert os.listdir(tmp_path) == []
+
+
+def test_with_a_function_of_ones_own_nothing_is_kept(source, tmp_path):
+    """It may be another the next time, under the same name."""
+
+    def mine(heads, partition, statistics):
+        return METHODS["first"].convert(heads, partition, statistics)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", Told(stage="polish"), method=mine, calibration=Calibration(**SHORT, refit=True))
     assert os.listdir(tmp_path) == []
 
 
