@@ -133,7 +133,7 @@ def collect(
     queries, keys, read = _Moment(), _Moment(), _Moment()
     energy: Any = 0.0
     made = _Moment()  # of what heads add, before their output projections
-    cross: Any = 0.0
+    cross: Any = None
     output_gram = (heads.output @ heads.output.mT).double()  # (H, d, d)
     for batch in batches:
         x, source = batch.x, batch.read
@@ -149,13 +149,16 @@ def collect(
         value = source[:, None] @ heads.value.mT  # (B, H, S, d), without bias: it is folded away
         energy = energy + _attention_energy(pattern, value, output_gram, counts)
         contribution = made.add(seen @ heads.value.mT)  # (H, m, d)
-        cross = cross + (read.add(seen).mT @ contribution.transpose(0, 1).flatten(1)).double()  # (H, D, H d)
+        seen_with_made = read.add(seen).mT @ contribution.transpose(0, 1).flatten(1)  # (H, D, H d)
+        cross = seen_with_made.double() if cross is None else cross.add_(seen_with_made)  # the largest array there is
     centred = heads.output_bias is not None
     value_moment = read.covariance if centred else read.second
     made_moment = made.covariance if centred else made.second
-    cross = cross.view(count, width, count, d) / read.count - read.offset[:, :, None, None] * made.offset
-    if not centred:
-        cross = cross + read.mean[:, :, None, None] * made.mean
+    cross = cross.view(count, width, count, d).div_(read.count)
+    for j in range(count):
+        cross[j] -= read.offset[j, :, None, None] * made.offset
+        if not centred:
+            cross[j] += read.mean[j, :, None, None] * made.mean
     adapted, cost = _adapted(heads.value, value_moment, cross, made_moment, output_gram)
     return Statistics(
         query=queries.second.cpu(),
@@ -184,7 +187,7 @@ def _adapted(
     """
     count, d, width = values.shape
     own = values.double().permute(2, 0, 1).flatten(1)  # (D, H d)
-    adapted = values.new_empty(count, count, d, width)  # in the weights' dtype: the largest array there is
+    adapted = values.new_empty(count, count, d, width)  # in the weights' dtype
     cost = torch.empty(count, count, dtype=torch.float64, device=values.device)
     for j in range(count):
         read = cross[j].flatten(1)  # (D, H d)
