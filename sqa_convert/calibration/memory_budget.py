@@ -27,6 +27,9 @@ LEAST_WORK = 0.4e9
 
 _OF_A_SITE = 6
 
+_OF_PAIRS = 20
+"""bytes for each number of what every head reads with what every other makes, of one site"""
+
 
 @dataclass(frozen=True)
 class MemoryBudget:
@@ -89,6 +92,7 @@ def memory_budget(plan: Plan, source: Source, device: torch.device) -> MemoryBud
     asked = settings.memory
     total = float(asked or available_memory() + memory_of_process())
     work = LEAST_WORK + _OF_A_SITE * 4.0 * min(settings.tokens, 1e9) * plan.dimensions.width
+    work += _OF_PAIRS * plan.dimensions.heads**2 * plan.dimensions.head_dim * plan.dimensions.width
     needed = LIBRARIES + whole + beside + work
     if needed <= total:
         return MemoryBudget(total, whole, needed, False)
