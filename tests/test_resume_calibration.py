@@ -199,8 +199,9 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_where_an_uninterrupted_
             left |= {path.name.split("-")[0] for path in tmp_path.glob(".two.calibration/*.safetensors")}
         else:
             assert process.returncode == 0
-            assert bits(tmp_path / "one") == bits(tmp_path / "two")
             assert sorted(os.listdir(tmp_path)) == ["one", "source", "two"]
+        if (tmp_path / "two").exists():  # the work was over
+            assert bits(tmp_path / "one") == bits(tmp_path / "two")
             shutil.rmtree(tmp_path / "two")
     assert start("two", "--resume").wait(240) == 0
     assert bits(tmp_path / "one") == bits(tmp_path / "two")
