@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source")
     parser.add_argument("--settings", default="", metavar="A/B,C/D", help="by default those of sqa-sweep")
-    parser.add_argument("--refine-steps", type=int, default=100)
+    parser.add_argument("--refine-steps", type=int, help="by default those of sqa-sweep")
     options = parser.parse_args()
     calibration = sqa_convert.Calibration(refine_steps=options.refine_steps)
     start = time.process_time()

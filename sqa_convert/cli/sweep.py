@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..conversion.fitting import EFFORTS
 from ..conversion.request import Calibration
 from ..errors import QualityError, RecipeError
 from ..text.formats import TEXT_COLUMN
@@ -37,8 +36,9 @@ def sweep_command(
     text_column: flags.TextColumn = None,
     calibration_tokens: flags.CalibrationTokens = None,
     refine_steps: Annotated[
-        int, typer.Option(metavar="N", help="Of layer-wise training, for each layer at each setting.")
-    ] = EFFORTS["default"].refine_steps,
+        int | None,
+        typer.Option(metavar="N", help="Of layer-wise training, for each layer at each setting. Default: up to 30."),
+    ] = None,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Do not time the points of the frontier.")] = False,
     revision: flags.Revision = None,
     subfolder: flags.Subfolder = None,

@@ -49,6 +49,9 @@ LONGEST = 1024
 ROUNDS = 3
 """of timing"""
 
+REFINE_STEPS = 30
+"""of each fit, at most, where nobody asks for more: they tell settings apart"""
+
 
 class Sweep(list[Point]):
     """The points of a sweep, and what else there is to know of it."""
@@ -83,8 +86,8 @@ def sweep(
     """What a model loses and costs at many numbers of heads, to choose among them.
 
     Every attention is fitted to what it does on text once at each setting, as `convert` with "svd" does before it
-    polishes; models are put together from these fits, each setting with the same heads in all layers, and with as many
-    shared out among layers.
+    polishes, with up to 30 steps of refine unless told otherwise; models are put together from these fits, each setting
+    with the same heads in all layers, and with as many shared out among layers.
 
     Args:
         source: a hub id, a folder, a sample, or a model in memory.
@@ -216,7 +219,10 @@ class _Sweeper:
         """Fits every site at each setting."""
         start, fitting = time.perf_counter(), self.calibrator.settings
         sites = self.calibrator.fitters("fit heads")
-        self.fits.add(sites, settings, self.calibrator.replacement, METHOD, fitting.refit, fitting.refine_steps)
+        most = fitting.refine_steps if "refine_steps" in fitting.asked else REFINE_STEPS
+        self.fits.add(
+            sites, settings, self.calibrator.replacement, METHOD, fitting.refit, min(most, fitting.refine_steps)
+        )
         self._spent("fit", start)
 
     def points(self, settings: Sequence[Counts]) -> list[Point]:

@@ -180,7 +180,7 @@ def heads_lines(report: dict[str, Any]) -> list[str]:
     )
     return [
         f"query/key-value heads by layer: {shown}",
-        "an engine that reads one number of heads for all layers of a model cannot load it; transformers can",
+        "transformers loads it; an engine that reads one number of heads for all layers needs --allocation uniform",
     ]
 
 
