@@ -173,6 +173,12 @@ def test_heads_go_where_predictions_need_them():
     assert made.report["calibration"]["kl"] < even / 10
 
 
+def test_the_same_seed_shares_out_to_the_same_weights():
+    source = uneven_need()
+    results = [convert(source, 2, 2, calibration=SHORT, seed=1).model.state_dict() for _ in range(2)]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 def test_a_dry_run_says_that_heads_are_shared_out_later(monkeypatch, called, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked = ["sample:gpt2", "--q-groups", "8", "--kv-groups", "4", "--dry-run"]

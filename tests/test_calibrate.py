@@ -10,7 +10,8 @@ from helpers import SOURCES, gpt2, logits, tokens
 from helpers import t5 as any_t5
 from transformers import AutoConfig, GPT2Model, T5EncoderModel, T5Model
 
-from sqa_convert import convert, evaluate
+import sqa_convert
+from sqa_convert import evaluate
 from sqa_convert.calibration import calibrate, candidates, fitter, memory_budget
 from sqa_convert.calibration import text as calibration_text
 from sqa_convert.calibration.activations import capture
@@ -30,6 +31,11 @@ from sqa_convert.text.tokenizers import load_tokenizer
 CPU = torch.device("cpu")
 t5 = partial(any_t5, n_positions=64)
 SHORT = Calibration(tokens=2048, refine_steps=8)
+
+
+def convert(*asked, **how):
+    """As many heads in each layer; tests/test_allocation.py has those that are shared out."""
+    return sqa_convert.convert(*asked, **{"allocation": "uniform"} | how)
 
 
 def prepared(model, heads=(8, 4), **options):

@@ -73,9 +73,10 @@ def folder(tmp_path_factory):
         (work / "source" / name).write_bytes((SAMPLES / "gpt2" / name).read_bytes())
     (work / "few.yaml").write_text(RECIPE)
     source, out = str(work / "source"), str(work / "out")
+    evenly = ["--q-groups", "8", "--kv-groups", "4", "--allocation", "uniform"]
     fitted = ["--calibration-tokens", "1024", "--refine-steps", "2"]
     commands = [
-        (convert, [source, "--q-groups", "8", "--kv-groups", "4", *fitted, "--no-verify", "-o", out, "-q"]),
+        (convert, [source, *evenly, *fitted, "--no-verify", "-o", out, "-q"]),
         (uptrain, [out, "--recipe", str(work / "few.yaml"), "--control", "-q"]),
         (bench, [out, "--lengths", "16,32", "--repeats", "2", "--parts", "attention", "-q"]),
     ]

@@ -233,7 +233,8 @@ def test_a_site_attends_as_the_model_does(kind, distance):
 def test_tokens_of_calibration(name, settings, tokens):
     source = MetaSource(name, (TRUE_MODELS | {"wide": gpt2_config(8192, 1, 64)})[name])
     heads = 8 if name == "gpt2" else 64
-    assert make_plan(source, Request(heads, heads // 2, **settings)).calibration.tokens == tokens
+    evenly = Request(heads, heads // 2, allocation="uniform", **settings)
+    assert make_plan(source, evenly).calibration.tokens == tokens
 
 
 def test_bytes_of_the_cache():

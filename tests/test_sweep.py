@@ -143,9 +143,9 @@ def test_commands_say_what_else_was_asked():
     source = t5(heads=2, layers=2)
     points = sweep(source, [(1, 1)], sites=iter(["encoder"]), data=iter(rows), calibration=few, speed=False)
     command = points.to_json()["points"][0]["command"]
-    assert command.endswith("--q-groups 1 --kv-groups 1 --sites encoder")
+    assert command.endswith("--q-groups 1 --kv-groups 1 --allocation uniform --sites encoder")
     asked = {"data": "my text.txt", "calibration": None, "text-column": "", "tokenizer": source}
-    assert points[0].command("m", asked_flags(asked)).endswith(" --kv-groups 1 --data 'my text.txt'")
+    assert points[0].command("m", asked_flags(asked)).endswith(" --allocation uniform --data 'my text.txt'")
 
 
 def test_the_command_writes_a_table_a_picture_and_a_page(monkeypatch, called, tmp_path):
@@ -158,7 +158,7 @@ def test_the_command_writes_a_table_a_picture_and_a_page(monkeypatch, called, tm
     assert len(table) >= 3 and "…" not in out and max(map(len, table)) <= 80
     result = json.loads(Path("model-sweep/sweep.json").read_text())
     assert result["target"]["holds"] is False
-    assert result["points"][0]["command"] == "sqa-convert model --q-groups 3 --kv-groups 1"
+    assert result["points"][0]["command"] == "sqa-convert model --q-groups 3 --kv-groups 1 --allocation uniform"
     page = Path("model-sweep/sweep.html").read_text()
     assert "<svg" in page and "<script" not in page and "sqa-convert model --q-groups" in page
     assert "<svg" in Path("model-sweep/frontier.svg").read_text()

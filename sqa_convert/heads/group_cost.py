@@ -33,6 +33,20 @@ class CircuitGrams:
         metric = with_ridge(statistics.value.mean(0))
         self.value = _gram(heads.value.double() @ torch.linalg.cholesky(metric))
         self.output = _gram(heads.output.double())
+        self._roots: dict[Group, torch.Tensor] = {}
+        self._representatives: dict[Group, tuple[int, float]] = {}
+
+    def root(self, cluster: Group) -> torch.Tensor:
+        """A root of the Gram matrix of a cluster's output projections."""
+        if cluster not in self._roots:
+            self._roots[cluster] = _psd_root(_blocks(self.output, cluster))
+        return self._roots[cluster]
+
+    def representative(self, cluster: Group) -> tuple[int, float]:
+        """As of the statistics."""
+        if cluster not in self._representatives:
+            self._representatives[cluster] = self.statistics.representative(cluster)
+        return self._representatives[cluster]
 
     @cached_property
     def pair_losses(self) -> tuple[list[list[float]], list[list[float]]]:
@@ -57,7 +71,6 @@ class GroupCost:
         self.statistics = grams.statistics
         self.d = grams.d
         self._known: dict[Group, tuple[float, Groups]] = {}  # no functools.cache: its cycle would outlive the site
-        self._roots: dict[Group, torch.Tensor] = {}
 
     def __call__(self, group: Group) -> float:
         return self._cheapest(group)[0]
@@ -74,26 +87,20 @@ class GroupCost:
         return self._known[group]
 
     def pattern_cost(self, cluster: Group) -> float:
-        return self.statistics.representative(cluster)[1]
+        return self.grams.representative(cluster)[1]
 
     def cost(self, clusters: Groups) -> float:
         """Energy lost by one split: to the shared key, the shared value, and the patterns that heads give up."""
         if len(clusters) == 1 and len(clusters[0]) == 1:
             return 0.0
-        chosen, lost = zip(*map(self.statistics.representative, clusters), strict=True)
+        chosen, lost = zip(*map(self.grams.representative, clusters), strict=True)
         scale = torch.stack([self.statistics.attention_energy[list(c)].sum().sqrt() for c in clusters])
         scale = scale.repeat_interleave(self.d)
         key = _blocks(self.grams.key, chosen) * scale * scale[:, None]
         members = [h for cluster in clusters for h in cluster]
-        root = torch.block_diag(*map(self._root, clusters))
+        root = torch.block_diag(*map(self.grams.root, clusters))
         value = root.T @ _blocks(self.grams.value, members) @ root
         return sum(lost) + _beyond(key, self.d) + _beyond(value, self.d)
-
-    def _root(self, cluster: Group) -> torch.Tensor:
-        """A root of the Gram matrix of a cluster's output projections."""
-        if cluster not in self._roots:
-            self._roots[cluster] = _psd_root(_blocks(self.grams.output, cluster))
-        return self._roots[cluster]
 
 
 class PairCost:

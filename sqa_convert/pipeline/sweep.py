@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 MEASURE, TIME = "measure", "time"
 """stages"""
+NOT_SWEPT = "refine heads", "polish", "convert"
 
 LONGEST = 1024
 """tokens that are timed, at most"""
-
 ROUNDS = 3
 """of timing"""
 
@@ -134,9 +134,7 @@ def sweep(
         trust_remote_code=trust_remote_code,
     )
     check_run(plan, opened, None, options)
-    planned = [
-        stage for stage in planned_stages(plan, options, False) if stage not in ("refine heads", "polish", "convert")
-    ]
+    planned = [stage for stage in planned_stages(plan, options, False) if stage not in NOT_SWEPT]
     stages = Stages(progress, [*planned, MEASURE, *([TIME] if speed else [])])
     with (
         told_within(stages),
@@ -147,7 +145,6 @@ def sweep(
         points = with_frontier(work.points(settings))
         if speed:
             points = work.timed(points)
-    device_used = device_name(choose_device(device))
     work.seconds["all"] = round(time.perf_counter() - start, 1)
     info = {
         "schema": 1,
@@ -160,7 +157,7 @@ def sweep(
         "spearman": rank_correlation(points),
         "seconds": work.seconds,
         "timed_tokens": work.timed_tokens if speed else None,
-        "machine": machine(device_used),
+        "machine": machine(device_name(choose_device(device))),
     }
     return Sweep(points, info)
 
