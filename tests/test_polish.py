@@ -8,7 +8,8 @@ import torch
 from helpers import gpt2, t5, tokens
 from transformers import T5EncoderModel
 
-from sqa_convert import Calibration, convert
+import sqa_convert
+from sqa_convert import Calibration
 from sqa_convert.calibration import keep_polish, polish
 from sqa_convert.conversion import fitting
 from sqa_convert.errors import RecipeError
@@ -16,6 +17,7 @@ from sqa_convert.report.sentences import calibration_lines
 
 HOW = Calibration(tokens=600, refine_steps=1)
 WITHOUT = dataclasses.replace(HOW, polish_steps=0)
+convert = partial(sqa_convert.convert, allocation="uniform")
 KINDS = {"gpt2": gpt2, "t5": partial(t5, layers=2)}
 
 
