@@ -66,7 +66,10 @@ def sensitivity(
         def accumulate(gradient: Tensor) -> None:
             rows = gradient.flatten(0, 1)
             square = (rows.T @ rows).cpu().double()
-            found[site] = found[site] + square if site in found else square
+            if site in found:
+                found[site] += square
+            else:
+                found[site] = square
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             output[0].register_hook(accumulate)
@@ -94,7 +97,9 @@ def sensitivity(
         for handle in hooks:
             handle.remove()
     progress("measure sensitivity", SENSITIVITY_TOKENS, SENSITIVITY_TOKENS)
-    return {site: matrix / matrix.diagonal().mean().clamp(min=1e-30) for site, matrix in found.items()}
+    for matrix in found.values():  # in place: of a large model they take a gigabyte
+        matrix /= matrix.diagonal().mean().clamp(min=1e-30)
+    return found
 
 
 def _through_predictions(model: Any, batch: Batch, device: torch.device, generator: torch.Generator) -> int:
