@@ -110,5 +110,5 @@ def memory_budget(plan: Plan, source: Source, device: torch.device) -> MemoryBud
 
 
 def gigabytes(count: float) -> str:
-    """Such as "7.5GB"."""
-    return f"{count / 1e9:.1f}GB"
+    """Such as "7.5GB", "20MB"."""
+    return f"{count / 1e6:.0f}MB" if count < 1e8 else f"{count / 1e9:.1f}GB"
