@@ -169,7 +169,7 @@ def test_partitions_are_given_by_kind_and_by_layer_and_the_layer_wins():
 @pytest.mark.parametrize("calibration", [None, pytest.param(FITTED, marks=pytest.mark.integration)])
 def test_sites_that_none_is_given_for_are_searched(calibration):
     model = gpt2()
-    searched = convert(model, 4, 2, "svd", calibration=calibration)
+    searched = convert(model, 4, 2, "svd", allocation="uniform", calibration=calibration)
     made = convert(model, method="svd", partition={"decoder.1": OTHER}, calibration=calibration)
     assert partitions_of(made) == partitions_of(searched) | {"decoder.1": OTHER}
 

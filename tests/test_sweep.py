@@ -98,7 +98,7 @@ def test_a_point_is_what_its_conversion_gives(make):
 def test_a_point_is_measured_as_its_conversion_is():
     few = Calibration(tokens=2048, refine_steps=0, polish_steps=0)
     (point,) = sweep("sample:gpt2", [(8, 4)], calibration=few, speed=False)
-    made = convert("sample:gpt2", 8, 4, method="svd", calibration=few)
+    made = convert("sample:gpt2", 8, 4, method="svd", allocation="uniform", calibration=few)
     assert point.kl == pytest.approx(made.evaluate()["model"]["kl"], rel=1e-3)
 
 

@@ -17,6 +17,7 @@ from ..conversion.plan import Plan, make_plan
 from ..families import Site
 from ..heads import AUTO
 from ..heads.allocate import Counts, allocate, some_head_counts
+from ..progress import step_done
 from .fitter import SiteFitter
 from .replaced_sites import Replacement
 
@@ -35,9 +36,13 @@ def site_costs(fitter: SiteFitter, kl: float, asked: Counts) -> dict[Counts, flo
             follow the energy that is lost in closed form.
         asked: Hq, Hkv.
     """
-    counts = {asked: 0} | dict.fromkeys(some_head_counts(len(fitter.heads.query)))
-    price = kl / max(fitter.loss(*asked), _LEAST)
-    return {some: price * fitter.loss(*some) for some in counts}
+    counts = list({asked: 0} | dict.fromkeys(some_head_counts(len(fitter.heads.query))))
+    losses = {}
+    for done, some in enumerate(counts):
+        step_done(0.5 + 0.5 * done / len(counts))
+        losses[some] = fitter.loss(*some)
+    price = kl / max(losses[asked], _LEAST)
+    return {some: price * loss for some, loss in losses.items()}
 
 
 def cheapest(costs: Mapping[Site, Mapping[Counts, float]], asked: Counts) -> CountsByLayer:
@@ -81,6 +86,7 @@ def weigh(
         plan: whose layers all keep the same numbers of heads.
         refit: whether to weigh with the output projection fitted.
     """
+    step_done()
     method = plan.own_method or (METHOD if plan.method == AUTO else plan.method)
     made = fitter.convert(method, plan.partitions[site], True, refit)
     kl = replacement.kl({site: made.heads})
