@@ -1,5 +1,6 @@
 """Conversions that are stopped while they calibrate, and go on."""
 
+import errno
 import json
 import os
 import random
@@ -15,8 +16,11 @@ from helpers import gpt2, t5
 from test_given_data import LENGTH, ROWS, drawn_tokens
 
 from sqa_convert import METHODS, Calibration, convert
+from sqa_convert.calibration import kept_for_resume
+from sqa_convert.checkpoints.staging import hold
 from sqa_convert.cli import convert as command
-from sqa_convert.errors import InterruptedByUserError, QualityError, RecipeError
+from sqa_convert.errors import InterruptedByUserError, OutputError, QualityError, RecipeError
+from sqa_convert.pipeline import go_on_with_calibration
 from sqa_convert.report.report_json import read_report
 
 MOMENTS = 10
@@ -141,6 +145,57 @@ def test_what_would_fail_again_leaves_nothing(source, tmp_path):
     with pytest.raises(QualityError, match=r"^$"):
         run(source, tmp_path / "out", Told(stage="polish", error=QualityError()))
     assert os.listdir(tmp_path) == []
+
+
+def test_an_error_after_calibration_leaves_what_was_calibrated(source, tmp_path):
+    run(source, tmp_path / "one", Told())
+    with pytest.raises(QualityError, match=r"^not finite; calibration is kept: with resume=True it is not done again"):
+        run(source, tmp_path / "two", Told(stage="convert", error=QualityError("not finite")))
+    told = Told()
+    run(source, tmp_path / "two", told, resume=True)
+    assert not {"sample text", "sensitivity", "polish"} & {*told.stages}
+    assert bits(tmp_path / "one") == bits(tmp_path / "two")
+    assert sorted(os.listdir(tmp_path)) == ["one", "two"]
+
+
+def test_where_the_disk_gets_full_what_was_kept_before_stays(source, tmp_path, monkeypatch):
+    kept = []
+
+    def save(*given, save=kept_for_resume.save_file):
+        kept.append(given)
+        if len(kept) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*given)
+
+    monkeypatch.setattr(kept_for_resume, "save_file", save)
+    interrupted(source, tmp_path / "out")
+    assert len(list((tmp_path / ".out.calibration").glob("*.safetensors"))) == 3
+    told = Told()
+    run(source, tmp_path / "out", told, resume=True)
+    assert "sample text" not in told.stages and os.listdir(tmp_path) == ["out"]
+
+
+def test_parts_go_when_the_output_is_there_and_no_other_run_has_them_before(source, tmp_path, monkeypatch):
+    seen = []
+
+    def forget(folder, forget=go_on_with_calibration._forget):
+        with pytest.raises(BlockingIOError):
+            hold(folder)
+        seen.append((tmp_path / "out" / "model.safetensors").exists())
+        forget(folder)
+
+    monkeypatch.setattr(go_on_with_calibration, "_forget", forget)
+    run(source, tmp_path / "out", Told())
+    assert seen == [True] and os.listdir(tmp_path) == ["out"]
+
+
+def test_parts_that_another_run_has_are_left_alone(source, tmp_path):
+    interrupted(source, tmp_path / "out")
+    lock = hold(tmp_path / ".out.calibration")
+    with pytest.raises(OutputError, match=r"another run is writing it$"):
+        run(source, tmp_path / "out", Told())
+    os.close(lock)
+    assert (tmp_path / ".out.calibration" / "text.safetensors").exists()
 
 
 def test_with_a_function_of_ones_own_nothing_is_kept(source, tmp_path):

@@ -45,7 +45,9 @@ class KeptParts:
     """
 
     def __init__(self, folder: Path | None = None, of: Mapping[str, Any] | None = None) -> None:
-        self.folder = folder
+        self.folder, self._full = folder, False
+        self.whole = False
+        """whether the calibration is finished"""
         self._key = _digest([json.dumps(of, sort_keys=True).encode()])
 
     @property
@@ -71,7 +73,7 @@ class KeptParts:
 
     def keep(self, name: str, tensors: Tensors, told: Any = None) -> None:
         """Keeps a part. Where that cannot be, for want of room, nothing is kept any more."""
-        if self.folder is None:
+        if self.folder is None or self._full:
             return
         text = json.dumps(told)
         metadata = {"key": self._key, "told": text, "check": _check(tensors, text)}
@@ -82,7 +84,7 @@ class KeptParts:
         except (OSError, SafetensorError):
             with contextlib.suppress(OSError):
                 new.unlink(missing_ok=True)
-            self.folder = None
+            self._full = True
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None

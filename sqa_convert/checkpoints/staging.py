@@ -151,7 +151,7 @@ def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Itera
     """
     check_output(output, overwrite)
     path = output.resolve()
-    with _writing(output), _folder_above(path, output), _staging_folder(path, output) as staging:
+    with _writing(output), folder_above(path, output), _staging_folder(path, output) as staging:
         check_output(output, overwrite)  # another run may have ended meanwhile
         free = shutil.disk_usage(path.parent).free
         if free < size:
@@ -162,7 +162,7 @@ def staged_output(output: Path, overwrite: bool = False, size: int = 0) -> Itera
 
 
 @contextlib.contextmanager
-def _folder_above(path: Path, output: Path) -> Iterator[None]:
+def folder_above(path: Path, output: Path) -> Iterator[None]:
     """Makes the folder that `path` shall lie in. If the block fails, all that were made go again."""
     missing = [folder for folder in path.parents if not folder.exists()]  # the deepest first
     try:
@@ -216,7 +216,7 @@ def _writing(output: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(f"--output {output}: the disk is full; nothing was kept") from error
+            raise OutputError(f"--output {output}: the disk is full; nothing half-written was kept") from error
         raise OutputError(f"--output {output} cannot be written: {one_line(error)}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -17,9 +18,18 @@ from ..checkpoints.companions import TOKENIZER_CONFIG, TOKENIZER_FILES
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.small_files import read_json, write_json
 from ..checkpoints.source import Source, stamp
-from ..checkpoints.staging import empty
+from ..checkpoints.staging import empty, folder_above, hold
 from ..conversion.plan import Plan
-from ..errors import CheckpointError, DataError, InterruptedByUserError, QualityError, RecipeError, SQAError, shown
+from ..errors import (
+    CheckpointError,
+    DataError,
+    InterruptedByUserError,
+    OutputError,
+    QualityError,
+    RecipeError,
+    SQAError,
+    shown,
+)
 from ..families import Site
 from ..heads import METHODS, Partition
 from ..text.find_files import beginnings_of
@@ -29,6 +39,8 @@ if TYPE_CHECKING:
     from ..calibration.kept_for_resume import KeptParts
 
 GO_ON = "repeat the command with --resume to go on from where it stopped"
+
+KEPT = "calibration is kept: with --resume it is not done again"
 
 _OF = "of.json"
 """in the folder: what the parts depend on"""
@@ -66,44 +78,74 @@ def differs(plan: Plan, source: Source, output: Path | None, options: RunOptions
 
 @contextlib.contextmanager
 def kept_beside(plan: Plan, source: Source, output: Path, options: RunOptions) -> Iterator[KeptParts | None]:
-    """The parts that an earlier run has finished, or none. What the block finishes stays where it is stopped; who has
-    put the output in its place calls `forget`.
+    """The parts that an earlier run has finished, or none, for the block that puts the output in its place.
+
+    What the block finishes stays where it is stopped or fails, unless calibration itself fails in a way that would come
+    again, or the source is another by now. No other run has the parts until they are gone.
+
+    Raises OutputError where another run writes this output.
     """
     folder = folder_beside(output)
-    known = _known(folder)
-    if plan.calibration is None or not _comparable(plan) or (known is None and folder.exists()):
-        forget(output)
+    keeps, there = plan.calibration is not None and _comparable(plan), folder.exists()
+    if not (keeps or there) or (there and _known(folder) is None):
         yield None
         return
+    with folder_above(folder, output), _held(folder, output):
+        if not keeps:
+            _forget(folder)
+            yield None
+            return
+        with _kept(folder, _depends_on(plan, source, options), source, options.resume) as kept:
+            yield kept
+
+
+@contextlib.contextmanager
+def _held(folder: Path, output: Path) -> Iterator[None]:
+    """A folder that no other run has while the block runs; where it cannot be made there is none."""
+    lock = None
+    try:
+        lock = hold(folder)
+    except BlockingIOError as error:
+        raise OutputError(f"--output {output}: another run is writing it") from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def _kept(folder: Path, of: Mapping[str, Any], source: Source, resume: bool) -> Iterator[KeptParts]:
+    """The parts in a folder that nobody else has."""
     from ..calibration.kept_for_resume import KeptParts
 
-    new = _depends_on(plan, source, options)
-    if not options.resume or known != new:
-        forget(output)
+    if not resume or _known(folder) != of:
         with contextlib.suppress(OSError):
-            folder.mkdir()
-            write_json(folder / _OF, new)
-    kept = KeptParts(folder if folder.is_dir() else None, new)
+            empty(folder, last=_OF)
+            write_json(folder / _OF, of)
+    kept = KeptParts(folder if folder.is_dir() else None, of)
     try:
         yield kept
     except BaseException as error:
         again = isinstance(error, DataError | QualityError)  # the same would come again
-        if again or not kept.count or any(stamp(path) != known for path, known in source.stamps.items()):
-            forget(output)
+        other = any(stamp(path) != known for path, known in source.stamps.items())
+        if (again and not kept.whole) or other or not kept.count:
+            _forget(folder)
         elif isinstance(error, KeyboardInterrupt):
             raise InterruptedByUserError(f"interrupted; {GO_ON}") from error
         elif isinstance(error, SQAError):
-            raise type(error)(f"{error}; {GO_ON}") from error
+            raise type(error)(f"{error}; {KEPT if again else GO_ON}") from error
         raise
+    _forget(folder)
 
 
-def forget(output: Path) -> None:
-    """Removes what is kept beside an output. The file that says what it is goes last."""
-    folder = folder_beside(output)
-    if _known(folder) is not None:
-        with contextlib.suppress(OSError):
-            empty(folder, last=_OF)
-            folder.rmdir()
+def _forget(folder: Path) -> None:
+    """Removes parts that are kept. The file that says what they are goes last."""
+    with contextlib.suppress(OSError):
+        empty(folder, last=_OF)
+        folder.rmdir()
 
 
 def _known(folder: Path) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from ..report.report_json import conversion_report
 from ..report.write import write_report
 from ..text.documents import GIVEN
 from ..text.suitability import fitted_elsewhere
-from .go_on_with_calibration import forget, kept_beside
+from .go_on_with_calibration import kept_beside
 from .planned_stages import DRAW, LOAD, VERIFY, WRITE_SAMPLES, planned_stages
 from .preflight import check_run
 from .run_options import RunOptions
@@ -122,8 +122,8 @@ def _to_folder(
 ) -> dict[str, Any]:
     """Converts into a folder, measured on text; or on none, for a reason."""
     with (
-        staged_output(output, options.overwrite, plan.nbytes) as folder,
         kept_beside(plan, source, output, options) as kept,
+        staged_output(output, options.overwrite, plan.nbytes) as folder,
         source.unchanged(),
     ):
         start = time.perf_counter()
@@ -160,7 +160,6 @@ def _to_folder(
             progress(DRAW, 0, 1)
         report["stages"] = progress.seconds()
         write_report(folder, report)
-    forget(output)
     return report
 
 
