@@ -107,6 +107,13 @@ def test_what_was_left_of_other_work_is_not_used_and_a_line_says_why(source, cha
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_warning_names_arguments_and_points_at_the_callers_line(source, tmp_path):
+    few = Calibration(tokens=600, refine_steps=0, polish_steps=0, length=16)
+    with pytest.warns(UserWarning, match=f"^resume=True: no run to {tmp_path / 'out'} was stopped") as told:
+        convert(source, 2, 1, output=tmp_path / "out", resume=True, calibration=few, verify=False)
+    assert [warning.filename for warning in told] == [__file__]
+
+
 def test_other_weights_are_told(source, tmp_path):
     interrupted(source, tmp_path / "out")
     with pytest.warns(UserWarning, match="another source weights"):

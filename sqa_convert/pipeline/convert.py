@@ -13,6 +13,7 @@ from ..checkpoints.staging import expanded
 from ..conversion.heads_by_layer import DEFAULT_ALLOCATION
 from ..conversion.request import CALIBRATED, DEFAULT_SHARD, Calibration, Request
 from ..errors import RecipeError
+from ..flags_as_arguments import in_arguments
 from ..heads import AUTO, Convert, Method, Partition
 from ..progress import Progress, in_notebooks
 from ..report.provenance import asked_from_python
@@ -135,7 +136,8 @@ def convert(
         columns=columns, device=device, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if why := differs(plan, opened, place, options):
-        warnings.warn(why, stacklevel=2)
+        told = in_arguments(why, convert, {"output": output, "resume": resume})
+        warnings.warn(told, stacklevel=5)  # of the caller: three decorators lie between
     if place is None:
         model, report = run_in_memory(plan, opened, options, progress)
         return Conversion(report, None, model, opened)
