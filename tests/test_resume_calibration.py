@@ -211,8 +211,14 @@ def test_with_a_function_of_ones_own_nothing_is_kept(source, tmp_path):
     def mine(heads, partition, statistics):
         return METHODS["first"].convert(heads, partition, statistics)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "out", Told(stage="polish"), method=mine, calibration=Calibration(**SHORT, refit=True))
+    how = {"method": mine, "calibration": Calibration(**SHORT, refit=True)}
+    with (
+        pytest.warns(UserWarning, match="^resume=True: mine is a method of your own, .* with it nothing is kept"),
+        pytest.raises(KeyboardInterrupt, match="^$"),
+    ):
+        run(source, tmp_path / "out", Told(stage="polish"), resume=True, **how)
+    with pytest.raises(QualityError, match="^no$"):
+        run(source, tmp_path / "out", Told(stage="convert", error=QualityError("no")), **how)
     assert os.listdir(tmp_path) == []
 
 

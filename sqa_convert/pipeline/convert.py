@@ -89,7 +89,8 @@ def convert(
         max_shard_size: of the largest weight file, such as "300MB"; by default "2GB".
         overwrite: replace an existing `output`.
         resume: go on with the calibration of a run to `output` that was stopped, where source, settings, device and
-            versions are the same; else a warning says what is not, and calibration begins anew.
+            versions are the same; else a warning says what is not, and calibration begins anew. Of a method of your
+            own nothing is kept.
         verify: of an `output`, read every tensor again; with `evaluate` also load it without this package.
         evaluate: measure source and result on held-out text; if that cannot be, the report says why. Needs `output`.
         data: that text, as `sqa_convert.text.documents.documents` takes it, or "self": what the source writes; by

@@ -63,6 +63,11 @@ def differs(plan: Plan, source: Source, output: Path | None, options: RunOptions
         raise RecipeError("--resume goes on beside an output folder: give --output")
     if plan.calibration is None:
         raise RecipeError("--resume goes on with calibration, and this conversion has none: leave it out")
+    if not _comparable(plan):
+        return (
+            f"--resume: {plan.method} is a method of your own, which may be another by now: with it nothing is kept; "
+            "calibration begins at its beginning"
+        )
     folder = folder_beside(output)
     known = _known(folder)
     if not known:
