@@ -214,10 +214,10 @@ def test_with_a_function_of_ones_own_nothing_is_kept(source, tmp_path):
     how = {"method": mine, "calibration": Calibration(**SHORT, refit=True)}
     with (
         pytest.warns(UserWarning, match="^resume=True: mine is a method of your own, .* with it nothing is kept"),
-        pytest.raises(KeyboardInterrupt, match="^$"),
+        pytest.raises(KeyboardInterrupt, match=r"^$"),
     ):
         run(source, tmp_path / "out", Told(stage="polish"), resume=True, **how)
-    with pytest.raises(QualityError, match="^no$"):
+    with pytest.raises(QualityError, match=r"^no$"):
         run(source, tmp_path / "out", Told(stage="convert", error=QualityError("no")), **how)
     assert os.listdir(tmp_path) == []
 

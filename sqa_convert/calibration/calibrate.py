@@ -123,7 +123,6 @@ def calibrate(
         report["kl"] = calibrator.kl(plan, chosen, trained)
     if shared:
         report["allocation"] = shared.told
-    kept.whole = True
     return Calibrated(chosen, report, plan, trained)
 
 

@@ -131,6 +131,8 @@ def _to_folder(
             check_loads(plan)
         check_copies(plan, source)
         calibrated = _calibrated(plan, source, options, progress, kept)
+        if kept is not None:
+            kept.whole = True
         plan = calibrated.plan
         calibrating, start = time.perf_counter() - start, time.perf_counter()
         records, sums = write_model(plan, source, folder, calibrated, options.verify, progress)
