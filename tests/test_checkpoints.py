@@ -183,6 +183,16 @@ def test_t5_encoder_alone(folder, tmp_path):
     assert torch.equal(identity(ids)[0], encoder(ids)[0])
 
 
+def test_layers_of_a_t5_encoder_keep_different_heads_whose_mean_is_no_pair_of_counts(folder, tmp_path):
+    T5EncoderModel(t5(layers=2).config).save_pretrained(folder)
+    made = convert(folder, allocation="8/4,6/2", output=tmp_path / "out")
+    assert (made.model.config.num_heads, made.model.config.num_key_value_heads) == (7, 3)
+    again = AutoModelForTextEncoding.from_pretrained(tmp_path / "out").eval()
+    assert [again.config.heads("encoder", layer) for layer in range(2)] == [(8, 4), (6, 2)]
+    ids = tokens()
+    assert torch.equal(again(ids)[0], made.model(ids)[0])
+
+
 def test_the_encoder_of_a_converted_t5_loads_on_its_own(tmp_path):
     whole = convert(save(t5(), tmp_path / "source"), 8, 4, output=tmp_path / "out").model
     ids = tokens()

@@ -50,7 +50,10 @@ class SQAT5Config(T5Config):
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
         super().validate_architecture()
+        own = {**(self.site_heads or {}), **(self.layer_heads or {})}
         for site in ("encoder", "decoder", "cross"):
+            if self.layer_heads and site not in own:
+                continue  # its numbers are the mean of others, as those of the decoder that an encoder alone lacks
             uneven = (self.layer_heads or {}).get(site)
             layers = self.num_layers if site == "encoder" else self.num_decoder_layers
             if uneven is not None and len(uneven) != layers:
