@@ -13,7 +13,7 @@ from sqa_convert.evaluation.load import load_model
 from sqa_convert.evaluation.measure import measured_by_document, predict
 from sqa_convert.evaluation.standard_errors import DocumentSums, by_position, document_numbers, gain, standard_error
 from sqa_convert.evaluation.worst_passages import spelled, worst_passages
-from sqa_convert.report.next_steps import RECIPES
+from sqa_convert.report.next_steps import RECIPES, more_heads
 from sqa_convert.report.report_json import read_report
 from sqa_convert.report.verdict import verdict
 from sqa_convert.report.write import write_report
@@ -110,6 +110,16 @@ def test_heads_shared_out_among_layers_are_advised_where_all_layers_have_as_many
         assert verdict(fitted).case == name and "--allocation adaptive" in verdict(fitted).next
         for other in ({"sites": layers[:1]}, {"calibration": None}, {"calibration": {"allocation": {}}}):
             assert "adaptive" not in verdict(fitted | other).next
+
+
+@pytest.mark.parametrize(("decoder", "flags"), [([8, 6], " (--q-groups 12 --kv-groups 6)"), (12, "")])
+def test_more_heads_are_named_where_every_kind_of_attention_was_converted(decoder, flags):
+    allocation = {"kept": True, "mean": [7, 4]}
+    given = report(row(0.75, 0.77), calibration={"allocation": allocation})
+    for side, heads in (("before", (12, 12)), ("after", ([8, 6], decoder))):
+        for key in ("query_heads", "key_value_heads"):
+            given["cost"][side][key] = dict(zip(("encoder", "decoder"), heads, strict=True))
+    assert more_heads(given) == flags
 
 
 def test_speed_that_was_measured_is_told_with_its_noise():

@@ -78,14 +78,16 @@ def folder_of(report: Mapping[str, Any]) -> str:
 
 
 def more_heads(report: Mapping[str, Any]) -> str:
-    """ "(--q-groups 10 --kv-groups 5)": about half of what was given up; "" where kinds differ."""
+    """ "(--q-groups 10 --kv-groups 5)": half of what was given up; "" where kinds differ, or one is not converted."""
     cost = report["cost"]
     counts = [cost[side][key] for side in ("before", "after") for key in ("query_heads", "key_value_heads")]
     kinds = [set(map(str, count.values())) for count in counts]
     shared = (report.get("calibration") or {}).get("allocation", {})
     if any(len(kind) != 1 for kind in kinds[:2]):
         return ""
-    if shared.get("kept"):
+    q_before, kv_before, q_after, kv_after = counts
+    everywhere = all((q_after[kind], kv_after[kind]) != (q_before[kind], kv_before[kind]) for kind in q_before)
+    if shared.get("kept") and everywhere:
         kinds[2:] = ({str(mean)} for mean in shared["mean"])
     if any(len(kind) != 1 or "[" in next(iter(kind)) for kind in kinds):
         return ""
