@@ -23,6 +23,7 @@ from sqa_convert.pipeline.preflight import prepared
 from sqa_convert.report.sentences import calibration_lines
 
 SHORT = Calibration(tokens=2048, refine_steps=4, polish_steps=0)
+BARE = Calibration(tokens=512, refine_steps=0, polish_steps=0)
 
 
 def uneven_need():
@@ -108,8 +109,8 @@ def test_heads_that_are_shared_out_and_lose_more_are_not(monkeypatch):
     """Layers whose costs are told the wrong way round."""
     told = allocation.site_costs
 
-    def upside_down(fitter, kl, asked):
-        return {counts: -cost for counts, cost in told(fitter, kl, asked).items()}
+    def upside_down(*given):
+        return {counts: -cost for counts, cost in told(*given).items()}
 
     monkeypatch.setattr(allocation, "site_costs", upside_down)
     made = convert(uneven_need(), 2, 2, calibration=SHORT)
@@ -117,6 +118,19 @@ def test_heads_that_are_shared_out_and_lose_more_are_not(monkeypatch):
     assert not told_of["kept"] and told_of["kl"] > told_of["kl_evenly"]
     assert {made.model.config.heads("decoder", layer) for layer in range(3)} == {(2, 2)}
     assert any("would not lose less" in line for line in calibration_lines(made.report))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"method": "svd", "partition": "contiguous"}, {"method": "mean", "calibration": replace(BARE, refit=True)}],
+    ids=["svd", "mean"],
+)
+def test_the_even_model_that_sharing_out_is_held_against_is_the_one_that_is_asked_for(asked):
+    """Neighbours together, where those are what is asked for, or what the method takes."""
+    source, how = gpt2(heads=6), {"calibration": BARE} | asked
+    told = convert(source, 2, 1, allocation="adaptive", **how).report["calibration"]["allocation"]
+    even = convert(source, 2, 1, allocation="uniform", **how).report["calibration"]
+    assert told["kl_evenly"] == pytest.approx(even["kl"], rel=1e-3)
 
 
 def test_means_stand_for_layers_that_differ(tmp_path, recwarn):

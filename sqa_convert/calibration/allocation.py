@@ -88,7 +88,7 @@ def weigh(
     """
     step_done()
     method = plan.own_method or (METHOD if plan.method == AUTO else plan.method)
-    made = fitter.convert(method, plan.partitions[site], True, refit)
+    made = fitter.convert(method, plan.partitions[site], plan.searched, refit)
     kl = replacement.kl({site: made.heads})
     return made, None if kl is None else site_costs(fitter, kl, _kept(plan, site))
 
