@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,8 @@ from transformers import AutoConfig, T5EncoderModel
 from sqa_convert import METHODS, Calibration, Partition, convert
 from sqa_convert.calibration import allocation
 from sqa_convert.calibration.calibrate import Calibrator
+from sqa_convert.calibration.fitter import SiteFitter
+from sqa_convert.calibration.replaced_sites import Replacement
 from sqa_convert.cli.convert import main
 from sqa_convert.conversion.heads_by_layer import as_text, counts_of
 from sqa_convert.conversion.request import Request
@@ -118,6 +121,18 @@ def test_heads_that_are_shared_out_and_lose_more_are_not(monkeypatch):
     assert not told_of["kept"] and told_of["kl"] > told_of["kl_evenly"]
     assert {made.model.config.heads("decoder", layer) for layer in range(3)} == {(2, 2)}
     assert any("would not lose less" in line for line in calibration_lines(made.report))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [(SiteFitter, "loss", math.nan), (SiteFitter, "loss", math.inf), (Replacement, "kl", -1e-9)],
+    ids=["no number", "infinite", "below zero"],
+)
+def test_layers_keep_as_many_where_nothing_tells_what_one_costs(owner, name, value, monkeypatch):
+    monkeypatch.setattr(owner, name, lambda *given: value)
+    made = convert(uneven_need(), 2, 2, calibration=BARE)
+    assert {made.model.config.heads("decoder", layer) for layer in range(3)} == {(2, 2)}
+    assert "allocation" not in made.report["calibration"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ the source, says what such a loss costs the predictions. Dynamic programming fin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,8 +33,8 @@ def site_costs(fitter: SiteFitter, kl: float, asked: Counts) -> dict[Counts, flo
 
     Args:
         fitter: of the site.
-        kl: of the source with the site alone converted to the counts that are asked for; at others it is taken to
-            follow the energy that is lost in closed form.
+        kl: of the source with the site alone converted to the counts that are asked for, by rounding perhaps below 0;
+            at others it is taken to follow the energy that is lost in closed form.
         asked: Hq, Hkv.
     """
     counts = list({asked: 0} | dict.fromkeys(some_head_counts(len(fitter.heads.query))))
@@ -41,7 +42,7 @@ def site_costs(fitter: SiteFitter, kl: float, asked: Counts) -> dict[Counts, flo
     for done, some in enumerate(counts):
         step_done(0.5 + 0.5 * done / len(counts))
         losses[some] = fitter.loss(*some)
-    price = kl / max(losses[asked], _LEAST)
+    price = max(kl, 0.0) / max(losses[asked], _LEAST)
     return {some: price * loss for some, loss in losses.items()}
 
 
@@ -78,7 +79,7 @@ class SharedOut:
 def weigh(
     fitter: SiteFitter, site: Site, replacement: Replacement, plan: Plan, refit: bool
 ) -> tuple[ConvertedSite, dict[Counts, float] | None]:
-    """A site converted evenly, and what it costs by its numbers of heads; None where nothing finite is predicted.
+    """A site converted evenly, and what it costs by its numbers of heads; None where not all of that is finite.
 
     Args:
         fitter: of the site.
@@ -90,7 +91,8 @@ def weigh(
     method = plan.own_method or (METHOD if plan.method == AUTO else plan.method)
     made = fitter.convert(method, plan.partitions[site], plan.searched, refit)
     kl = replacement.kl({site: made.heads})
-    return made, None if kl is None else site_costs(fitter, kl, _kept(plan, site))
+    costs = {} if kl is None else site_costs(fitter, kl, _kept(plan, site))
+    return made, costs if costs and all(map(math.isfinite, costs.values())) else None
 
 
 def shared_out(
@@ -99,8 +101,8 @@ def shared_out(
     plan: Plan,
     source: Source,
 ) -> SharedOut | None:
-    """Heads shared out among the layers of each kind of attention; None where they would lie as they do, or where a
-    layer alone leaves nothing finite to predict.
+    """Heads shared out among the layers of each kind of attention; None where they would lie as they do, or where not
+    all that a layer costs is finite.
 
     Args:
         weighed: of the plan's converted sites, as `weigh`.
