@@ -69,7 +69,8 @@ class SharedOut:
     """for the report"""
 
     def kept(self, fits: Mapping[Site, ConvertedSite]) -> bool:
-        """Whether fits of the plan are nearer to the source than even ones; told."""
+        """Whether fits of the plan are nearer to the source than the even ones of one method that layers were weighed
+        with; told."""
         kl = self.replacement.kl({site: fit.heads for site, fit in fits.items()})
         kept = kl is not None and (self.kl_evenly is None or kl < self.kl_evenly)
         self.told.update(kl=kl, kl_evenly=self.kl_evenly, kept=kept)
