@@ -11,11 +11,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from sqa_convert import Calibration, convert, convert_modules
-from sqa_convert.calibration.distillation_loss import Targets, aligned_labels, distillation_loss, instead_of_logits
+from sqa_convert.calibration.distillation_loss import Targets, aligned_labels, distillation_loss
 from sqa_convert.evaluation.evaluate import compare
 from sqa_convert.evaluation.generation import answer_scores, continuations
 from sqa_convert.evaluation.held_out_batches import HeldOut
 from sqa_convert.evaluation.held_out_text import prepare
+from sqa_convert.evaluation.instead_of_logits import instead_of_logits
 from sqa_convert.evaluation.load import load_config, load_model
 from sqa_convert.layers import KeyValueCache, SparseQueryAttention
 from sqa_convert.speed.bench import bench

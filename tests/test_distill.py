@@ -1,9 +1,13 @@
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from helpers import gpt2, t5, tokens
 
 from sqa_convert.calibration import distillation_loss as distill
-from sqa_convert.calibration.distillation_loss import Targets, aligned_labels, distillation_loss, instead_of_logits
+from sqa_convert.calibration.distillation_loss import Targets, aligned_labels, distillation_loss
+from sqa_convert.evaluation.held_out_batches import HeldOut
+from sqa_convert.evaluation.instead_of_logits import instead_of_logits
+from sqa_convert.evaluation.measure import predict
 from sqa_convert.text.collate import IGNORED
 
 
@@ -65,6 +69,25 @@ def test_cross_entropy_through_the_head_is_the_models_own_loss(make):
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-5)
     assert model(**batch).logits.shape == expected.logits.shape  # the head is itself again
+
+
+@pytest.mark.parametrize("run", ["predict", "hidden states"])
+def test_a_hook_that_accelerate_has_put_around_a_head_stays(run):
+    model, ids, calls = gpt2(), tokens(2, 9), []
+
+    class Counted(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    add_hook_to_module(model.lm_head, Counted())
+    if run == "predict":
+        predict(model, HeldOut([{"input_ids": ids, "labels": ids}], "", 0, torch.device("cpu")))
+    else:
+        assert distill.hidden_states(model, {"input_ids": ids}).shape == (2, 9, 48)
+    assert calls == []  # as the head was not needed
+    model(ids)
+    assert calls == [model.lm_head]
 
 
 def test_the_loss_of_bfloat16_logits_is_summed_in_float32():

@@ -6,8 +6,7 @@ time are enough for the loss and for its gradient: both are computed in the forw
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from ..evaluation.instead_of_logits import instead_of_logits
 from ..text.collate import IGNORED
 
 _CHUNK_LOGITS = (2**23, 2**26)  # at a time: elsewhere, and on CUDA, where small products are slow
@@ -145,20 +145,3 @@ def hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
     """(B, T, D), what a model's head is given in a forward pass."""
     with instead_of_logits(model, lambda hidden, weight: hidden):
         return model(**inputs).logits
-
-
-@contextlib.contextmanager
-def instead_of_logits(model: Any, compute: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Within the block the model returns, under the name `logits`, what `compute` makes of hidden states and the head.
-
-    That happens inside of the model's forward pass, where DDP, FSDP and DeepSpeed expect its parameters to be used.
-
-    Args:
-        compute: is given the hidden states (B, T, D) and the head's weight (V, D).
-    """
-    head = model.get_output_embeddings()
-    head.forward = lambda hidden: compute(hidden, head.weight)
-    try:
-        yield
-    finally:
-        del head.forward

@@ -15,6 +15,7 @@ from ..progress import step_done
 from ..text.collate import IGNORED
 from ..text.suitability import misfits
 from .held_out_batches import HeldOut
+from .instead_of_logits import instead_of_logits
 from .standard_errors import DocumentSums, by_position, document_numbers, standard_error
 from .worst_passages import worst_passages
 
@@ -65,21 +66,19 @@ def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] 
     """Runs a model over held-out text; its head is not computed. `step` is called after each batch."""
     device = held_out.device
     model.to(device).eval()
-    head = model.get_output_embeddings()
     caught: list[Tensor] = []
     weight: list[Tensor] = []
 
-    def catch(module: Any, inputs: tuple[Tensor]) -> None:
-        caught.append(inputs[0])
+    def catch(states: Tensor, head: Tensor) -> Tensor:
+        caught.append(states)
         if not weight:  # here it is whole, also when its storage is shared out among processes
-            weight.append(module.weight.detach().float().clone())
+            weight.append(head.detach().float().clone())
+        return states
 
-    hook = head.register_forward_pre_hook(catch)
     hidden, labels = [], []
     documents: list[Tensor] = []
     shift = not model.config.is_encoder_decoder
-    head.forward = lambda hidden: hidden
-    try:
+    with instead_of_logits(model, catch):
         for batch in held_out.batches:
             inputs = model_inputs(model, batch, device)
             if "labels" in inputs:  # else the model computes a loss
@@ -94,9 +93,6 @@ def predict(model: PreTrainedModel, held_out: HeldOut, step: Callable[[], None] 
             labels.append(targets.flatten().to(device)[predicted])
             documents.append(numbers[predicted.cpu()])
             step()
-    finally:
-        hook.remove()
-        del head.forward
     return Predictions(torch.cat(hidden), weight[0], torch.cat(labels), torch.cat(documents))
 
 
