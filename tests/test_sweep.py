@@ -7,16 +7,27 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import gpt2, t5
+import torch
+from helpers import gpt2, t5, tokens
 
 from sqa_convert import Calibration, convert, sweep
 from sqa_convert.calibration import site_fits
+from sqa_convert.calibration.lean_copy import lean_copy
 from sqa_convert.calibration.replaced_sites import Replacement
+from sqa_convert.checkpoints.in_memory import ModelSource
 from sqa_convert.cli.convert import main as convert_command
 from sqa_convert.cli.sweep import main
+from sqa_convert.conversion.convert_site import convert_site
+from sqa_convert.conversion.plan import make_plan
+from sqa_convert.conversion.request import Request
 from sqa_convert.errors import QualityError, RecipeError
+from sqa_convert.evaluation.held_out_batches import HeldOut
+from sqa_convert.evaluation.measure import kl_to, predict
+from sqa_convert.pipeline import fitted_models
 from sqa_convert.pipeline.sweep import default_settings
 from sqa_convert.pipeline.sweep_points import Point, Target, asked_flags, pick, rank_correlation, with_frontier
+from sqa_convert.report.sweep_report import sweep_lines
+from sqa_convert.text.collate import CausalCollator
 
 SHORT = Calibration(tokens=2048, refine_steps=4, polish_steps=0)
 FEW = ["--settings", "3/1,2/1", "--calibration-tokens", "2048", "--refine-steps", "0", "--no-speed"]
@@ -100,6 +111,34 @@ def test_a_point_is_measured_as_its_conversion_is():
     (point,) = sweep("sample:gpt2", [(8, 4)], calibration=few, speed=False)
     made = convert("sample:gpt2", 8, 4, method="svd", allocation="uniform", calibration=few)
     assert point.kl == pytest.approx(made.evaluate()["model"]["kl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [gpt2, pytest.param(t5, marks=pytest.mark.integration)], ids=["gpt2", "t5"])
+def test_where_float32_does_not_fit_points_are_measured_in_place_and_not_timed(make, tmp_path, monkeypatch):
+    source, how = make(heads=4), {"settings": [(2, 1)], "calibration": SHORT, "device": "cpu"}
+    source.save_pretrained(tmp_path)
+    expected = sweep(source, **how, speed=False)
+    monkeypatch.setattr(fitted_models, "load_source", lambda plan, opened, *given: lean_copy(plan, opened))
+    monkeypatch.setattr(fitted_models, "build_model", lambda *given: pytest.fail("a second model was made"))
+    points = sweep(tmp_path, **how)
+    assert points[0].name == "2/1" and not any(p.prefill or p.decode for p in points)
+    assert points.info["timed_tokens"] is None and "too little memory" in " ".join(sweep_lines(points.to_json()))
+    assert points[0].kl == pytest.approx(expected[0].kl, rel=0.2)
+    with pytest.raises(RecipeError, match=r"too little memory: speed=False leaves times out"):
+        sweep(tmp_path, **how, speed=True)
+
+
+def test_documents_in_one_row_are_apart_where_heads_are_replaced():
+    model = gpt2(heads=4)
+    source = ModelSource(model)
+    made = convert(model, 4, 2, method="mean", calibration=None)
+    plan = make_plan(source, Request(4, 2, method="mean", calibration=None))
+    ids = tokens(2, 17).index_fill(1, torch.tensor([5, 11]), 0)
+    text = HeldOut([CausalCollator(0)([*enumerate(ids)])], "", 0, torch.device("cpu"))
+    replaced = Replacement(model, plan, text, predict(model, text))
+    heads = {site: convert_site(plan, source, site).heads.tensors() for site in plan.converted_sites}
+    expected = kl_to(replaced.source, text, made.model)
+    assert replaced.kl(heads) == pytest.approx(expected, rel=1e-4) and expected > 0.001
 
 
 def test_the_frontier_is_timed():

@@ -14,7 +14,7 @@ from . import convert_flags as flags
 from .brief_help import HelpAll, brief, examples
 from .console import Out, run_app
 from .flags import EXIT_CODES, AsJson, Device, Quiet, Verbose, Version, make_app
-from .targets import read_targets, told
+from .targets import needs_times, read_targets, told
 
 RESULT, PICTURE = "sweep.json", "frontier.svg"
 
@@ -65,7 +65,8 @@ def sweep_command(
     asked: dict[str, Any] = {
         "settings": None if settings is None else read_settings(settings), "sites": sites, "data": data,
         "text_column": text_column or TEXT_COLUMN, "revision": revision, "subfolder": subfolder, "tokenizer": tokenizer,
-        "trust_remote_code": trust_remote_code, "device": device, "seed": seed, "speed": not no_speed,
+        "trust_remote_code": trust_remote_code, "device": device, "seed": seed,
+        "speed": False if no_speed else needs_times(targets) or None,
         "calibration": Calibration(tokens=calibration_tokens, refine_steps=refine_steps),
     }  # fmt: skip
     from ..checkpoints.small_files import write_json

@@ -28,6 +28,12 @@ def read_targets(texts: list[str] | None, timed: bool = True) -> list[Target]:
     return targets
 
 
+def needs_times(targets: list[Target]) -> bool:
+    from ..pipeline.sweep_points import TIMED
+
+    return any(target.measure in TIMED for target in targets)
+
+
 def told(points: Sweep, targets: list[Target]) -> tuple[Point, bool, str]:
     """The point that targets pick, whether it holds them, and a sentence that says so."""
     from ..pipeline.sweep_points import pick
@@ -54,7 +60,6 @@ def aimed(model: str, request: Request, asked: list[str], options: RunOptions, o
         raise RecipeError("--target needs text that heads are fitted on: leave out --no-calibration")
     out.quieten_libraries()
     from ..pipeline.sweep import sweep
-    from ..pipeline.sweep_points import TIMED
 
     with out.progress() as progress:
         points = sweep(
@@ -63,7 +68,7 @@ def aimed(model: str, request: Request, asked: list[str], options: RunOptions, o
             calibration=request.calibration or CALIBRATED,
             data=options.data,
             text_column=options.text_column or TEXT_COLUMN,
-            speed=any(target.measure in TIMED for target in targets),
+            speed=needs_times(targets),
             device=options.device,
             seed=options.seed,
             trust_remote_code=options.trust_remote_code,

@@ -47,6 +47,8 @@ def sweep_lines(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"prefill of {result['timed_tokens']:,} tokens and a decoding step behind them, one row, timed here"
         )
+    if why := result["not_timed"]:
+        lines.append(f"nothing was timed: {why}; all else is of the source in bfloat16")
     if result["spearman"] is not None:
         lines.append(
             f"what layers cost alone, added up, ranks these points as measured: Spearman {result['spearman']:.3f}"
