@@ -25,7 +25,15 @@ from sqa_convert.evaluation.held_out_batches import HeldOut
 from sqa_convert.evaluation.measure import kl_to, predict
 from sqa_convert.pipeline import fitted_models
 from sqa_convert.pipeline.sweep import default_settings
-from sqa_convert.pipeline.sweep_points import Point, Target, asked_flags, pick, rank_correlation, with_frontier
+from sqa_convert.pipeline.sweep_points import (
+    Point,
+    Target,
+    asked_flags,
+    calibration_flags,
+    pick,
+    rank_correlation,
+    with_frontier,
+)
 from sqa_convert.report.sweep_report import sweep_lines
 from sqa_convert.text.collate import CausalCollator
 
@@ -177,12 +185,27 @@ def test_fits_that_are_not_finite_give_no_points(monkeypatch):
         sweep(gpt2(heads=2, layers=1), [(1, 1)], calibration=SHORT, speed=False)
 
 
+def test_a_target_that_does_not_hold_names_the_whole_command(monkeypatch, called, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    gpt2(heads=2).save_pretrained("source")
+    few = ["--calibration-tokens", "400", "--refine-steps", "0", "--memory", "8GB", "--dtype", "bfloat16"]
+    code, _, err = partial(called, convert_command)("source", "--target", "flops<=0.01x", *few, "--seed", "3")
+    assert code == 4
+    assert err.endswith("--memory 8GB --seed 3 --dtype bfloat16 --calibration-tokens 400 --refine-steps 0\n")
+
+
 def test_commands_say_what_else_was_asked():
     rows, few = [list(range(i, i + 20)) for i in range(1, 40)], Calibration(tokens=400, refine_steps=0)
     source = t5(heads=2, layers=2)
     points = sweep(source, [(1, 1)], sites=iter(["encoder"]), data=iter(rows), calibration=few, speed=False)
     command = points.to_json()["points"][0]["command"]
     assert command.endswith("--q-groups 1 --kv-groups 1 --allocation uniform --sites encoder")
+    how = Calibration(tokens="1M", refine_steps=4, memory="8GB", effort="light", refit=False, prompts="begin.txt")
+    fitting = make_plan(ModelSource(gpt2()), Request(4, 2, calibration=how)).calibration
+    flags = "--calibration-prompts begin.txt --calibration-tokens 1000000 --no-refit --effort light --memory 8GB"
+    assert asked_flags(calibration_flags(how, fitting)) == f" {flags}"
+    points = sweep(gpt2(heads=2), [(1, 1)], calibration=few, speed=False, device="cpu", seed=3, trust_remote_code=True)
+    assert points.to_json()["points"][0]["command"].endswith("uniform --seed 3 --device cpu --trust-remote-code")
     asked = {"data": "my text.txt", "calibration": None, "text-column": "", "tokenizer": source}
     assert points[0].command("m", asked_flags(asked)).endswith(" --allocation uniform --data 'my text.txt'")
 

@@ -60,6 +60,7 @@ def aimed(model: str, request: Request, asked: list[str], options: RunOptions, o
         raise RecipeError("--target needs text that heads are fitted on: leave out --no-calibration")
     out.quieten_libraries()
     from ..pipeline.sweep import sweep
+    from ..pipeline.sweep_points import asked_flags
 
     with out.progress() as progress:
         points = sweep(
@@ -77,8 +78,23 @@ def aimed(model: str, request: Request, asked: list[str], options: RunOptions, o
         )
     point, holds, said = told(points, targets)
     if not holds:
-        raise QualityError(f"{said}; to convert to that: {point.command(model, points.info['asked_flags'])}")
+        flags = points.info["asked_flags"]
+        flags += asked_flags(_not_swept(request, flags))
+        raise QualityError(f"{said}; to convert to that: {point.command(model, flags)}")
     out.result(said)
     if point.allocation != UNIFORM:
         return replace(request, allocation=as_text(point.layers))
     return replace(request, q_groups=point.q_groups, kv_groups=point.kv_groups, allocation=UNIFORM)
+
+
+def _not_swept(request: Request, flags: str) -> dict[str, Any]:
+    """What a conversion is asked that is not among the flags of a sweep."""
+    usual, asked = Request(), request.calibration or CALIBRATED
+    told = {name: getattr(request, name) for name in ("method", "partition", "dtype")}
+    told = {name: given for name, given in told.items() if given != getattr(usual, name)}
+    numbers = {
+        "calibration-tokens": asked.tokens,
+        "refine-steps": asked.refine_steps,
+        "polish-steps": asked.polish_steps,
+    }
+    return told | {name: str(n) for name, n in numbers.items() if n is not None and f" --{name} " not in flags}

@@ -28,7 +28,15 @@ from .fitted_models import MEASURE, TIME, TOO_LARGE_TO_TIME, FittedModels
 from .planned_stages import planned_stages
 from .preflight import check_run, fitted_to, prepared
 from .run_options import RunOptions
-from .sweep_points import Point, asked_flags, default_settings, pairs_of, rank_correlation, with_frontier
+from .sweep_points import (
+    Point,
+    asked_flags,
+    calibration_flags,
+    default_settings,
+    pairs_of,
+    rank_correlation,
+    with_frontier,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,8 +115,6 @@ def sweep(
     sites = sites if isinstance(sites, str | None) else ",".join(sites)
     tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
     where = {"revision": revision, "subfolder": subfolder, "tokenizer": tokenizer}
-    named = {"sites": sites, "data": data, "text-column": "" if text_column == TEXT_COLUMN else text_column}
-    flags = asked_flags(named | {"calibration": calibration.text} | where)
     opened, plan, settings = _planned(source, settings, sites, calibration, data, text_column, **where)
     options = RunOptions(
         data=data,
@@ -134,7 +140,7 @@ def sweep(
     info = {
         "schema": 1,
         "source": opened.name,
-        "asked_flags": flags,
+        "asked_flags": asked_flags({"sites": sites, **_flags(options, calibration, plan), **where}),
         "source_heads": plan.dimensions.heads,
         "data": work.text.name,
         "tokens": work.text.tokens or work.calibrator.text.held_out_tokens,
@@ -146,6 +152,15 @@ def sweep(
         "machine": machine(device_name(choose_device(device))),
     }
     return Sweep(points, info)
+
+
+def _flags(options: RunOptions, calibration: Calibration, plan: Plan) -> dict[str, Any]:
+    """What a conversion needs to be told to give what was swept, by flags."""
+    assert plan.calibration is not None
+    flags = {"data": options.data, **calibration_flags(calibration, plan.calibration), "seed": options.seed}
+    flags |= {} if options.text_column == TEXT_COLUMN else {"text-column": options.text_column}
+    device = "" if options.device == "auto" else options.device
+    return flags | {"device": device, "trust-remote-code": options.trust_remote_code}
 
 
 def _planned(

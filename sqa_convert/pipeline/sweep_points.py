@@ -6,11 +6,15 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
 from typing import Any
 
+from ..conversion.fitting import Fitting
 from ..conversion.heads_by_layer import UNIFORM, CountsByLayer, as_text
+from ..conversion.request import Calibration
 from ..errors import RecipeError, shown
 from ..heads.allocate import Counts, some_head_counts
+from ..text.formats import TEXT_COLUMN
 
 MEASURES = {
     "kl": "KL divergence to the source on held-out text, nats a token",
@@ -89,10 +93,37 @@ def default_settings(heads: int) -> list[Counts]:
 
 
 def asked_flags(asked: Mapping[str, Any]) -> str:
-    """What else was asked of a sweep, as flags of sqa-convert: those that are text."""
+    """What else was asked of a sweep, as flags of sqa-convert: those that a command line can say."""
+    said = {flag: given for flag, given in asked.items() if given and isinstance(given, str | int | PathLike)}
     return "".join(
-        f" --{flag} {shlex.quote(given)}" for flag, given in asked.items() if given and isinstance(given, str)
+        f" --{flag}" + ("" if given is True else f" {shlex.quote(str(given))}") for flag, given in said.items()
     )
+
+
+def calibration_flags(calibration: Calibration, fitting: Fitting) -> dict[str, Any]:
+    """What was asked of calibration, by flags of sqa-convert.
+
+    Of text and steps what is more than a conversion takes by itself: who sweeps with less wants a look, no conversion.
+    """
+    usual = {name: getattr(fitting.effort, name) for name in ("tokens", "refine_steps", "polish_steps")}
+    usual["tokens"] = max(usual["tokens"], fitting.needed)
+    more = {name: n for name in usual if name in fitting.asked and (n := getattr(fitting, name)) > usual[name]}
+    return {
+        "calibration": calibration.text,
+        "calibration-prompts": calibration.prompts,
+        "calibration-length": calibration.length,
+        "calibration-tokens": more.get("tokens"),
+        "refine-steps": more.get("refine_steps"),
+        "polish-steps": more.get("polish_steps"),
+        "refit": calibration.refit is True,
+        "no-refit": calibration.refit is False,
+        "effort": "" if calibration.effort == Calibration.effort else calibration.effort,
+        "memory": calibration.memory,
+        "text-column": "" if calibration.text_column == TEXT_COLUMN else calibration.text_column,
+        "source-column": calibration.source_column,
+        "target-column": calibration.target_column,
+        "prefix": calibration.prefix,
+    }
 
 
 def pairs_of(settings: Any) -> list[Counts]:
