@@ -30,6 +30,11 @@ def test_help_is_three_panels_of_what_is_needed_first_and_help_all_is_all(name, 
     assert called(module.main, "--help")[1] == brief  # not changed by what was shown before
 
 
+def test_help_says_that_numbers_of_heads_are_means(called):
+    words = called(convert.main, "--help")[1].replace("│", " ").split()
+    assert "Query heads that a layer keeps, on average." in " ".join(words)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_bare_command_shows_its_help(name, called):
     code, out, err = called(COMMANDS[name].main)

@@ -9,6 +9,9 @@ import torch
 from helpers import gpt2, t5
 
 from sqa_convert import METHODS, Calibration, Partition, convert, load
+from sqa_convert.checkpoints.in_memory import ModelSource
+from sqa_convert.conversion.plan import make_plan
+from sqa_convert.conversion.request import Request
 from sqa_convert.errors import CheckpointError, RecipeError
 from sqa_convert.heads import AttentionHeads, Method, register_method
 from sqa_convert.heads.statistics import Statistics
@@ -304,3 +307,11 @@ def test_a_model_comes_back_in_the_dtype_that_it_was_moved_to(make, tmp_path):
         }
         assert model.config.dtype == torch.bfloat16
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("needs_statistics", [True, False])
+def test_heads_are_shared_out_by_a_method_that_has_a_name_and_wants_statistics(needs_statistics, registered):
+    registered("last", needs_statistics=needs_statistics)(last)
+    source = ModelSource(gpt2(heads=4))
+    assert make_plan(source, Request(2, 1, method="last")).shares_out == needs_statistics
+    assert not make_plan(source, Request(2, 1, method=last)).shares_out

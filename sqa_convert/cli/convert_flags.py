@@ -34,13 +34,13 @@ QGroups = Annotated[
         "--q-groups",
         metavar="N",
         rich_help_panel=HEADS,
-        help="Query heads to keep. (Elsewhere 'query groups' counts key/value heads; here it is query heads.)",
+        help="Query heads that a layer keeps, on average. ('Query groups' elsewhere counts key/value heads.)",
     ),
 ]
 
 KvGroups = Annotated[
     int | None,
-    typer.Option("--kv-groups", metavar="M", rich_help_panel=HEADS, help="Key/value heads to keep; M must divide N."),
+    typer.Option("--kv-groups", metavar="M", rich_help_panel=HEADS, help="Key/value heads, likewise. M must divide N."),
 ]
 
 Variant = Annotated[

@@ -78,9 +78,9 @@ class Request:
     """What is asked of a conversion."""
 
     q_groups: int | None = None
-    """query heads to keep, Hq <= H"""
+    """query heads to keep in each layer, Hq <= H; the mean of layers that they are shared out among"""
     kv_groups: int | None = None
-    """key/value heads to keep, a divisor of `q_groups`"""
+    """key/value heads to keep, likewise; a divisor of `q_groups`"""
     variant: str | None = None
     """instead of the two numbers, a name of `sqa_convert.VARIANTS`"""
     method: str | Method | Convert = AUTO

@@ -63,7 +63,8 @@ def register_method(
         summary: one line, for `--list-methods`; by default the first of the function's docstring.
         source: where it was published; by default where the function is defined.
         needs_statistics: whether the function is to be given `Statistics`. Then it is also treated as `svd` is: its
-            partition is searched for, and what it returns is refitted and refined on text unless told otherwise.
+            partition is searched for, what it returns is refitted and refined on text, and heads are shared out among
+            layers, unless told otherwise.
 
     Returns:
         What registers a function and returns it unchanged. The function takes the H heads of one attention, their

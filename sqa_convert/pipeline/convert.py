@@ -67,8 +67,8 @@ def convert(
 
     Args:
         source: a hub id, a folder, "sample:gpt2", "sample:t5", or a model in memory, compiled or in parallel too.
-        q_groups: query heads to keep, Hq <= H.
-        kv_groups: key/value heads to keep, a divisor of `q_groups`.
+        q_groups: query heads to keep in each layer, Hq <= H; their mean where `allocation` shares them out.
+        kv_groups: key/value heads to keep, likewise; a divisor of `q_groups`.
         method: by default "auto", which tries several on text and takes the best; or a name of `sqa_convert.METHODS`,
             a `Method`, or a function as `register_method` takes it, which is given statistics.
         output: a folder for the result; None keeps it in memory.
