@@ -160,9 +160,9 @@ def _arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[s
         flag, negated = _flag(name), f"--no-{_flag(name)[2:]}"
         if "bool" not in words:
             known |= {flag: _Argument(name, value), negated: _Argument(name, fixed="None")}
-        elif parameter.default is True:
+        if "bool" in words and parameter.default is not False:
             known[negated] = _Argument(name, fixed="False")
-        else:
+        if "bool" in words and parameter.default is not True:
             known[flag] = _Argument(name, fixed="True")
         for kind in (*map(names.get, words), type(parameter.default), type(value)):
             if isinstance(kind, type) and dataclasses.is_dataclass(kind):
