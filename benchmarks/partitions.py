@@ -19,7 +19,7 @@ from sqa_convert.conversion.convert_site import read_norm, read_site
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Request
 from sqa_convert.heads import Partition
-from sqa_convert.heads.group_cost import GroupCost
+from sqa_convert.heads.group_cost import CircuitGrams, GroupCost
 from sqa_convert.heads.statistics import from_norms
 
 RESULTS = Path(__file__).resolve().parent / "results" / "partitions.json"
@@ -39,14 +39,14 @@ def main() -> None:
                 norms = [read_norm(plan, source, prefix) for prefix in plan.family.norms(site)]
                 known = from_norms(heads, plan.family.attention(site, plan.source_config), *norms)
                 generator = torch.Generator().manual_seed(0)
-                cost = GroupCost(heads, known, q // kv, generator)
+                cost = GroupCost(CircuitGrams(heads, known), q // kv, generator)
                 partitions = {"cheapest": how.search(heads, known, q, kv, generator)}
                 how._MOST_COSTS = 0  # as with many heads
                 partitions["by pairs"] = how.search(heads, known, q, kv, generator)
                 how._MOST_COSTS = most
                 partitions["neighbours"] = Partition.contiguous(heads.query.shape[0], q, kv)
                 for way, partition in partitions.items():
-                    total[way] += sum(map(cost.cost, partition.groups))
+                    total[way] += sum(cost.costs(partition.groups))
             found[f"{name} {q}/{kv}"] = {way: round(value / total["cheapest"], 4) for way, value in total.items()}
             print(name, q, kv, found[f"{name} {q}/{kv}"], flush=True)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")

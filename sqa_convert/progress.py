@@ -32,6 +32,7 @@ class Stages:
     def __init__(self, progress: Progress, planned: Sequence[str] = ()) -> None:
         self._progress = progress
         self._began: list[tuple[str, float]] = []
+        self._share = 0.0
         plan = getattr(progress, "plan", None)
         if plan is not None and planned:
             plan(list(planned))
@@ -39,12 +40,15 @@ class Stages:
     def __call__(self, stage: str, done: int, total: int, news: str = "") -> None:
         if not self._began or stage != self._began[-1][0]:
             self._began.append((stage, time.perf_counter()))
+        self._share = 0.0
         self._progress(stage, done, total, news)
 
-    def within(self, share: float) -> None:
+    def within(self, share: float | None) -> None:
+        """Of the step that is being done; None where no more is done than before, and the work goes on."""
+        self._share = self._share if share is None else share
         within = getattr(self._progress, "within", None)
         if within is not None:
-            within(share)
+            within(self._share)
 
     def seconds(self) -> list[dict[str, Any]]:
         """[{"name", "seconds"}] of each stage up to now, in their order; a stage ends where the next begins."""
@@ -55,21 +59,21 @@ class Stages:
         ]
 
 
-_within: ContextVar[Callable[[float], None] | None] = ContextVar("within", default=None)
+_within: ContextVar[Callable[[float | None], None] | None] = ContextVar("within", default=None)
 
 
 @contextlib.contextmanager
-def told_within(progress: Any) -> Iterator[None]:
-    """In the block `step_done` tells a Progress that has `within`."""
-    token = _within.set(getattr(progress, "within", None))
+def told_within(stages: Stages) -> Iterator[None]:
+    """In the block `step_done` tells them."""
+    token = _within.set(stages.within)
     try:
         yield
     finally:
         _within.reset(token)
 
 
-def step_done(share: float = 0.0) -> None:
-    """Says, from deep inside, that the work goes on: so much of the step that is being done, 0 to 1."""
+def step_done(share: float | None = None) -> None:
+    """Says, from deep inside, that the work goes on: so much of the step that is being done, 0 to 1, or as before."""
     tell = _within.get()
     if tell is not None:
         tell(share)

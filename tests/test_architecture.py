@@ -58,6 +58,7 @@ MATHEMATICS = {
     "refit",
     "restored_half",
     "search",
+    "one_thread",
     "site_inputs",
     "statistics",
 }

@@ -128,10 +128,10 @@ def test_an_exact_search_finds_the_cheapest_of_all_partitions():
         tuple(sorted(tuple(sorted((tuple(sorted(o[3 * g : 3 * g + 2])), o[3 * g + 2 : 3 * g + 3]))) for g in (0, 1)))
         for o in permutations(range(6))
     }
-    cheapest = min(sum(cost.cost(group) for group in groups) for groups in every)
+    cheapest = min(sum(cost.costs(groups)) for groups in every)
     found = search(heads, known, 4, 2, generator())
-    assert sum(cost.cost(group) for group in found.groups) == pytest.approx(cheapest)
-    contiguous = sum(cost.cost(group) for group in Partition.contiguous(6, 4, 2).groups)
+    assert sum(cost.costs(found.groups)) == pytest.approx(cheapest)
+    contiguous = sum(cost.costs(Partition.contiguous(6, 4, 2).groups))
     assert sum(map(cost, arrange(tuple(range(6)), 2, cost, generator()))) == pytest.approx(cheapest)
     assert cheapest < contiguous
 
@@ -185,7 +185,7 @@ def test_groups_found_by_their_pairs_cost_little_more_than_the_cheapest(kind, mo
     cheapest = search(heads, known, 8, 4, generator())
     monkeypatch.setattr(search_module, "_MOST_COSTS", 0)
     found = search(heads, known, 8, 4, generator())
-    best, by_pairs = (sum(map(cost.cost, partition.groups)) for partition in (cheapest, found))
+    best, by_pairs = (sum(cost.costs(partition.groups)) for partition in (cheapest, found))
     assert best * (1 - 1e-9) <= by_pairs < 1.1 * best
 
 

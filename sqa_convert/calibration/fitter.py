@@ -99,7 +99,7 @@ class SiteFitter:
         """Energy of the output that such counts lose in closed form, in a good partition, before any fit."""
         counts = q_groups, kv_groups
         found = self._found.get(counts) or search_by(self._grams, *counts, self._generator(), LITTLE_WORK)
-        return sum(map(GroupCost(self._grams, 1, self._generator()).cost, found.groups))
+        return sum(GroupCost(self._grams, 1, self._generator()).costs(found.groups))
 
     @cached_property
     def _grams(self) -> CircuitGrams:

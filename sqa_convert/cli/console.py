@@ -22,6 +22,7 @@ from ..flags_as_arguments import flags_named
 from ..progress import hear_others
 from ..report.provenance import asked_by
 from .brief_help import called_here
+from .busy_cores import let_threads_sleep_where_cores_are_busy
 from .stage_display import showing
 from .streams import forgiving_streams
 from .tables_that_fit import fitted_table
@@ -46,6 +47,8 @@ class Out:
         Args:
             transformers: whether it is going to be used; importing it takes longer than many a conversion.
         """
+        if transformers:
+            let_threads_sleep_where_cores_are_busy()
         if self.verbose:
             hear_others()
             return

@@ -60,6 +60,11 @@ def _first_sets(rest: Group, size: int, extra: int) -> Iterator[tuple[Group, Gro
             yield first, tuple(h for h in rest if h not in first), extra - (length > size)
 
 
+def even_sizes(members: int, parts: int) -> set[int]:
+    """Of the sets."""
+    return {members // parts, -(-members // parts)}
+
+
 def even_partitions(members: Group, parts: int) -> Iterator[Groups]:
     """All partitions into `parts` sets of even sizes."""
     size, extra = divmod(len(members), parts)

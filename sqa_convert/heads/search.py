@@ -7,12 +7,13 @@ best found by swaps; what they cost together decides between that and neighbours
 from __future__ import annotations
 
 import math
-from itertools import islice
+from itertools import combinations, islice
 
 import torch
 
-from .cheapest_sets import MOST_MEMBERS, even_partitions, exact, starts, swapped
+from .cheapest_sets import MOST_MEMBERS, even_partitions, even_sizes, exact, starts, swapped
 from .group_cost import MOST_SPLITS, CircuitGrams, GroupCost, PairCost
+from .one_thread import one_thread
 from .partition import Partition
 from .statistics import Statistics
 from .weights import AttentionHeads
@@ -32,6 +33,7 @@ def search(
     return search_by(CircuitGrams(heads, statistics), q_groups, kv_groups, generator)
 
 
+@one_thread()
 def search_by(
     grams: CircuitGrams, q_groups: int, kv_groups: int, generator: torch.Generator, most_work: float = MOST_WORK
 ) -> Partition:
@@ -55,6 +57,7 @@ def search_by(
     members, clusters = tuple(range(count)), q_groups // kv_groups
     if count <= MOST_MEMBERS and _affordable(count, kv_groups, clusters, d, most_work):
         cost = GroupCost(grams, clusters, generator)
+        cost.prepare(group for size in even_sizes(count, kv_groups) for group in combinations(members, size))
         groups = exact(members, kv_groups, cost)
     else:
         cost = GroupCost(grams, clusters, generator, _COMPARED_SPLITS)
