@@ -13,7 +13,7 @@ from helpers import gpt2, t5
 from transformers import AutoConfig, T5EncoderModel
 
 from sqa_convert import METHODS, Calibration, Partition, convert
-from sqa_convert.calibration import allocation
+from sqa_convert.calibration import allocation, calibrate
 from sqa_convert.calibration.calibrate import Calibrator
 from sqa_convert.calibration.fitter import SiteFitter
 from sqa_convert.calibration.replaced_sites import Replacement
@@ -24,6 +24,7 @@ from sqa_convert.errors import RecipeError
 from sqa_convert.heads.allocate import allocate, head_counts
 from sqa_convert.pipeline.preflight import prepared
 from sqa_convert.report.sentences import calibration_lines
+from sqa_convert.text import quick_twin
 
 SHORT = Calibration(tokens=2048, refine_steps=4, polish_steps=0)
 BARE = Calibration(tokens=512, refine_steps=0, polish_steps=0)
@@ -121,6 +122,19 @@ def test_heads_that_are_shared_out_and_lose_more_are_not(monkeypatch):
     assert not told_of["kept"] and told_of["kl"] > told_of["kl_evenly"]
     assert {made.model.config.heads("decoder", layer) for layer in range(3)} == {(2, 2)}
     assert any("would not lose less" in line for line in calibration_lines(made.report))
+
+
+def test_even_heads_of_a_large_model_are_fitted_as_if_none_had_been_shared_out(monkeypatch):
+    """Candidates are compared on a part of the text, by the unknowns of even heads: where a layer keeps 4, on all."""
+    monkeypatch.setattr(quick_twin, "LARGE", 1)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(calibrate, "COMPARED_TOKENS", 1)
+    monkeypatch.setattr(calibrate, "TOKENS_PER_UNKNOWN", 120)  # 1,080 of some 1,900 tokens, and for 4 heads 2,040
+    monkeypatch.setattr(allocation, "cheapest", lambda costs, asked: {"decoder": ((4, 4), (1, 1), (1, 1))})
+    monkeypatch.setattr(allocation.SharedOut, "kept", lambda *given: False)
+    source, how = gpt2(heads=6, layers=3), replace(BARE, tokens=2048)
+    tried, even = (convert(source, 2, 2, "svd", allocation=a, calibration=how) for a in ("adaptive", "uniform"))
+    assert all(torch.equal(a, b) for a, b in zip(tried.model.parameters(), even.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,9 @@ class Calibrator:
                 self.twin, plan, source, device, self._generator("text"), trust_remote_code, progress, self.budget.cache
             ),
         )
+        least = max(COMPARED_TOKENS, TOKENS_PER_UNKNOWN * (plan.unknowns + 1))
+        self.compared = min(1.0, least / self.text.tokens) if self.has_twin else 1.0
+        """share of the text that candidates are compared on, evenly or shared out: of a large model a part"""
         graph = self.budget.graph
         self.metrics: dict[Site, Tensor] = kept.metrics(
             self.sites,
@@ -174,14 +177,6 @@ class Calibrator:
     @property
     def sites(self) -> list[Site]:
         return self.plan.converted_sites
-
-    @property
-    def compared(self) -> float:
-        """Share of the text that candidates are compared on: of a large model a part."""
-        if not self.has_twin:
-            return 1.0
-        least = max(COMPARED_TOKENS, TOKENS_PER_UNKNOWN * (self.plan.unknowns + 1))
-        return min(1.0, least / self.text.tokens)
 
     def fitters(
         self, stage: str, share: float = 1.0, sites: Sequence[Site] | None = None
