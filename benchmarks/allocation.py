@@ -26,6 +26,7 @@ from sqa_convert import resolve
 from sqa_convert.calibration.allocation import METHOD, cheapest, site_costs
 from sqa_convert.calibration.calibrate import Calibrator
 from sqa_convert.calibration.load_source import load_source
+from sqa_convert.calibration.memory_budget import memory_budget
 from sqa_convert.conversion.build_model import build_model
 from sqa_convert.conversion.heads_by_layer import as_text
 from sqa_convert.conversion.plan import make_plan
@@ -60,8 +61,9 @@ def measured(source: str, settings: list[tuple[int, int]], seed: int) -> list[di
     """A row for each setting: KL with the same heads in each layer, with heads shared out, and where they went."""
     start, text = time.process_time(), held_out(source)
     opened, plan = prepared(source, Request(*max(settings), method=METHOD), lambda partitions: None)
+    budget = memory_budget(plan, opened, CPU)
     model = load_source(plan, opened)
-    calibrator = Calibrator(model, plan, opened, CPU, seed)
+    calibrator = Calibrator(model, plan, opened, CPU, budget, seed)
     costs: dict[tuple[int, int], dict[Any, Any]] = {counts: {} for counts in settings}
     for site, fitter in calibrator.fitters(""):
         for counts in settings:

@@ -21,6 +21,7 @@ from allocation import record
 
 from sqa_convert.calibration.calibrate import Calibrator
 from sqa_convert.calibration.load_source import load_source
+from sqa_convert.calibration.memory_budget import memory_budget
 from sqa_convert.conversion.request import Request
 from sqa_convert.heads.restored_half import CONVERTED_ALONE
 from sqa_convert.pipeline.preflight import prepared
@@ -34,7 +35,9 @@ def measured(source: str, q: int, kv: int, seed: int) -> dict[str, Any]:
     """KL with both halves converted, with one alone, and what restoring one half of one layer takes off it."""
     start, of_errors = time.process_time(), 0.0
     opened, plan = prepared(source, Request(q, kv, method="svd"), lambda partitions: None)
-    calibrator = Calibrator(load_source(plan, opened), plan, opened, torch.device("cpu"), seed)
+    cpu = torch.device("cpu")
+    budget = memory_budget(plan, opened, cpu)
+    calibrator = Calibrator(load_source(plan, opened), plan, opened, cpu, budget, seed)
     both: dict[Any, Any] = {}
     alone: dict[str, dict[Any, Any]] = {half: {} for half in CONVERTED_ALONE}
     sites: dict[Any, dict[str, Any]] = {}

@@ -28,6 +28,7 @@ from sqa_convert.calibration.calibrate import Calibrator
 from sqa_convert.calibration.candidates import CANDIDATES
 from sqa_convert.calibration.fitter import SiteFitter
 from sqa_convert.calibration.load_source import load_source
+from sqa_convert.calibration.memory_budget import memory_budget
 from sqa_convert.checkpoints.find import open_source
 from sqa_convert.conversion.build_model import build_model
 from sqa_convert.conversion.convert_site import ConvertedSite
@@ -61,8 +62,10 @@ class Bench:
         self.source = open_source(name)
         plan = self.plan(8, 4)
         start = time.perf_counter()
+        cpu = torch.device("cpu")
+        budget = memory_budget(plan, self.source, cpu)
         model = load_source(plan, self.source)
-        self.calibrator = Calibrator(model, plan, self.source, torch.device("cpu"), seed)
+        self.calibrator = Calibrator(model, plan, self.source, cpu, budget, seed)
         self.fitters: dict[Site, SiteFitter] = dict(self.calibrator.fitters("fit"))
         for fitter in self.fitters.values():
             _ = fitter.statistics

@@ -16,6 +16,7 @@ from sqa_convert import METHODS, Calibration, Partition, convert
 from sqa_convert.calibration import allocation, calibrate
 from sqa_convert.calibration.calibrate import Calibrator
 from sqa_convert.calibration.fitter import SiteFitter
+from sqa_convert.calibration.memory_budget import memory_budget
 from sqa_convert.calibration.replaced_sites import Replacement
 from sqa_convert.cli.convert import main
 from sqa_convert.conversion.heads_by_layer import as_text, counts_of
@@ -178,7 +179,8 @@ def test_of_an_encoder_nothing_tells_what_layers_cost():
 @pytest.mark.parametrize("make", [gpt2, t5, partial(t5, family="umt5")], ids=["gpt2", "t5", "umt5"])
 def test_heads_put_into_the_source_predict_as_the_converted_model_does(make):
     source, plan = prepared(make(), Request(6, 3, calibration=SHORT), lambda partitions: None)
-    calibrator = Calibrator(source.model, plan, source, torch.device("cpu"), 0)
+    budget = memory_budget(plan, source, torch.device("cpu"))
+    calibrator = Calibrator(source.model, plan, source, torch.device("cpu"), budget, 0)
     made = {
         site: fitter.convert("svd", plan.partitions[site], False, True) for site, fitter in calibrator.fitters("fit")
     }

@@ -8,11 +8,12 @@ import torch
 from helpers import gpt2, t5, tokens
 
 from sqa_convert import Calibration, convert
-from sqa_convert.calibration import calibrate, load_source, memory_budget
+from sqa_convert.calibration import load_source, memory_budget
 from sqa_convert.calibration.available_memory import available_memory
 from sqa_convert.calibration.fisher import sensitivity
 from sqa_convert.calibration.lean_copy import lean_copy
 from sqa_convert.checkpoints.find import open_source
+from sqa_convert.checkpoints.in_memory import ModelSource
 from sqa_convert.conversion.plan import make_plan
 from sqa_convert.conversion.request import Request
 from sqa_convert.errors import RecipeError
@@ -64,6 +65,25 @@ def test_too_little_memory_is_refused_with_what_is_needed(make):
         convert(make(), 8, 4, calibration=Calibration(memory="200MB"))
 
 
+@pytest.mark.parametrize("held", [2e8, 9e9], ids=["little", "another model"])
+def test_what_the_process_holds_is_not_free(held, monkeypatch):
+    """Such as a model in a notebook. What libraries take of it is not counted a second time."""
+    monkeypatch.setattr(memory_budget, "available_memory", lambda: 3_000_000_000)
+    monkeypatch.setattr(memory_budget, "memory_of_process", lambda: int(held))
+    source = ModelSource(gpt2())
+    budget = memory_budget.memory_budget(make_plan(source, Request(6, 3)), source, CPU)
+    assert budget.total == 3e9 + min(held, memory_budget.LIBRARIES)
+
+
+def test_a_budget_is_found_once_before_anything_is_loaded(monkeypatch):
+    found, loads = [], []
+    asked, loaded = memory_budget.memory_budget, load_source.load_source
+    monkeypatch.setattr(memory_budget, "memory_budget", lambda *given: found.append(len(loads)) or asked(*given))
+    monkeypatch.setattr(load_source, "load_source", lambda *given: loads.append(0) or loaded(*given))
+    convert(gpt2(heads=4, layers=1), 2, 1, calibration=Calibration(tokens=256, refine_steps=0, polish_steps=0))
+    assert (found, loads) == ([0], [0])
+
+
 @pytest.mark.parametrize("make", [gpt2, t5], ids=["gpt2", "t5"])
 def test_a_lean_copy_is_the_twin_of_a_source_that_was_never_in_float32(make, tmp_path, monkeypatch):
     model = make()
@@ -93,8 +113,7 @@ def test_where_float32_does_not_fit_heads_are_fitted_by_a_lean_copy(tmp_path, mo
     def tight(*given, found=memory_budget.memory_budget):
         return dataclasses.replace(found(*given), lean=True)
 
-    for module in (calibrate, load_source):
-        monkeypatch.setattr(module, "memory_budget", tight)
+    monkeypatch.setattr(memory_budget, "memory_budget", tight)
     how = Calibration(tokens=400, refine_steps=1, polish_steps=2)
     report = convert(tmp_path, 2, 1, calibration=how, device="cpu").report["calibration"]
     assert report["warnings"][0]["rule"] == "little_memory"

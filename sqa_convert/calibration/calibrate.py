@@ -33,7 +33,7 @@ from .fisher import sensitivity
 from .fitter import SiteFitter
 from .keep_polish import kinds_of, polished
 from .kept_for_resume import KeptParts
-from .memory_budget import memory_budget
+from .memory_budget import MemoryBudget
 from .replaced_sites import Replacement
 from .text import Text, calibration_text
 from .text_report import text_report
@@ -50,6 +50,7 @@ def calibrate(
     plan: Plan,
     source: Source,
     device: torch.device,
+    budget: MemoryBudget,
     seed: int = 0,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -67,6 +68,7 @@ def calibrate(
         plan: with `plan.calibration` set.
         source: the same model's weights.
         device: to compute on.
+        budget: what may be held, from before `model` was loaded.
         seed: of sampled text, span corruption, sampled positions, searches and batches; the same seed gives the same
             result bit for bit on one CPU.
         trust_remote_code: for a tokenizer that brings code along.
@@ -78,7 +80,7 @@ def calibrate(
         QualityError: no candidate predicts anything finite.
     """
     kept = KeptParts() if kept is None else kept
-    calibrator = Calibrator(model, plan, source, device, seed, trust_remote_code, progress, kept)
+    calibrator = Calibrator(model, plan, source, device, budget, seed, trust_remote_code, progress, kept)
     settings, shared = calibrator.settings, None
     if plan.shares_out:
         weighed = kept.weighed(
@@ -135,6 +137,7 @@ class Calibrator:
         plan: Plan,
         source: Source,
         device: torch.device,
+        budget: MemoryBudget,
         seed: int,
         trust_remote_code: bool = False,
         progress: Progress = silent,
@@ -144,7 +147,7 @@ class Calibrator:
         self.model, self.plan, self.source, self.device = model, plan, source, device
         self.seed, self.progress = seed, progress
         model.to(device).requires_grad_(False)
-        self.budget, self.lean = memory_budget(plan, source, device), is_twin(model)
+        self.budget, self.lean = budget, is_twin(model)
         self.twin = twin_of(model, device)
         self.has_twin = self.lean or self.twin is not model
         self.dtype = torch.bfloat16 if self.has_twin else torch.float32  # as its layers read activations

@@ -15,21 +15,21 @@ from ..evaluation.load import load_model
 from ..progress import no_bars_of_others
 from ..text.plain_generation import settle
 from .lean_copy import lean_copy
-from .memory_budget import memory_budget
-
-_CPU = torch.device("cpu")
 
 
-def load_source(plan: Plan, source: Source, trust_remote_code: bool = False, device: torch.device = _CPU) -> Any:
+def load_source(plan: Plan, source: Source, trust_remote_code: bool = False, lean: bool = False) -> Any:
     """The source as a float32 model in eval mode; of one in memory a copy.
 
-    Where `device` has too little memory for that and a conversion beside it, a lean copy of bfloat16.
+    Args:
+        plan: of a conversion of it.
+        source: its weights.
+        trust_remote_code: for a model that brings code along.
+        lean: whether to make a copy in bfloat16 instead, where a `MemoryBudget` says so; of a folder.
 
     Raises:
         CheckpointError: it cannot be loaded.
-        RecipeError: there is too little memory for either.
     """
-    if plan.calibration is not None and memory_budget(plan, source, device).lean:
+    if lean:
         return lean_copy(plan, source, trust_remote_code)
     if isinstance(source, ModelSource):
         return settle(copy.deepcopy(source.model).float().eval())

@@ -74,7 +74,8 @@ class MemoryBudget:
 
 
 def memory_budget(plan: Plan, source: Source, device: torch.device) -> MemoryBudget:
-    """What of `--memory`, or of what is free, calibration of a plan takes for what.
+    """What of `--memory`, or of what is free, calibration of a plan takes for what. To be asked once, before the source
+    is loaded: what the process holds already, beside its libraries, is not free.
 
     Raises:
         RecipeError: it is too little to hold even the least.
@@ -90,7 +91,7 @@ def memory_budget(plan: Plan, source: Source, device: torch.device) -> MemoryBud
     if device.type != "cpu":
         return MemoryBudget(math.inf, whole, whole + beside, False)
     asked = settings.memory
-    total = float(asked or available_memory() + memory_of_process())
+    total = float(asked or available_memory() + min(memory_of_process(), LIBRARIES))
     work = LEAST_WORK + _OF_A_SITE * 4.0 * min(settings.tokens, 1e9) * plan.dimensions.width
     work += _OF_PAIRS * plan.dimensions.heads**2 * plan.dimensions.head_dim * plan.dimensions.width
     needed = LIBRARIES + whole + beside + work

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ..calibration.allocation import METHOD, cheapest
 from ..calibration.calibrate import Calibrator
 from ..calibration.load_source import load_source
+from ..calibration.memory_budget import memory_budget
 from ..calibration.replaced_sites import Replacement
 from ..calibration.site_fits import SiteFits
 from ..checkpoints.source import Source
@@ -64,14 +65,14 @@ class FittedModels:
         device, start = choose_device(self.options.device), time.perf_counter()
         held_out = held_out_text(self.plan, self.source, self.options) if self.source.folder else ""
         self.progress(LOAD, 0, 1)
-        model = load_source(self.plan, self.source, self.options.trust_remote_code, device)
+        budget = memory_budget(self.plan, self.source, device)
+        model = load_source(self.plan, self.source, self.options.trust_remote_code, budget.lean)
         if is_twin(model) and self.speed:
             raise RecipeError(
                 f"{TOO_LARGE_TO_TIME}: --no-speed leaves times out, and a --target of neither prefill nor decode does"
             )
-        self.calibrator = Calibrator(
-            model, self.plan, self.source, device, self.options.seed, self.options.trust_remote_code, self.progress
-        )
+        seed, trust = self.options.seed, self.options.trust_remote_code
+        self.calibrator = Calibrator(model, self.plan, self.source, device, budget, seed, trust, self.progress)
         self.text = self.calibrator.replacement.text if isinstance(held_out, str) else held_out
         self.expected = predict(model, self.text)
         self.in_place = Replacement(model, self.plan, self.text, self.expected)

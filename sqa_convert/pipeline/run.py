@@ -273,10 +273,12 @@ def _calibrated(
         return Calibrated({}, None, plan)
     from ..calibration.calibrate import calibrate
     from ..calibration.load_source import load_source
+    from ..calibration.memory_budget import memory_budget
     from ..devices import choose_device, within_memory
 
     device = choose_device(options.device)
     with within_memory("calibration", device, "--device cpu, fewer --calibration-tokens, or --no-calibration"):
         progress(LOAD, 0, 1)
-        model = load_source(plan, source, options.trust_remote_code, device)
-        return calibrate(model, plan, source, device, options.seed, options.trust_remote_code, progress, kept)
+        budget = memory_budget(plan, source, device)
+        model = load_source(plan, source, options.trust_remote_code, budget.lean)
+        return calibrate(model, plan, source, device, budget, options.seed, options.trust_remote_code, progress, kept)
