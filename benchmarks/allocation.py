@@ -67,7 +67,10 @@ def measured(source: str, settings: list[tuple[int, int]], seed: int) -> list[di
     costs: dict[tuple[int, int], dict[Any, Any]] = {counts: {} for counts in settings}
     for site, fitter in calibrator.fitters(""):
         for counts in settings:
-            costs[counts][site] = site_costs(fitter, site, calibrator.replacement, counts)
+            alone = fitter.convert(METHOD, Partition.contiguous(plan.dimensions.heads, *counts), True, True)
+            kl = calibrator.replacement.kl({site: alone.heads})
+            assert kl is not None
+            costs[counts][site] = site_costs(fitter, kl, counts)
     shared = {counts: cheapest(costs[counts], counts) for counts in settings}
     order = {site: [s for s in plan.sites if s.kind == site.kind].index(site) for site in plan.converted_sites}
     fits = {}
