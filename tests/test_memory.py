@@ -75,6 +75,17 @@ def test_what_the_process_holds_is_not_free(held, monkeypatch):
     assert budget.total == 3e9 + min(held, memory_budget.LIBRARIES)
 
 
+@pytest.mark.parametrize(("asked", "told"), [(None, "1534MB"), ("1.5GiB", "1610.612736MB")])
+def test_a_report_says_what_memory_gives_the_same_budget_again(asked, told, monkeypatch):
+    monkeypatch.setattr(memory_budget, "available_memory", lambda: 1_234_567_891)
+    monkeypatch.setattr(memory_budget, "memory_of_process", lambda: 300_000_000)
+    how, source = Calibration(tokens=256, refine_steps=0, polish_steps=0, memory=asked), ModelSource(gpt2(4, layers=1))
+    assert convert(source.model, 2, 1, calibration=how, device="cpu").report["calibration"]["memory"] == told
+    plans = (make_plan(source, Request(2, 1, calibration=dataclasses.replace(how, memory=m))) for m in (asked, told))
+    first, again = (memory_budget.memory_budget(plan, source, CPU) for plan in plans)
+    assert first == again
+
+
 def test_a_budget_is_found_once_before_anything_is_loaded(monkeypatch):
     found, loads = [], []
     asked, loaded = memory_budget.memory_budget, load_source.load_source

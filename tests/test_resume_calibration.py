@@ -43,6 +43,7 @@ def bits(folder):
     """The weights of an output, and its report without what tells of the run."""
     of_the_run = ("seconds", "stages", "date", "command", "output")
     report = {key: value for key, value in read_report(folder).items() if key not in of_the_run}
+    del report["calibration"]["memory"]
     told = json.dumps(report, sort_keys=True).replace(str(folder), "OUT").replace(f" {folder.name} ", " OUT ")
     return (folder / "model.safetensors").read_bytes(), told
 

@@ -70,7 +70,8 @@ def calibrate(
         device: to compute on.
         budget: what may be held, from before `model` was loaded.
         seed: of sampled text, span corruption, sampled positions, searches and batches; the same seed gives the same
-            result bit for bit on one CPU.
+            result bit for bit on one CPU with as many threads and the same budget: how many texts are written and
+            positions differentiated at a time goes by it. The report has its total as "memory".
         trust_remote_code: for a tokenizer that brings code along.
         progress: called as the work goes on.
         kept: what an earlier run of the same has finished; what this one finishes is put there.
@@ -284,9 +285,9 @@ class Calibrator:
         return predict(self.model, self._held_out)
 
     def report(self, plan: Plan) -> dict[str, Any]:
-        """What text there was."""
+        """What text there was, and memory."""
         expected = self._expected if plan.has_language_model_head else None
-        report = text_report(self.text, plan, self.settings, self.model, self._held_out, expected)
+        report = self.budget.told | text_report(self.text, plan, self.settings, self.model, self._held_out, expected)
         if self.lean:
             report["warnings"].insert(0, self.budget.lean_warning())
         return report

@@ -36,7 +36,7 @@ class MemoryBudget:
     """Bytes that calibration shares out."""
 
     total: float
-    """of the whole process; infinite where another device computes"""
+    """of the whole process, whole megabytes where nobody has asked; infinite where another device computes"""
     weights: float
     """held all the time"""
     needed: float
@@ -62,6 +62,12 @@ class MemoryBudget:
     def graph(self) -> float:
         """Of what is kept for gradients."""
         return self.left / 2
+
+    @property
+    def told(self) -> dict[str, str]:
+        """For a report: as "memory" the total, as `--memory` takes it: "7513MB"; nothing where it is infinite."""
+        megabytes = f"{self.total / 1e6:.6f}".rstrip("0").rstrip(".")
+        return {} if math.isinf(self.total) else {"memory": f"{megabytes}MB"}
 
     def lean_warning(self) -> dict[str, Any]:
         """What a lean copy leaves out, as other warnings of a report."""
@@ -91,7 +97,7 @@ def memory_budget(plan: Plan, source: Source, device: torch.device) -> MemoryBud
     if device.type != "cpu":
         return MemoryBudget(math.inf, whole, whole + beside, False)
     asked = settings.memory
-    total = float(asked or available_memory() + min(memory_of_process(), LIBRARIES))
+    total = float(asked or (available_memory() + min(memory_of_process(), LIBRARIES)) // 1e6 * 1e6)
     work = LEAST_WORK + _OF_A_SITE * 4.0 * min(settings.tokens, 1e9) * plan.dimensions.width
     work += _OF_PAIRS * plan.dimensions.heads**2 * plan.dimensions.head_dim * plan.dimensions.width
     needed = LIBRARIES + whole + beside + work
