@@ -1,5 +1,6 @@
 """Conversions that are stopped while they calibrate, and go on."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -16,7 +17,7 @@ from helpers import gpt2, t5
 from test_given_data import LENGTH, ROWS, drawn_tokens
 
 from sqa_convert import METHODS, Calibration, convert
-from sqa_convert.calibration import kept_for_resume
+from sqa_convert.calibration import kept_for_resume, memory_budget
 from sqa_convert.checkpoints.staging import hold
 from sqa_convert.cli import convert as command
 from sqa_convert.errors import InterruptedByUserError, OutputError, QualityError, RecipeError
@@ -113,6 +114,16 @@ def test_a_warning_names_arguments_and_points_at_the_callers_line(source, tmp_pa
     with pytest.warns(UserWarning, match=f"^resume=True: no run to {tmp_path / 'out'} was stopped") as told:
         convert(source, 2, 1, output=tmp_path / "out", resume=True, calibration=few, verify=False)
     assert [warning.filename for warning in told] == [__file__]
+
+
+def test_memory_that_is_too_little_by_now_for_float32_is_told(source, tmp_path, monkeypatch):
+    source.save_pretrained(tmp_path / "source")
+    interrupted(tmp_path / "source", tmp_path / "out", device="cpu")
+    found, told = memory_budget.memory_budget, Told()
+    monkeypatch.setattr(memory_budget, "memory_budget", lambda *given: dataclasses.replace(found(*given), lean=True))
+    with pytest.warns(UserWarning, match="other settings: source in float32, now bfloat16; calibration begins anew"):
+        run(tmp_path / "source", tmp_path / "out", told, resume=True, device="cpu")
+    assert "sample text" in told.stages and sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
 def test_other_weights_are_told(source, tmp_path):

@@ -72,7 +72,10 @@ def differs(plan: Plan, source: Source, output: Path | None, options: RunOptions
     known = _known(folder)
     if not known:
         return f"--resume: no run to {output} was stopped; calibration begins at its beginning"
-    new = _depends_on(plan, source, options)
+    from ..calibration.memory_budget import memory_budget
+    from ..devices import choose_device
+
+    new = _depends_on(plan, source, options, memory_budget(plan, source, choose_device(options.device)).lean)
     other = [name for name in {**known, **new} if known.get(name) != new.get(name)]
     if not other:
         return ""
@@ -82,7 +85,9 @@ def differs(plan: Plan, source: Source, output: Path | None, options: RunOptions
 
 
 @contextlib.contextmanager
-def kept_beside(plan: Plan, source: Source, output: Path, options: RunOptions) -> Iterator[KeptParts | None]:
+def kept_beside(
+    plan: Plan, source: Source, output: Path, options: RunOptions, lean: bool
+) -> Iterator[KeptParts | None]:
     """The parts that an earlier run has finished, or none, for the block that puts the output in its place.
 
     What the block finishes stays where it is stopped or fails, unless calibration itself fails in a way that would come
@@ -100,7 +105,7 @@ def kept_beside(plan: Plan, source: Source, output: Path, options: RunOptions) -
             _forget(folder)
             yield None
             return
-        with _kept(folder, _depends_on(plan, source, options), source, options.resume) as kept:
+        with _kept(folder, _depends_on(plan, source, options, lean), source, options.resume) as kept:
             yield kept
 
 
@@ -171,8 +176,12 @@ def _comparable(plan: Plan) -> bool:
     return method is None or method.convert.__module__.startswith(f"{__package__.partition('.')[0]}.")
 
 
-def _depends_on(plan: Plan, source: Source, options: RunOptions) -> dict[str, Any]:
-    """All that the parts of a calibration depend on, beside text that others wrote, which is read again."""
+def _depends_on(plan: Plan, source: Source, options: RunOptions, lean: bool) -> dict[str, Any]:
+    """All that the parts of a calibration depend on, beside text that others wrote, which is read again.
+
+    Args:
+        lean: whether there is too little memory for the source in float32.
+    """
     import torch
 
     from ..devices import choose_device, device_name
@@ -190,6 +199,7 @@ def _depends_on(plan: Plan, source: Source, options: RunOptions) -> dict[str, An
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "device": device_name(device),
+        "source in": "bfloat16" if lean else "float32",
         "seed": options.seed,
         "source weights": _hash(fingerprint(source, plan.source_names)),
         "source config": _hash(plan.source_config),

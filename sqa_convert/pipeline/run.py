@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..calibration.kept_for_resume import KeptParts
+    from ..calibration.memory_budget import MemoryBudget
     from ..evaluation.held_out_batches import HeldOut
     from ..uptraining.recipe import Recipe
 
@@ -83,7 +84,7 @@ def run_in_memory(
     check_copies(plan, source)
     stages = Stages(progress, planned_stages(plan, options, measured=False))
     with told_within(stages):
-        calibrated = _calibrated(plan, source, options, stages)
+        calibrated = _calibrated(plan, source, options, _budget(plan, source, options), stages)
         plan = calibrated.plan
         model, records = build_model(plan, source, calibrated.sites, stages, calibrated.trained)
     _carry_generation(source, model)
@@ -121,8 +122,9 @@ def _to_folder(
     plan: Plan, source: Source, output: Path, options: RunOptions, held_out: HeldOut | str, progress: Stages
 ) -> dict[str, Any]:
     """Converts into a folder, measured on text; or on none, for a reason."""
+    budget = _budget(plan, source, options)
     with (
-        kept_beside(plan, source, output, options) as kept,
+        kept_beside(plan, source, output, options, budget is not None and budget.lean) as kept,
         staged_output(output, options.overwrite, plan.nbytes) as folder,
         source.unchanged(),
     ):
@@ -130,7 +132,7 @@ def _to_folder(
         if options.verify:
             check_loads(plan)
         check_copies(plan, source)
-        calibrated = _calibrated(plan, source, options, progress, kept)
+        calibrated = _calibrated(plan, source, options, budget, progress, kept)
         if kept is not None:
             kept.whole = True
         plan = calibrated.plan
@@ -266,19 +268,32 @@ def _measured(
         return {"quality": quality, "samples": continuations(models, held_out, trust_remote_code=trust)}
 
 
-def _calibrated(
-    plan: Plan, source: Source, options: RunOptions, progress: Progress, kept: KeptParts | None = None
-) -> Calibrated:
+def _budget(plan: Plan, source: Source, options: RunOptions) -> MemoryBudget | None:
+    """What calibration may hold; None where there is none. Raises RecipeError where it is too little."""
     if plan.calibration is None:
+        return None
+    from ..calibration.memory_budget import memory_budget
+    from ..devices import choose_device
+
+    return memory_budget(plan, source, choose_device(options.device))
+
+
+def _calibrated(
+    plan: Plan,
+    source: Source,
+    options: RunOptions,
+    budget: MemoryBudget | None,
+    progress: Progress,
+    kept: KeptParts | None = None,
+) -> Calibrated:
+    if budget is None:
         return Calibrated({}, None, plan)
     from ..calibration.calibrate import calibrate
     from ..calibration.load_source import load_source
-    from ..calibration.memory_budget import memory_budget
     from ..devices import choose_device, within_memory
 
     device = choose_device(options.device)
     with within_memory("calibration", device, "--device cpu, fewer --calibration-tokens, or --no-calibration"):
         progress(LOAD, 0, 1)
-        budget = memory_budget(plan, source, device)
         model = load_source(plan, source, options.trust_remote_code, budget.lean)
         return calibrate(model, plan, source, device, budget, options.seed, options.trust_remote_code, progress, kept)
