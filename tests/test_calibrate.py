@@ -376,6 +376,14 @@ def test_where_no_candidate_is_finite_auto_says_so(monkeypatch):
         convert(gpt2(heads=4, layers=1), 2, 1, calibration=Calibration(tokens=256, refine_steps=0))
 
 
+@pytest.mark.parametrize("method", ["svd", "auto"])
+def test_activations_that_overflow_are_said_in_one_line(method):
+    source = gpt2(heads=4, layers=2)
+    source.transformer.h[1].attn.c_attn.weight.data.mul_(1e15)
+    with pytest.raises(QualityError, match="activations overflow on the calibration text"):
+        convert(source, 2, 1, method=method, calibration=Calibration(tokens=256, refine_steps=0, polish_steps=0))
+
+
 def test_an_error_that_is_no_number_is_never_the_least():
     nan, partition = float("nan"), Partition.contiguous(4, 2, 1)
     assert SiteRecord("svd", partition, {"converted": nan, "refit": 0.5}).kept == "refit"

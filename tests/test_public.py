@@ -78,7 +78,7 @@ FLAGS = {
         "--tokens --trust-remote-code --verbose --verify --version -q -v model"
     ),
     "sweep": (
-        "--calibration-tokens --data --device --help-all --json --no-speed --output --quiet --refine-steps "
+        "--calibration-tokens --data --device --help-all --json --memory --no-speed --output --quiet --refine-steps "
         "--revision --seed "
         "--settings --sites --subfolder --target --text-column --tokenizer --trust-remote-code --verbose --version "
         "-o -q -v model"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from sqa_convert.pipeline.sweep_points import (
     rank_correlation,
     with_frontier,
 )
-from sqa_convert.report.sweep_report import sweep_lines
+from sqa_convert.report.sweep_report import frontier_picture, sweep_lines
 from sqa_convert.text.collate import CausalCollator
 
 SHORT = Calibration(tokens=2048, refine_steps=4, polish_steps=0)
@@ -48,6 +49,13 @@ def point(kl, flops, cache=None, **more):
 def test_the_frontier_is_what_no_other_point_beats():
     points = with_frontier([point(0.1, 0.5, 0.5), point(0.2, 0.4, 0.6), point(0.2, 0.5, 0.5), point(0.05, 0.5, 0.9)])
     assert [p.frontier for p in points] == [True, True, False, True]
+
+
+def test_of_points_beside_each_other_one_has_its_name_in_the_picture():
+    measured = {9: (0.3, 0.3), 7: (0.1, 0.5), 6: (0.099, 0.505), 5: (0.01, 0.9)}
+    points = with_frontier([replace(point(*kl_and_cost), q_groups=q) for q, kl_and_cost in measured.items()])
+    picture = frontier_picture({"points": [p.to_json() for p in points]}, "svg").decode()
+    assert re.findall(r"<!-- (\d/4.*?) -->", picture) == ["7/4 (knee)", "9/4", "5/4"]
 
 
 def test_the_knee_is_where_the_frontier_turns():
@@ -226,6 +234,8 @@ def test_the_command_writes_a_table_a_picture_and_a_page(monkeypatch, called, tm
     assert "<svg" in Path("model-sweep/frontier.svg").read_text()
     code, _, err = partial(called, main)("model", *FEW)
     assert code == 2 and err.endswith("model-sweep exists already: give another\n")
+    code, _, err = partial(called, main)("model", *FEW, "-o", "other", "--memory", "1MB")
+    assert code == 2 and "--memory: 1MB is too little" in err and not Path("other").exists()
     code, _, err = partial(called, main)("model", *FEW, "-o", "other", "--text-column", "body")
     assert code == 2 and "--text-column names a column of --data" in err and not Path("other").exists()
 

@@ -10,6 +10,7 @@ from ..conversion.plan import Plan
 from ..errors import QualityError
 from ..families import Site
 from ..heads import AUTO, Method
+from .fitter import OVERFLOW
 
 CANDIDATES = {"svd": ("svd", True), "svd, contiguous": ("svd", False), "procrustes": ("procrustes", True)}
 """what `auto` chooses from: method, and whether the partition is searched"""
@@ -39,8 +40,5 @@ def best_of_each(tried: Mapping[str, Mapping[Site, ConvertedSite]]) -> dict[Site
     best = {site: min((made[site] for made in tried.values()), key=lambda c: order(c.record.error)) for site in sites}
     for site, candidate in best.items():
         if not math.isfinite(candidate.record.error):
-            raise QualityError(
-                f"{site.kind} {site.layer}: no fit of its heads is finite: the source's activations overflow on the "
-                "calibration text; give another --calibration, or --no-calibration"
-            )
+            raise QualityError(f"{site.kind} {site.layer}: no fit of its heads is finite: {OVERFLOW}")
     return best

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..conversion.convert_site import ConvertedSite, SiteRecord
 from ..conversion.request import TOKENS_PER_UNKNOWN
+from ..errors import QualityError
 from ..heads import AttentionHeads, Method, Partition, get_method
 from ..heads.attend import Attention
 from ..heads.group_cost import CircuitGrams, GroupCost
@@ -31,6 +32,8 @@ LITTLE_WORK = 2e9
 METRIC_RIDGE = 1e-2
 """share of an isotropic part in the metric of outputs"""
 
+OVERFLOW = "the source's activations overflow on the calibration text; give another --calibration, or --no-calibration"
+
 _BATCH_TOKENS = 4096
 
 Part = tuple[Inputs, Tensor]
@@ -42,6 +45,8 @@ class SiteFitter:
 
     Outputs are compared in the metric of what the rest of the model does with them: output projections and wanted
     outputs are multiplied by a root of it, and what is made is divided by it again.
+
+    Raises QualityError where the outputs, or what they do, are no numbers.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class SiteFitter:
         self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         self.root = torch.eye(heads.output.shape[-1])
         if metric is not None:
+            _check_finite(metric)
             self.root = torch.linalg.cholesky(with_ridge(metric, METRIC_RIDGE)).float()
         self.heads = _through(heads, self.root)
         self.fit_parts, self.held_out = self._with_outputs(fitted), self._with_outputs(held_out)
@@ -74,6 +80,7 @@ class SiteFitter:
                 for part in (inputs[rows] for rows in inputs.split(_BATCH_TOKENS))
             ]
             parts.append((inputs, torch.cat(outputs)))
+            _check_finite(inputs.count(parts[-1][1]))
         return parts
 
     def _generator(self) -> torch.Generator:
@@ -162,6 +169,12 @@ class SiteFitter:
     @torch.no_grad()
     def _error(self, heads: AttentionHeads) -> float:
         return output_error(heads, self.attention, _batches(self.held_out))
+
+
+def _check_finite(made: Tensor) -> None:
+    """Raises QualityError."""
+    if not made.isfinite().all():
+        raise QualityError(f"an attention makes what is no number: {OVERFLOW}")
 
 
 def _through(heads: AttentionHeads, matrix: Tensor) -> AttentionHeads:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 POLICY = "OMP_WAIT_POLICY"
-_LOOKED = 0.1  # seconds
+_LOOKED = 0.3  # seconds: over 0.1 the system counts in steps that are too large to tell
 
 
 def let_threads_sleep_where_cores_are_busy() -> None:

@@ -39,6 +39,7 @@ def sweep_command(
         int | None,
         typer.Option(metavar="N", help="Of layer-wise training, for each layer at each setting. Default: up to 30."),
     ] = None,
+    memory: flags.Memory = None,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Do not time the points of the frontier.")] = False,
     revision: flags.Revision = None,
     subfolder: flags.Subfolder = None,
@@ -67,7 +68,7 @@ def sweep_command(
         "text_column": text_column or TEXT_COLUMN, "revision": revision, "subfolder": subfolder, "tokenizer": tokenizer,
         "trust_remote_code": trust_remote_code, "device": device, "seed": seed,
         "speed": False if no_speed else needs_times(targets) or None,
-        "calibration": Calibration(tokens=calibration_tokens, refine_steps=refine_steps),
+        "calibration": Calibration(tokens=calibration_tokens, refine_steps=refine_steps, memory=memory),
     }  # fmt: skip
     from ..checkpoints.small_files import write_json
     from ..checkpoints.staging import check_output, expanded, staged_output, write_text

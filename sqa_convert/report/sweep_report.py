@@ -13,7 +13,7 @@ SWEEP_PAGE = "sweep.html"
 
 _COLOURS = {"uniform": "#888888", "adaptive": "#4c72b0"}
 
-_MOST_NAMED = 12  # points of a frontier with their names in the picture
+_NAME = 0.045, 0.045  # width and height of a point's name, shares of the panel
 
 
 def sweep_rows(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, ...]]]:
@@ -71,11 +71,6 @@ def frontier_picture(result: Mapping[str, Any], kind: str) -> bytes:
     frontier = sorted((p for p in points if p["frontier"]), key=lambda p: (p["cost"], -p["kl"]))
     line = [p for i, p in enumerate(frontier) if all(p["kl"] < cheaper["kl"] for cheaper in frontier[:i])]
     cost.plot([p["cost"] for p in line], [p["kl"] for p in line], color=_COLOURS["adaptive"], linewidth=0.8)
-    step = -(-len(frontier) // _MOST_NAMED)
-    for point in frontier:
-        if point["knee"] or frontier.index(point) % step == 0:
-            name = f"{point['q_groups']}/{point['kv_groups']}" + (" (knee)" if point["knee"] else "")
-            cost.annotate(name, (point["cost"], point["kl"]), (4, 4), textcoords="offset points", fontsize=8)
     cost.set(xlabel="attention's operations and cache, mean share of the source's", ylabel="KL, nats a token")
     both = [value for p in points for value in (p["kl"], p["predicted_kl"]) if value > 0]
     if both:
@@ -86,7 +81,26 @@ def frontier_picture(result: Mapping[str, Any], kind: str) -> bytes:
         panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
     cost.legend(framealpha=0, fontsize=8)
+    cost.margins(x=0.08)  # room for the last one's name
+    places = cost.transAxes.inverted().transform(cost.transData.transform([(p["cost"], p["kl"]) for p in line]))
+    for point in (line[i] for i in _apart(places.tolist(), [i for i, p in enumerate(line) if p["knee"]])):
+        name = f"{point['q_groups']}/{point['kv_groups']}" + (" (knee)" if point["knee"] else "")
+        cost.annotate(name, (point["cost"], point["kl"]), (4, 4), textcoords="offset points", fontsize=8)
     return pictures.rendered(figure, kind)
+
+
+def _apart(places: Sequence[Sequence[float]], first: Sequence[int]) -> list[int]:
+    """Points, by number, whose names do not lie upon another: those that come first, then in their order.
+
+    Args:
+        places: of the points in the panel, shares of its width and height.
+        first: are named at any rate.
+    """
+    named = list(first)
+    for i, (x, y) in enumerate(places):
+        if all(abs(x - places[j][0]) >= _NAME[0] or abs(y - places[j][1]) >= _NAME[1] for j in named):
+            named.append(i)
+    return named
 
 
 def sweep_page(result: Mapping[str, Any]) -> str:
