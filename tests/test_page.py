@@ -18,6 +18,7 @@ from sqa_convert.cli.uptrain import main as uptrain
 from sqa_convert.report.page import report_page
 from sqa_convert.report.page_bars import logarithmic, speed_bars
 from sqa_convert.report.pictures import recovery_picture
+from sqa_convert.report.sweep_report import frontier_picture
 
 RECIPE = (
     "tokens: 1_024\nsequence_length: 32\nbatch_size: 8\nlearning_rate: 1.0e-3\nevaluations: 2\nheld_out_tokens: 2_048\n"
@@ -205,3 +206,14 @@ def test_the_page_shows_the_heads_of_layers_that_differ():
     page = Page(report_page(uneven))
     assert "layers" in page.ids and "4/2" in page.words and "12/6" in page.words
     assert "layers" not in Page(report_page(even)).ids
+
+
+def test_of_points_of_a_sweep_that_lie_beside_each_other_one_has_its_name_in_the_picture():
+    measured = {9: (0.3, 0.3), 7: (0.1, 0.5), 6: (0.099, 0.505), 5: (0.01, 0.9), 8: (0.2, 0.7)}
+    points = [
+        {"q_groups": q, "kv_groups": 4, "allocation": "adaptive", "kl": kl, "predicted_kl": kl, "cost": cost}
+        | {"frontier": q != 8, "knee": q == 6}
+        for q, (kl, cost) in measured.items()
+    ]
+    picture = frontier_picture({"points": points}, "svg").decode()
+    assert re.findall(r"<!-- (\d/4.*?) -->", picture) == ["6/4 (knee)", "9/4", "5/4"]

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +34,7 @@ from sqa_convert.pipeline.sweep_points import (
     rank_correlation,
     with_frontier,
 )
-from sqa_convert.report.sweep_report import frontier_picture, sweep_lines
+from sqa_convert.report.sweep_report import sweep_lines
 from sqa_convert.text.collate import CausalCollator
 
 SHORT = Calibration(tokens=2048, refine_steps=4, polish_steps=0)
@@ -49,13 +48,6 @@ def point(kl, flops, cache=None, **more):
 def test_the_frontier_is_what_no_other_point_beats():
     points = with_frontier([point(0.1, 0.5, 0.5), point(0.2, 0.4, 0.6), point(0.2, 0.5, 0.5), point(0.05, 0.5, 0.9)])
     assert [p.frontier for p in points] == [True, True, False, True]
-
-
-def test_of_points_beside_each_other_one_has_its_name_in_the_picture():
-    measured = {9: (0.3, 0.3), 7: (0.1, 0.5), 6: (0.099, 0.505), 5: (0.01, 0.9)}
-    points = with_frontier([replace(point(*kl_and_cost), q_groups=q) for q, kl_and_cost in measured.items()])
-    picture = frontier_picture({"points": [p.to_json() for p in points]}, "svg").decode()
-    assert re.findall(r"<!-- (\d/4.*?) -->", picture) == ["7/4 (knee)", "9/4", "5/4"]
 
 
 def test_the_knee_is_where_the_frontier_turns():
