@@ -12,7 +12,7 @@ from transformers import AutoConfig, GPT2Model, T5EncoderModel, T5Model
 
 import sqa_convert
 from sqa_convert import evaluate
-from sqa_convert.calibration import calibrate, candidates, fitter, memory_budget
+from sqa_convert.calibration import calibrate, candidates, fitter, memory_budget, site_fitters
 from sqa_convert.calibration import text as calibration_text
 from sqa_convert.calibration.activations import capture
 from sqa_convert.calibration.fisher import sensitivity
@@ -166,6 +166,15 @@ def test_what_refit_makes_worse_is_not_kept(monkeypatch):
     assert {site["kept"] for site in report["sites"]} == {"converted"}
 
 
+def test_activations_that_fit_are_read_once(monkeypatch):
+    passes = []
+    monkeypatch.setattr(
+        site_fitters, "capture", lambda model, sites, *a: passes.append(len(sites)) or capture(model, sites, *a)
+    )
+    convert(gpt2(layers=2), 8, 4, allocation="adaptive", calibration=SHORT)
+    assert passes == [2]
+
+
 @pytest.mark.integration
 def test_little_memory_gives_the_same_result_in_several_passes(monkeypatch):
     source = t5()
@@ -173,10 +182,10 @@ def test_little_memory_gives_the_same_result_in_several_passes(monkeypatch):
     monkeypatch.setattr(memory_budget, "MOST_ACTIVATIONS", 1)
     passes = []
     monkeypatch.setattr(
-        calibrate, "capture", lambda model, sites, *a: passes.append(sites) or capture(model, sites, *a)
+        site_fitters, "capture", lambda model, sites, *a: passes.append(sites) or capture(model, sites, *a)
     )
     parts = convert(source, 8, 4, calibration=SHORT).model.state_dict()
-    assert {len(sites) for sites in passes} == {1}
+    assert {len(sites) for sites in passes} == {1} and len(passes) > len(source.encoder.block)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -277,7 +286,7 @@ def test_memory_that_runs_out_is_one_line(monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(calibrate, "capture", full)
+    monkeypatch.setattr(site_fitters, "capture", full)
     with pytest.raises(RecipeError, match="calibration=None"):
         convert(gpt2(), 8, 4, calibration=SHORT)
 

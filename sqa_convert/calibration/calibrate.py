@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoints.source import Source
 from ..conversion.build_model import build_model
-from ..conversion.convert_site import Calibrated, ConvertedSite, read_site
+from ..conversion.convert_site import Calibrated, ConvertedSite
 from ..conversion.fitting import Fitting
 from ..conversion.plan import Plan
 from ..conversion.request import TOKENS_PER_UNKNOWN
@@ -26,7 +25,6 @@ from ..heads import AUTO
 from ..progress import Progress, silent
 from ..random_generators import generator_for
 from ..text.quick_twin import is_twin, twin_of
-from .activations import Batch, capture
 from .allocation import shared_out, weigh
 from .candidates import best_of_each, candidates_of
 from .fisher import sensitivity
@@ -35,6 +33,7 @@ from .keep_polish import kinds_of, polished
 from .kept_for_resume import KeptParts
 from .memory_budget import MemoryBudget
 from .replaced_sites import Replacement
+from .site_fitters import SiteFitters, first
 from .text import Text, calibration_text
 from .text_report import text_report
 
@@ -118,6 +117,7 @@ def calibrate(
 
         everything = partial(calibrator.fitters, "refine heads", 1.0)
         chosen = kept.converted("refine", [""], calibrator.sites, everything, finish)[""]
+    calibrator.site_fitters.forget()
     trained: Mapping[str, Tensor] = {}
     assert plan.calibration is not None
     if plan.calibration.polish_steps and plan.has_language_model_head:
@@ -151,7 +151,6 @@ class Calibrator:
         self.budget, self.lean = budget, is_twin(model)
         self.twin = twin_of(model, device)
         self.has_twin = self.lean or self.twin is not model
-        self.dtype = torch.bfloat16 if self.has_twin else torch.float32  # as its layers read activations
         if self.lean:  # what is kept is of that copy
             kept.depend_on(b"lean")
         self.text: Text = kept.text(
@@ -169,6 +168,10 @@ class Calibrator:
             lambda: sensitivity(
                 self.twin, self.sites, self.text.batches, device, self._generator("sensitivity"), progress, graph
             ),
+        )
+
+        self.site_fitters = SiteFitters(
+            self.twin, plan, source, device, self.text, self.metrics, budget.activations, self._generator, self.has_twin
         )
 
     def _generator(self, purpose: str) -> torch.Generator:
@@ -193,25 +196,9 @@ class Calibrator:
             sites: some of the converted ones; None: all.
         """
         self.progress(stage, 0, len(self.sites))
-        batches = [_first(batch, share) for batch in self.text.batches]
-        for group in self._groups(batches, self.sites if sites is None else sites):
-            activations = capture(self.twin, group, batches + self.text.held_out, self.device, self.dtype)
-            for site in group:
-                self.progress(stage, self.sites.index(site), len(self.sites))
-                inputs = activations.pop(site)
-                yield (
-                    site,
-                    SiteFitter(
-                        self.plan.family.attention(site, self.plan.source_config),
-                        read_site(self.plan, self.source, site).tensors(),
-                        inputs[: len(batches)],
-                        inputs[len(batches) :],
-                        self.metrics.get(site),
-                        self.device,
-                        self._generator(site.prefix),
-                        self.has_twin,
-                    ),
-                )
+        for site, fitter in self.site_fitters(self.sites if sites is None else sites, share):
+            self.progress(stage, self.sites.index(site), len(self.sites))
+            yield site, fitter
         self.progress(stage, len(self.sites), len(self.sites))
 
     def candidates(self, stage: str, kept: KeptParts, with_halves: bool) -> dict[str, dict[Site, ConvertedSite]]:
@@ -232,14 +219,6 @@ class Calibrator:
 
         fitters = partial(self.fitters, "fit heads", self.compared)
         return kept.converted(stage, list(candidates), self.sites, fitters, convert)
-
-    def _groups(self, batches: Sequence[Batch], sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
-        """Sites whose activations fit into memory together, at least one."""
-        tokens = sum(batch["input_ids"].numel() for batch in [*batches, *self.text.held_out])
-        each = tokens * self.plan.dimensions.width * self.dtype.itemsize
-        size = max(1, int(self.budget.activations // each))
-        for start in range(0, len(sites), size):
-            yield sites[start : start + size]
 
     def kl(
         self, plan: Plan, choice: Mapping[Site, ConvertedSite], trained: Mapping[str, Tensor] = MappingProxyType({})
@@ -273,7 +252,7 @@ class Calibrator:
         if not self.has_twin:
             return self.replacement
         share = min(1.0, WEIGHED_TOKENS / self.text.held_out_tokens)
-        text = replace(self._held_out, batches=[_first(batch, share) for batch in self.text.held_out])
+        text = replace(self._held_out, batches=[first(batch, share) for batch in self.text.held_out])
         return Replacement(self.twin, self.plan, text, predict(self.twin, text))
 
     @cached_property
@@ -291,9 +270,3 @@ class Calibrator:
         if self.lean:
             report["warnings"].insert(0, self.budget.lean_warning())
         return report
-
-
-def _first(batch: Batch, share: float) -> Batch:
-    """The first sequences of a batch."""
-    count = math.ceil(share * len(batch["input_ids"]))
-    return {name: tensor[:count] for name, tensor in batch.items()}
