@@ -1,7 +1,7 @@
 """Three small strange checkpoints, trained here, with their documents: what conversions lose on those.
 
     python benchmarks/strangers.py train
-    python benchmarks/strangers.py measure --label NAME
+    python benchmarks/strangers.py measure --label NAME --seeds 0,1,2
 
 - signatures: a GPT-2 that reads a signature behind control tokens and writes its documentation. Its tokenizer adds none
   of them, its documents end with another token than they begin with, and fill a part of its context.
@@ -10,15 +10,17 @@
 
 All text is the running interpreter's standard library, or drawn; held-out documents come from other files or other
 draws. `train` writes OUT/NAME and, beside it, NAME.train.jsonl and NAME.heldout.jsonl. `measure` converts each with
-`mean`, with the default, and with the default calibrated on the true training documents, and measures the KL
-divergence to the source on the true held-out documents: from position 0, with their control tokens, padding left out.
-It writes benchmarks/results/strangers.json and prints a table.
+`mean`, with the default, with the default and the words that the GPT-2s' documents begin with as prompts, and with the
+default calibrated on the true training documents, and measures the KL divergence to the source on the true held-out
+documents: from position 0, with their control tokens, padding left out; and before the model was polished. It writes
+benchmarks/results/strangers.json and prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
 import os
 import platform
@@ -28,8 +30,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -46,6 +50,8 @@ from transformers import (
 )
 
 import sqa_convert
+from sqa_convert.calibration.calibrate import Calibrator
+from sqa_convert.conversion.build_model import build_model
 from sqa_convert.text.documents import documents
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +60,6 @@ VOCABULARY = 1024
 END, PADDING = "<|end|>", "<|pad|>"
 IGNORED = -100
 MEASURED = 512  # documents
-PAIRS_ARE_READ = "source_column" in sqa_convert.Calibration.__dataclass_fields__  # by this version, to calibrate on
 
 Row = dict[str, str]
 """A document: its `text`, of pairs also `prompt` and `answer`"""
@@ -329,14 +334,27 @@ def train(name: str, output: Path) -> dict[str, Any]:
 # What conversions lose
 
 
+WAYS = ("mean", "default", "prompts", "true documents")
+
+
 def ways(data: Path, is_t5: bool) -> dict[str, dict[str, Any]]:
     """Options of `sqa_convert.convert`, one column of the table each."""
-    columns = {"source_column": "prompt", "target_column": "answer"} if is_t5 and PAIRS_ARE_READ else {}
-    return {
+    columns = {"source_column": "prompt", "target_column": "answer"} if is_t5 else {}
+    found = {
         "mean": {"method": "mean", "calibration": None},
         "default": {},
+        "prompts": {"calibration": sqa_convert.Calibration(prompts=str(prompts_file(data)))},
         "true documents": {"calibration": sqa_convert.Calibration(text=str(data), **columns)},
     }
+    return {way: options for way, options in found.items() if not (is_t5 and way == "prompts")}
+
+
+def prompts_file(data: Path) -> Path:
+    """A file of the words or control tokens that the documents of a file begin with, each once."""
+    begin = (re.match(r"<\|\w+\|>|\S+", json.loads(line)["text"]) for line in data.open(encoding="utf-8"))
+    place = data.with_suffix(".prompts")
+    place.write_text("\n".join(sorted({match[0] for match in begin if match})) + "\n", encoding="utf-8")
+    return place
 
 
 @torch.no_grad()
@@ -350,39 +368,62 @@ def kl(source: Any, result: Any, held_out: list[dict[str, torch.Tensor]]) -> flo
     return total / count
 
 
-def measure(name: str, output: Path) -> dict[str, dict[str, Any]]:
-    """KL of every way at every setting of heads, or what was answered instead."""
+@contextlib.contextmanager
+def before_polish(source: Any, held_out: list[dict[str, torch.Tensor]]) -> Iterator[list[float]]:
+    """KL of every conversion in the block before it is polished."""
+    found, polished = list[float](), Calibrator.polished
+
+    def measured_first(calibrator: Calibrator, plan: Any, choice: Any) -> Any:
+        found.append(kl(source, build_model(plan, calibrator.source, choice)[0].float().eval(), held_out))
+        return polished(calibrator, plan, choice)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Calibrator, "polished", measured_first)
+        yield found
+
+
+def measure(name: str, output: Path, seeds: list[int]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """KL of every way at every setting of heads, for each seed, and before polish."""
     stranger, is_t5 = STRANGERS[name], isinstance(STRANGERS[name].config, T5Config)
     tokenizer = AutoTokenizer.from_pretrained(output / name)
     source = (AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM).from_pretrained(output / name).eval()
     lines = (output / f"{name}.heldout.jsonl").read_text(encoding="utf-8").splitlines()
     documents = encoded(tokenizer, [json.loads(line) for line in lines], is_t5, stranger.longest)[:MEASURED]
     held_out = [batch_of(documents[i : i + 64]) for i in range(0, len(documents), 64)]
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, dict[str, dict[str, list[float]]]] = {}
     for q, kv in stranger.heads:
         row = table[f"{q}/{kv}"] = {}
         for way, options in ways(output / f"{name}.train.jsonl", is_t5).items():
-            try:
-                result = sqa_convert.convert(output / name, q, kv, device="cpu", **options)
-                row[way] = round(kl(source, result.model, held_out), 4)
-            except sqa_convert.errors.SQAError as error:
-                row[way] = str(error)
-            print(name, f"{q}/{kv}", way, row[way], flush=True)
+            after = []
+            with before_polish(source, held_out) as before:
+                for seed in seeds[:1] if way == "mean" else seeds:
+                    result = sqa_convert.convert(output / name, q, kv, device="cpu", seed=seed, **options)
+                    after.append(round(kl(source, result.model, held_out), 4))
+                    print(name, f"{q}/{kv}", way, f"seed {seed}", before[-1:], after[-1], flush=True)
+            row[way] = {"kl": after}
+            if before:
+                row[way]["before_polish"] = [round(one, 4) for one in before]
     return table
 
 
-def markdown(labels: dict[str, Any]) -> str:
-    """KL in nats a token, a column for each way of each label."""
-    columns = [(label, way) for label in labels for way in ways(Path(), False)]
+def markdown(results: dict[str, Any]) -> str:
+    """KL in nats a token, means over seeds, a column for each way of each label; in brackets before polish."""
+    columns = [(label, way) for label, found in results.items() for way in WAYS if way in str(found)]
     lines = ["| source | heads | " + " | ".join(f"{way}, {label}" for label, way in columns) + " |"]
     lines.append("|---|---|" + "--:|" * len(columns))
     for name, stranger in STRANGERS.items():
         for q, kv in stranger.heads:
-            heads = f"{q}/{kv}"
-            cells = [labels[label].get(name, {}).get(heads, {}).get(way, "") for label, way in columns]
-            shown = [f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells]
-            lines.append(f"| {name} | {heads} | " + " | ".join(shown) + " |")
+            found = [results[label].get(name, {}).get(f"{q}/{kv}", {}).get(way, "") for label, way in columns]
+            lines.append(f"| {name} | {q}/{kv} | " + " | ".join(map(cell, found)) + " |")
     return "\n".join(lines)
+
+
+def cell(found: Any) -> str:
+    """A cell of the table."""
+    if not isinstance(found, dict):
+        return f"{found:.3f}" if found else ""
+    before = f" ({fmean(found['before_polish']):.3f})" if "before_polish" in found else ""
+    return f"{fmean(found['kl']):.3f}{before}"
 
 
 def main() -> None:
@@ -392,6 +433,9 @@ def main() -> None:
         part = commands.add_parser(command)
         part.add_argument("names", nargs="*", default=list(STRANGERS), help="by default all")
         part.add_argument("--output", type=Path, default=ROOT / "build" / "strangers")
+    commands.choices["measure"].add_argument(
+        "--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[0], help="such as 0,1,2"
+    )
     commands.choices["measure"].add_argument("--label", default="now", help="of these columns, beside those there are")
     options = parser.parse_args()
     if options.command == "train":
@@ -400,17 +444,15 @@ def main() -> None:
             (options.output / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
             print(name, found, flush=True)
         return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"kl": {}}
-    results |= {
-        "strangers": {name: json.loads((options.output / f"{name}.json").read_text()) for name in STRANGERS},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    of_label = results["kl"].setdefault(options.label, {})
     for name in options.names:
-        of_label[name] = measure(name, options.output)
+        table = measure(name, options.output, options.seeds)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # another process may have written
+        results.setdefault("kl", {}).setdefault(options.label, {})[name] = table
+        results.setdefault("strangers", {})[name] = json.loads((options.output / f"{name}.json").read_text())
+        results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        results.setdefault("versions", {}).update(torch=torch.__version__, transformers=transformers.__version__)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(markdown(results["kl"]))
+    print(markdown(json.loads(RESULTS.read_text())["kl"]))
 
 
 if __name__ == "__main__":

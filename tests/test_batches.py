@@ -41,6 +41,12 @@ def test_the_first_token_of_a_row_is_not_predicted():
     assert labels.tolist() == [[IGNORED, 1, 2, 3, 4]] * 2
 
 
+def test_what_a_document_begins_with_is_not_predicted_from_the_one_before():
+    block = torch.tensor([5, EOS, 6, 7, EOS, 8])
+    apart, together = (CausalCollator(end)([(0, block)])["labels"][0].tolist() for end in (EOS, None))
+    assert apart == [IGNORED, EOS, IGNORED, 7, EOS, IGNORED] and together == [IGNORED, EOS, 6, 7, EOS, 8]
+
+
 def test_corruption_of_a_row_does_not_depend_on_its_batch():
     collate = SpanCollator(SpanCorruption(tuple(range(100, 200)), EOS), seed=3)
     rows = [(i, torch.randint(2, 100, (60,))) for i in range(6)]

@@ -177,21 +177,16 @@ def test_held_out_text_is_drawn_across_documents(tmp_path):
     assert len({text.split()[1] for text in texts}) == 16
 
 
-def test_a_model_is_measured_as_it_is_trained_and_used(tmp_path):
-    """No document sees another: packed in one block they cost what they cost apart."""
-    texts = [f"def f{i}(x):\n    return x + {i}\n" for i in range(400)]
+def test_short_documents_are_measured_each_alone_however_few_there_are(tmp_path):
+    texts = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     model, tokenizer = load_model(SAMPLES / "gpt2", dtype="float32"), load_tokenizer(SAMPLES / "gpt2")
-    held_out = prepare(SAMPLES / "gpt2", str(tmp_path / "a.jsonl"), tokens=256, device="cpu")
-    (batch,) = held_out.batches
-    ids, end = batch["input_ids"][0].tolist(), tokenizer.eos_token_id
-    first = ids[: ids.index(end) + 1]
-    second = ids[len(first) :][: ids[len(first) :].index(end) + 1]
-    assert first != second
-    logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[0]
-    alone = model(torch.tensor([second])).logits[0]
-    torch.testing.assert_close(logits[len(first) :][: len(second)], alone, rtol=1e-3, atol=1e-3)
-    assert "position_ids" not in prepare(SAMPLES / "t5", tokens=512).batches[0]
+    held_out = list(documents(str(tmp_path / "a.jsonl"), "heldout"))
+    rows = [torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in held_out]
+    losses = [model(row[None], labels=row[None]).loss.item() * (len(row) - 1) for row in rows]
+    measured = evaluate(SAMPLES / "gpt2", data=str(tmp_path / "a.jsonl"), device="cpu")
+    assert len(rows) > 1 and measured["tokens"] == sum(len(row) - 1 for row in rows) < 256
+    assert measured["model"]["loss"] == pytest.approx(sum(losses) / measured["tokens"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from ..devices import choose_device
 from ..errors import DataError, RecipeError, UnreadableTextError, one_line
-from ..families.special_tokens import SpecialTokens, end_of_text
+from ..families.special_tokens import SpecialTokens
 from ..flags_as_arguments import names_arguments
 from ..parse_amounts import amount, check_seed
 from ..random_generators import generator_for
 from ..text.blocks import token_blocks
-from ..text.collate import IGNORED, CausalCollator, PairCollator
+from ..text.collate import IGNORED, PairCollator
 from ..text.documents import TOKEN_PAIRS, Columns, check_data, documents, is_own, pair_columns, pairs, peeked
 from ..text.formats import TEXT_COLUMN
 from ..text.plain_generation import own_tokens
 from ..text.python_data import called, repeatable
 from ..text.self_generated import own_pairs, own_rows
 from ..text.spans import denoising
-from ..text.splits import Document, Skipped, Split
+from ..text.splits import Skipped, Split
 from ..text.suitability import built_in_does_not_fit, looked_at
 from ..text.tokenize_documents import encoded_pair
 from ..text.tokenized_rows import causal_batches, document_rows, pair_batches, up_to
@@ -71,9 +71,9 @@ def prepare(
 
     Where none is named it is the built-in corpus; or, if the model was not made for that, what it writes itself.
 
-    Text is drawn across documents, a block of each at most while there are others. A decoder-only model reads it as it
-    is trained: no document sees another in its block, and positions start again with each. What is tokens already is
-    read row by row, each from position 0; no tokenizer is needed for it.
+    Text is drawn across documents, a part of each as long as the model reads at most, while there are others. A
+    decoder-only model reads each from position 0; what is tokens already needs no tokenizer. An encoder-decoder reads
+    blocks of text, with spans of it hidden.
 
     Args:
         model: in a folder, or in memory.
@@ -142,36 +142,26 @@ def _of_documents(
     texts, are_tokens = peeked(texts)
     if are_tokens is None:
         raise DataError(f"{name} holds no text: give more with --data")
-    if are_tokens and not config.is_encoder_decoder:
-        return _of_tokens(config, texts, name, length, tokens, device)
-    tokenizer = measured.tokenizer
-    texts, unknown = looked_at(texts, tokenizer, name, "--data")
+    tokenizer, unknown = None, 0.0
+    if not are_tokens or config.is_encoder_decoder:
+        tokenizer = measured.tokenizer
+        texts, unknown = looked_at(texts, tokenizer, name, "--data")
+    if not config.is_encoder_decoder:
+        rows = up_to((row for row in document_rows(texts, tokenizer, length, (1,)) if len(row) > 1), tokens, len)
+        if not rows:
+            raise DataError(f"{name} holds no row of two tokens: give more with --data")
+        check_vocabulary(torch.cat(rows), config.vocab_size)
+        batches = causal_batches(rows, SpecialTokens.of(config).padding, _BATCH_TOKENS)
+        return HeldOut(batches, f"{name}{skipped}", _predicted(batches), device, unknown)
     blocks = token_blocks(texts, tokenizer, length, tokens, name, drawn=True)
     name = f"{name}{skipped}"
-    corrupt = denoising(tokenizer, config.vocab_size) if config.is_encoder_decoder else None
+    corrupt = denoising(tokenizer, config.vocab_size)
     check_vocabulary(blocks, config.vocab_size)
-    parts = blocks.split(max(1, _BATCH_TOKENS // length))
-    if corrupt is None:
-        collate = CausalCollator(end_of_text(tokenizer))
-        batches = [collate(list(enumerate(part))) for part in parts]
-        return HeldOut(batches, name, blocks.numel() - len(blocks), device, unknown)
     generator = torch.Generator().manual_seed(seed)
-    pairs = [corrupt(part, generator) for part in parts]
+    pairs = [corrupt(part, generator) for part in blocks.split(max(1, _BATCH_TOKENS // length))]
     batches = [{"input_ids": inputs, "labels": labels} for inputs, labels in pairs]
     count = sum(labels.numel() for _, labels in pairs)
     return HeldOut(batches, f"{name}, {corrupt.name}", count, device, unknown)
-
-
-def _of_tokens(
-    config: Any, texts: Iterator[Document], name: str, length: int, tokens: int, device: torch.device
-) -> HeldOut:
-    """Rows of tokens as a decoder-only model reads them."""
-    rows = up_to((row for row in document_rows(texts, None, length, (1,)) if len(row) > 1), tokens, len)
-    if not rows:
-        raise DataError(f"{name} holds no row of two tokens: give more with --data")
-    check_vocabulary(torch.cat(rows), config.vocab_size)
-    batches = causal_batches(rows, SpecialTokens.of(config).padding, _BATCH_TOKENS)
-    return HeldOut(batches, name, sum(len(row) - 1 for row in rows), device)
 
 
 def own_text(model: Any, tokenizer: Any, tokens: int, device: torch.device, seed: int, why: str = "") -> HeldOut:
@@ -186,8 +176,12 @@ def own_text(model: Any, tokenizer: Any, tokens: int, device: torch.device, seed
         length = min(model.config.n_positions, LONGEST, tokens)
         texts = own_rows(model, tokens, length, device, generator, tokenizer)
         batches, name = causal_batches(texts, padding, _BATCH_TOKENS), "sampled from the source"
-    count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-    return HeldOut(batches, name, count, device, doubts=built_in_does_not_fit(why))
+    return HeldOut(batches, name, _predicted(batches), device, doubts=built_in_does_not_fit(why))
+
+
+def _predicted(batches: Sequence[Mapping[str, Tensor]]) -> int:
+    """How many tokens of batches are predicted."""
+    return sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
 
 
 def held_out_pairs(measured: Measured, data: Any, columns: Columns, device: torch.device, length: int) -> HeldOut:

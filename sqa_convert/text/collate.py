@@ -45,7 +45,8 @@ class CausalCollator:
     """Blocks to a batch for a decoder-only model; labels are the inputs, a model shifts them."""
 
     end_of_text: int | None = None
-    """where given, no document is attended to from the next one in a block, and positions start again with each"""
+    """where given, no document is attended to from the next one in a block, positions start again with each, and what
+    it begins with is not predicted from the end of the one before"""
 
     def __call__(self, rows: Sequence[tuple[int, Tensor]]) -> dict[str, Tensor]:
         tokens = torch.stack([block for _, block in rows]).long()  # (B, T)
@@ -55,6 +56,7 @@ class CausalCollator:
         if self.end_of_text is not None:
             position = torch.arange(tokens.shape[1]).expand_as(tokens)
             begins = nn.functional.pad(tokens[:, :-1] == self.end_of_text, (1, 0))
+            labels[begins] = IGNORED
             batch["position_ids"] = position - (position * begins).cummax(1).values
         return batch
 
