@@ -156,14 +156,16 @@ def convert(
     source, plan = prepared(model, request, place, overwrite=overwrite, recipe=recipe, headers_only=dry_run, **where)
     folder = place(plan.partitions)
     runs = plan.calibration is not None or not no_evaluate or not no_verify or uses_torch(plan)
-    out.quieten_libraries(transformers=recipe is not None or (runs and not dry_run))
     if dry_run:
+        out.quieten_libraries(transformers=recipe is not None)
         check_run(plan, source, folder, options, recipe)
         show_plan(out, plan, conversion_report(plan, source, folder, seed=options.seed))
         return
-    if why := differs(plan, source, folder, options):
-        out.notice(why)
-    with out.progress(plan_line(plan, source.name, folder)) as progress:
+    slow = plan.calibration is not None or not no_evaluate
+    with out.progress(plan_line(plan, source.name, folder) if slow else "") as progress:
+        out.quieten_libraries(transformers=recipe is not None or runs)
+        if why := differs(plan, source, folder, options):
+            out.notice(why)
         report = run(plan, source, folder, options, recipe, progress)
     show_conversion(out, report, folder)
     push(out, folder, push_to_hub, public)

@@ -14,6 +14,9 @@ from rich.text import Text
 
 from ..progress import Position, silent
 
+STARTING = "starting"
+"""what is shown until the first stage begins: libraries are being imported"""
+
 _REFRESHES = 4  # a second
 
 
@@ -46,16 +49,17 @@ def clock(seconds: float, digits: int = 1) -> str:
 
 
 class Logged:
-    """A Progress that prints the plan, and a line when a stage is over; a plan of one stage needs neither."""
+    """A Progress that prints a title, the plan, and a line when a stage is over; a plan of one stage needs no lines."""
 
     def __init__(self, console: Console, title: str) -> None:
-        self.console, self.title, self.position = console, title, Position()
+        self.console, self.position = console, Position()
         self.start = self.stage_start = time.perf_counter()
+        if title:
+            self.say(title)
 
     def plan(self, stages: Sequence[str]) -> None:
         if self.position.plan(stages) and len(stages) > 1:
-            for line in filter(None, (self.title, f"{len(stages)} stages: {', '.join(stages)}")):
-                self.say(line)
+            self.say(f"{len(stages)} stages: {', '.join(stages)}")
 
     def __call__(self, stage: str, done: int, total: int, news: str = "") -> None:
         if stage != self.position.stage:
@@ -88,6 +92,7 @@ class Live(Bars):
             _Memory(),
         )
         super().__init__(*columns, console=console, refresh_per_second=_REFRESHES, transient=True, expand=True)
+        self.add_task(STARTING, total=None)
 
     def plan(self, stages: Sequence[str]) -> None:
         self._logged.plan(stages)

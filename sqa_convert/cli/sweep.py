@@ -80,8 +80,8 @@ def sweep_command(
     check_output(folder, False, way_out="give another")
     if text_column and data is None:
         raise RecipeError("--text-column names a column of --data: give that, too")
-    out.quieten_libraries()
     with out.progress() as progress:
+        out.quieten_libraries()
         points = sweep(model, progress=progress, **asked)
     result = points.to_json()
     picked = None
