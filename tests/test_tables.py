@@ -9,6 +9,8 @@ from rich.console import Console
 from test_verdict import report
 
 from sqa_convert.cli import bench
+from sqa_convert.cli.console import Out
+from sqa_convert.cli.show_results import show_quality
 from sqa_convert.cli.tables_that_fit import fitted_table
 from sqa_convert.report.speed_table import speed_csv, speed_details, speed_rows, speed_sentence
 from sqa_convert.report.tables import costs, quality_rows
@@ -116,3 +118,12 @@ def test_bench_shows_ratios_and_on_demand_times(called, tmp_path, monkeypatch):
 def test_models_that_do_other_work_are_not_compared(called):
     code, out, err = called(bench.main, "sample:gpt2", "sample:t5", *QUICK)
     assert (code, out) == (2, "") and "sample:gpt2 is decoder-only, sample:t5 is an encoder-decoder" in err
+
+
+def test_a_terminal_breaks_sentences_between_words():
+    out = Out(as_json=False, quiet=False, verbose=False)
+    out.stdout = Console(file=io.StringIO(), width=50, force_terminal=True, color_system=None)
+    warnings = [{"text": "this text says nothing of the model " * 4}]
+    show_quality(out, {"quality": {"warnings": warnings, "tokens": 9, "data": "text"}, "seconds": {"convert": 1.0}})
+    lines = out.stdout.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 50 and sum(line.count("nothing") for line in lines) == 4

@@ -187,7 +187,7 @@ def _verify(out: Out, model: str, trust_remote_code: bool) -> None:
     verified = verify(model, trust_remote_code)
     out.json({"schema": 1, "verified": verified})
     sums = f"{verified['files']} with the checksums of report.json" if verified["files"] else "no checksums recorded"
-    out.result(
+    out.words(
         f"{model}: {verified['tensors']} tensors as the model calls for them, finite; files: {sums}; "
         f"loads without sqa_convert, largest difference of logits {verified['difference']:g}"
     )

@@ -79,7 +79,7 @@ def report_command(
         out.table("what each lost", *quality)
     out.table("what each needs", *cost_rows(reports, names))
     for note in notes:
-        out.result(f"note: {note}")
+        out.words(f"note: {note}")
     out.words(said)
     out.words(needed(reports, names))
     out.result(f"report: {path}")

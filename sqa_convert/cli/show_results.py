@@ -45,9 +45,9 @@ def show_plan(out: Out, plan: Plan, report: dict[str, Any]) -> None:
     out.json(report | {"shards": shards})
     out.table(f"{report['source']['name']} → {report['output']} (not written)", *costs(report))
     for line in (*source_lines(report), *left_lines(report), *heads_lines(report)):
-        out.result(line)
+        out.words(line)
     if plan.shares_out:
-        out.result("heads of each layer on average; how many each keeps is found on text")
+        out.words("heads of each layer on average; how many each keeps is found on text")
     for file, tensors in plan.shards.items():
         out.result(f"{file}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:,.1f} MB")
         if out.verbose:
@@ -60,7 +60,7 @@ def show_conversion(out: Out, report: dict[str, Any], target: Path) -> None:
     out.json(report)
     out.table(f"{report['source']['name']} → {target}", *costs(report))
     for line in (*source_lines(report), *left_lines(report), *heads_lines(report), *calibration_lines(report)):
-        out.result(line)
+        out.words(line)
     show_quality(out, report)
     show_report(out, target)
     show_verdict(out, report, target)
@@ -69,13 +69,13 @@ def show_conversion(out: Out, report: dict[str, Any], target: Path) -> None:
 def show_quality(out: Out, report: dict[str, Any]) -> None:
     """What was measured, and what uptraining did."""
     for line in quality_lines(report):
-        out.result(line)
+        out.words(line)
     quality = report.get("quality")
     if quality and quality_table(report)[1]:
         out.table(f"on {quality['tokens']:,} tokens of {quality['data']}", *quality_table(report))
     for line in uptraining_lines(report):
-        out.result(line)
-    out.result(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in report['seconds'].items())}")
+        out.words(line)
+    out.words(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in report['seconds'].items())}")
     if out.verbose:
         for done in (report, report.get("uptraining", {})):
             for stage in done.get("stages", []):
@@ -88,13 +88,13 @@ def show_evaluation(out: Out, result: dict[str, Any]) -> None:
     quality = result["quality"]
     out.json(result)
     for line in quality_lines(result):
-        out.result(line)
+        out.words(line)
     title = f"on {quality['tokens']:,} tokens of {quality['data']}"
     out.table(title, *quality_rows({name: quality[key] for key, name in models.items()}))
     for text in result["samples"]:
-        out.result(f"\n[given] {text['given']}")
+        out.words(f"\n[given] {text['given']}")
         for key, name in models.items():
-            out.result(f"[{name}] {text[key]}")
+            out.words(f"[{name}] {text[key]}")
     if scores := result.get("tasks"):
         tasks = sorted({task for of_model in scores.values() for task in of_model})
         rows = [(task, *(f"{scores[key][task]:.4f}" for key in models)) for task in tasks]

@@ -101,7 +101,7 @@ def sweep_command(
     point, holds, said = picked
     if not holds:
         raise QualityError(f"{said}; to convert to that: {point.command(model, points.info['asked_flags'])}")
-    out.result(said)
+    out.words(said)
     out.result(f"next: {point.command(model, points.info['asked_flags'])}")
 
 
@@ -111,8 +111,8 @@ def _show(out: Out, result: dict[str, Any], folder: Path) -> None:
     out.json(result)
     out.table(result["source"], *sweep_rows(result["points"]))
     for line in sweep_lines(result):
-        out.result(line)
-    out.result(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in result['seconds'].items())}")
+        out.words(line)
+    out.words(f"seconds: {', '.join(f'{stage} {seconds:g}' for stage, seconds in result['seconds'].items())}")
     out.result(f"report: {folder / SWEEP_PAGE}")
 
 

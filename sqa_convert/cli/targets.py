@@ -81,7 +81,7 @@ def aimed(model: str, request: Request, asked: list[str], options: RunOptions, o
         flags = points.info["asked_flags"]
         flags += asked_flags(_not_swept(request, flags))
         raise QualityError(f"{said}; to convert to that: {point.command(model, flags)}")
-    out.result(said)
+    out.words(said)
     if point.allocation != UNIFORM:
         return replace(request, allocation=as_text(point.layers))
     return replace(request, q_groups=point.q_groups, kv_groups=point.kv_groups, allocation=UNIFORM)
