@@ -178,7 +178,7 @@ def test_held_out_text_is_drawn_across_documents(tmp_path):
 
 
 def test_short_documents_are_measured_each_alone_however_few_there_are(tmp_path):
-    texts = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)]
+    texts = [f"def f{i}(x):\n    return x + {i}\n" for i in range(300)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     model, tokenizer = load_model(SAMPLES / "gpt2", dtype="float32"), load_tokenizer(SAMPLES / "gpt2")
     held_out = list(documents(str(tmp_path / "a.jsonl"), "heldout"))

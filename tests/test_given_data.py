@@ -279,7 +279,7 @@ def test_pairs_of_tokens_keep_their_end():
         (lambda folder: [3.5, 2.5], "data holds a float"),
         (lambda folder: [object()], "data holds a object"),
         (lambda folder: [], "holds no text"),
-        (lambda folder: [[5]] * 40, "no row of two tokens"),
+        (lambda folder: [[5]] * 40, "holds 0 tokens, in rows of two or more: give 64"),
         (lambda folder: {"train": "a.txt", "validation": "b.txt"}, "not by names"),
         (lambda folder: [{"body": "x"}] * 30, 'no column "text"'),
         (lambda folder: b"bytes", "data is a bytes"),

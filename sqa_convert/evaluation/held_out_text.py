@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 DEFAULT_TOKENS = 16_384
 """tokens of held-out text"""
 
+LEAST_TOKENS = 64
+"""of which anything is said"""
+
 LONGEST = 1024
 """tokens in one sequence, at most"""
 
@@ -148,9 +151,11 @@ def _of_documents(
         texts, unknown = looked_at(texts, tokenizer, name, "--data")
     if not config.is_encoder_decoder:
         rows = up_to((row for row in document_rows(texts, tokenizer, length, (1,)) if len(row) > 1), tokens, len)
-        if not rows:
-            raise DataError(f"{name} holds no row of two tokens: give more with --data")
-        check_vocabulary(torch.cat(rows), config.vocab_size)
+        if rows:
+            check_vocabulary(torch.cat(rows), config.vocab_size)
+        there = sum(map(len, rows))
+        if there < min(tokens, LEAST_TOKENS):
+            raise DataError(f"{name} holds {there} tokens, in rows of two or more: give {LEAST_TOKENS} with --data")
         batches = causal_batches(rows, SpecialTokens.of(config).padding, _BATCH_TOKENS)
         return HeldOut(batches, f"{name}{skipped}", _predicted(batches), device, unknown)
     blocks = token_blocks(texts, tokenizer, length, tokens, name, drawn=True)
