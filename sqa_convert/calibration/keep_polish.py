@@ -15,6 +15,7 @@ from ..checkpoints.source import Source
 from ..conversion.build_model import build_model
 from ..conversion.convert_site import ConvertedSite
 from ..conversion.plan import Plan
+from ..evaluation.fused_gelu import fused_gelu
 from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.measure import kl_to, predict
 from ..families import Site
@@ -66,7 +67,7 @@ def polished(
     expected = [predict(teacher, kind) for kind in kinds]
     told["kl_before"] = [kl_to(wanted, kind, student) for wanted, kind in zip(expected, kinds, strict=True)]
     trained: Mapping[str, Tensor] = {}
-    with contextlib.suppress(torch.OutOfMemoryError):  # what was fitted is worth having
+    with contextlib.suppress(torch.OutOfMemoryError), fused_gelu(student):  # what was fitted is worth having
         trained = polish(student, teacher, batches, attention, steps, device, generator, progress)
     if not trained:
         return {}, told | {"steps": 0, "why": "there is too little memory for it"}

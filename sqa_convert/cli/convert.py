@@ -139,9 +139,9 @@ def convert(
         trust_remote_code=trust_remote_code,
         measure_training=not no_evaluate,
     )
-    part = model if subfolder is None else part_of(model, subfolder)
 
     def place(partitions: Mapping[Site, Partition]) -> Path:
+        part = model if subfolder is None else part_of(model, subfolder)
         return _default_output(part, partitions) if output is None else expanded(output)
 
     if push_to_hub is not None:
@@ -161,8 +161,7 @@ def convert(
         check_run(plan, source, folder, options, recipe)
         show_plan(out, plan, conversion_report(plan, source, folder, seed=options.seed))
         return
-    slow = plan.calibration is not None or not no_evaluate
-    with out.progress(plan_line(plan, source.name, folder) if slow else "") as progress:
+    with out.progress(plan_line(plan, source.name, folder) if plan.calibration or not no_evaluate else "") as progress:
         out.quieten_libraries(transformers=recipe is not None or runs)
         if why := differs(plan, source, folder, options):
             out.notice(why)

@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from ..checkpoints.small_files import write_json
 from ..devices import peak_flops
 from ..errors import RecipeError, one_line
+from ..evaluation.fused_gelu import fused_gelu
 from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.hidden_states import load_any
 from ..speed.flops import training_flops
@@ -90,7 +91,7 @@ def train(path: Path, teacher: Any, recipe: Recipe, job: Job, output: Path, prog
         fsdp_and_deepspeed.check_checkpoint(trainer, checkpoint)
     fsdp_and_deepspeed.check_folder(trainer)
     try:
-        with _logged_beside(output):
+        with _logged_beside(output), fused_gelu(trainer.model, *([] if teacher is None else [teacher])):
             steps = trainer.train(resume_from_checkpoint=checkpoint).global_step
     except ValueError as error:
         if fsdp_and_deepspeed.is_contradiction(error):
