@@ -99,7 +99,7 @@ def test_a_terminal_shows_stage_bar_clock_and_memory_in_one_line(width):
     assert shown.index("a → b") < shown.index("1/2 sample text: ") < shown.index("2/2 measure sensitivity: ")
 
 
-def test_until_the_first_stage_a_terminal_shows_what_is_done_and_that_it_starts():
+def test_until_the_first_stage_a_terminal_shows_that_it_starts():
     console = on_a_terminal()
     with showing(console, "a → b", quiet=False) as progress:
         progress.refresh()
@@ -107,7 +107,7 @@ def test_until_the_first_stage_a_terminal_shows_what_is_done_and_that_it_starts(
         Stages(progress, ["x", "y"])("x", 0, 1)
         before = console.file.tell()
         progress.refresh()
-    assert early.index("a → b") < early.index("starting") and "starting" not in console.file.getvalue()[before:]
+    assert "starting" in early and "starting" not in console.file.getvalue()[before:]
 
 
 def test_quiet_shows_nothing():

@@ -18,7 +18,6 @@ from ..conversion.fitting import Fitting
 from ..conversion.plan import Plan
 from ..conversion.request import TOKENS_PER_UNKNOWN
 from ..errors import QualityError
-from ..evaluation.fused_gelu import fused_gelu
 from ..evaluation.held_out_batches import HeldOut
 from ..evaluation.measure import Predictions, kl_to, predict
 from ..families import Site
@@ -80,55 +79,54 @@ def calibrate(
         DataError: there is too little text.
         QualityError: no candidate predicts anything finite.
     """
-    with fused_gelu(model):
-        kept = KeptParts() if kept is None else kept
-        calibrator = Calibrator(model, plan, source, device, budget, seed, trust_remote_code, progress, kept)
-        settings, shared = calibrator.settings, None
-        if plan.shares_out:
-            weighed = kept.weighed(
-                calibrator.sites,
-                partial(calibrator.fitters, "weigh layers", calibrator.compared),
-                lambda site, fitter: weigh(fitter, site, calibrator.weighing, plan, settings.refit),
+    kept = KeptParts() if kept is None else kept
+    calibrator = Calibrator(model, plan, source, device, budget, seed, trust_remote_code, progress, kept)
+    settings, shared = calibrator.settings, None
+    if plan.shares_out:
+        weighed = kept.weighed(
+            calibrator.sites,
+            partial(calibrator.fitters, "weigh layers", calibrator.compared),
+            lambda site, fitter: weigh(fitter, site, calibrator.weighing, plan, settings.refit),
+        )
+        shared = shared_out(weighed, calibrator.weighing, plan, source)
+        plan = calibrator.plan = shared.plan if shared else plan
+    refits_again = settings.refit and calibrator.compared < 1
+    finishes = refits_again or settings.refine_steps > 0
+    tried = calibrator.candidates("fit", kept, with_halves=not finishes)
+    if shared and not any(shared.kept(fits) for fits in tried.values()):
+        plan = calibrator.plan = shared.evenly
+        tried = calibrator.candidates("fit evenly", kept, with_halves=not finishes)
+    report = calibrator.report(plan)
+    chosen = best_of_each(tried)
+    if plan.method == AUTO and plan.has_language_model_head:
+        progress("choose", 0, 1)
+        kl = {name: kl for name, choice in tried.items() if (kl := calibrator.kl(plan, choice)) is not None}
+        if not kl:
+            raise QualityError(
+                f"{AUTO}: of {', '.join(tried)} none predicts anything finite: the weights overflow in their dtype; "
+                "try --dtype float32 or --dtype bfloat16, or name a --method"
             )
-            shared = shared_out(weighed, calibrator.weighing, plan, source)
-            plan = calibrator.plan = shared.plan if shared else plan
-        refits_again = settings.refit and calibrator.compared < 1
-        finishes = refits_again or settings.refine_steps > 0
-        tried = calibrator.candidates("fit", kept, with_halves=not finishes)
-        if shared and not any(shared.kept(fits) for fits in tried.values()):
-            plan = calibrator.plan = shared.evenly
-            tried = calibrator.candidates("fit evenly", kept, with_halves=not finishes)
-        report = calibrator.report(plan)
-        chosen = best_of_each(tried)
-        if plan.method == AUTO and plan.has_language_model_head:
-            progress("choose", 0, 1)
-            kl = {name: kl for name, choice in tried.items() if (kl := calibrator.kl(plan, choice)) is not None}
-            if not kl:
-                raise QualityError(
-                    f"{AUTO}: of {', '.join(tried)} none predicts anything finite: the weights overflow in their "
-                    "dtype; try --dtype float32 or --dtype bfloat16, or name a --method"
-                )
-            report["kl_before_refine"] = kl
-            report["chosen"] = min(kl, key=kl.__getitem__)
-            chosen = tried[report["chosen"]]
-        if finishes:
-            start = chosen
+        report["kl_before_refine"] = kl
+        report["chosen"] = min(kl, key=kl.__getitem__)
+        chosen = tried[report["chosen"]]
+    if finishes:
+        start = chosen
 
-            def finish(name: str, site: Site, fitter: SiteFitter) -> ConvertedSite:
-                return fitter.with_halves(fitter.finish(start[site], refits_again, settings.refine_steps))
+        def finish(name: str, site: Site, fitter: SiteFitter) -> ConvertedSite:
+            return fitter.with_halves(fitter.finish(start[site], refits_again, settings.refine_steps))
 
-            everything = partial(calibrator.fitters, "refine heads", 1.0)
-            chosen = kept.converted("refine", [""], calibrator.sites, everything, finish)[""]
-        calibrator.site_fitters.forget()
-        trained: Mapping[str, Tensor] = {}
-        assert plan.calibration is not None
-        if plan.calibration.polish_steps and plan.has_language_model_head:
-            trained, report["polish"] = kept.trained(lambda: calibrator.polished(plan, chosen))
-        if plan.has_language_model_head:
-            report["kl"] = calibrator.kl(plan, chosen, trained)
-        if shared:
-            report["allocation"] = shared.told
-        return Calibrated(chosen, report, plan, trained)
+        everything = partial(calibrator.fitters, "refine heads", 1.0)
+        chosen = kept.converted("refine", [""], calibrator.sites, everything, finish)[""]
+    calibrator.site_fitters.forget()
+    trained: Mapping[str, Tensor] = {}
+    assert plan.calibration is not None
+    if plan.calibration.polish_steps and plan.has_language_model_head:
+        trained, report["polish"] = kept.trained(lambda: calibrator.polished(plan, chosen))
+    if plan.has_language_model_head:
+        report["kl"] = calibrator.kl(plan, chosen, trained)
+    if shared:
+        report["allocation"] = shared.told
+    return Calibrated(chosen, report, plan, trained)
 
 
 class Calibrator:

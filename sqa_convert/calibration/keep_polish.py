@@ -67,7 +67,7 @@ def polished(
     expected = [predict(teacher, kind) for kind in kinds]
     told["kl_before"] = [kl_to(wanted, kind, student) for wanted, kind in zip(expected, kinds, strict=True)]
     trained: Mapping[str, Tensor] = {}
-    with contextlib.suppress(torch.OutOfMemoryError), fused_gelu(student):  # what was fitted is worth having
+    with contextlib.suppress(torch.OutOfMemoryError), fused_gelu(student, teacher):  # what was fitted stays
         trained = polish(student, teacher, batches, attention, steps, device, generator, progress)
     if not trained:
         return {}, told | {"steps": 0, "why": "there is too little memory for it"}

@@ -161,7 +161,7 @@ def convert(
         check_run(plan, source, folder, options, recipe)
         show_plan(out, plan, conversion_report(plan, source, folder, seed=options.seed))
         return
-    with out.progress(plan_line(plan, source.name, folder) if plan.calibration or not no_evaluate else "") as progress:
+    with out.progress(plan_line(plan, source.name, folder)) as progress:
         out.quieten_libraries(transformers=recipe is not None or runs)
         if why := differs(plan, source, folder, options):
             out.notice(why)

@@ -49,17 +49,16 @@ def clock(seconds: float, digits: int = 1) -> str:
 
 
 class Logged:
-    """A Progress that prints a title, the plan, and a line when a stage is over; a plan of one stage needs no lines."""
+    """A Progress that prints the plan, and a line when a stage is over; a plan of one stage needs neither."""
 
     def __init__(self, console: Console, title: str) -> None:
-        self.console, self.position = console, Position()
+        self.console, self.title, self.position = console, title, Position()
         self.start = self.stage_start = time.perf_counter()
-        if title:
-            self.say(title)
 
     def plan(self, stages: Sequence[str]) -> None:
         if self.position.plan(stages) and len(stages) > 1:
-            self.say(f"{len(stages)} stages: {', '.join(stages)}")
+            for line in filter(None, (self.title, f"{len(stages)} stages: {', '.join(stages)}")):
+                self.say(line)
 
     def __call__(self, stage: str, done: int, total: int, news: str = "") -> None:
         if stage != self.position.stage:
