@@ -1,6 +1,7 @@
 """Threads wait asleep where other programs need the cores."""
 
 import os
+import sys
 from types import SimpleNamespace
 
 import psutil
@@ -29,8 +30,17 @@ def test_threads_sleep_where_cores_are_busy(monkeypatch, cores, physical, busy_p
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: busy_percent)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores or 1), raising=False)
     monkeypatch.setattr(os, "environ", dict(environment))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     let_threads_sleep_where_cores_are_busy()
     assert os.environ.get(POLICY) == expected
+
+
+def test_nobody_looks_where_torch_is_imported_already(monkeypatch):
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: pytest.fail("looked"))
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+    let_threads_sleep_where_cores_are_busy()
+    assert os.environ == {}
 
 
 def test_a_command_that_computes_looks_and_help_does_not(called, monkeypatch):

@@ -7,14 +7,15 @@ conversion took four times as long. Where there is room, sleeping costs a third 
 from __future__ import annotations
 
 import os
+import sys
 
 POLICY = "OMP_WAIT_POLICY"
 _LOOKED = 0.3  # seconds: over 0.1 the system counts in steps that are too large to tell
 
 
 def let_threads_sleep_where_cores_are_busy() -> None:
-    """Before torch is imported, which reads it once. What the environment says stays."""
-    if POLICY not in os.environ and _busy():
+    """Before torch is imported, which reads it once; later nothing is done. What the environment says stays."""
+    if POLICY not in os.environ and "torch" not in sys.modules and _busy():
         os.environ[POLICY] = "PASSIVE"
 
 

@@ -72,8 +72,6 @@ def sweep_command(
     }  # fmt: skip
     from ..checkpoints.small_files import write_json
     from ..checkpoints.staging import check_output, expanded, staged_output, write_text
-    from ..pipeline.sweep import sweep
-    from ..report.sweep_report import SWEEP_PAGE, frontier_picture, sweep_page
 
     name = Path(model.removeprefix("sample:")).expanduser().resolve().name or "model"
     folder = Path(f"{name}-sweep") if output is None else expanded(output)
@@ -82,7 +80,11 @@ def sweep_command(
         raise RecipeError("--text-column names a column of --data: give that, too")
     with out.progress() as progress:
         out.quieten_libraries()
+        from ..pipeline.sweep import sweep
+
         points = sweep(model, progress=progress, **asked)
+    from ..report.sweep_report import SWEEP_PAGE, frontier_picture, sweep_page
+
     result = points.to_json()
     picked = None
     if targets:
