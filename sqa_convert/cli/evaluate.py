@@ -84,6 +84,7 @@ def evaluate_command(
     [bold]sqa-eval gpt2-sqa-q8kv4 --max-kl 0.05[/bold]
     """
     out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
+    out.quieten_libraries()
     from ..checkpoints.find import resolve
     from ..checkpoints.small_files import REPORT
     from ..evaluation.evaluate import compare, untrained
@@ -92,7 +93,6 @@ def evaluate_command(
     from ..report.report_json import read_report
     from ..text.formats import TEXT_COLUMN
 
-    out.quieten_libraries()
     if verify:
         _verify(out, model, trust_remote_code)
         return

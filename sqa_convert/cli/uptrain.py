@@ -135,13 +135,14 @@ def uptrain_command(
         resume = goes_on(folder, resume, keep_anyway, *given.values())
     resolved = None if resume else load_recipe(recipe or "quick", **changes)
     read_report(folder)  # before torch is loaded
+    out = Out(as_json=as_json, quiet=quiet, verbose=verbose)
+    out.quieten_libraries()
     from ..publish import check_push
     from ..uptraining import processes
     from ..uptraining.run_folder import target_folder
     from ..uptraining.uptrain import check_uptrain, uptrain
 
-    out = Out(as_json=as_json, quiet=quiet or not processes.is_first(), verbose=verbose)  # of many processes one speaks
-    out.quieten_libraries()
+    out.quiet |= not processes.is_first()  # of many processes one speaks
     if push_to_hub is not None:
         check_push(push_to_hub)
     asked: dict[str, Any] = {
